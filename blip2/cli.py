@@ -1,0 +1,89 @@
+"""What every command line here shares: strict arguments, one-line errors, exit codes.
+
+Exit codes: 0 done, 1 some items of many failed, 2 wrong usage or input, 130 interrupted.
+Imports nothing heavy, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from blip2.artifacts import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without guessed abbreviations, whose errors are one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): stop quietly, as other tools do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _interrupt(_signum: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    return _number(float, text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def finite_float(text: str) -> float:
+    """argparse type: any finite number."""
+    return _number(float, text, math.isfinite, "a finite number")
+
+
+def probability(text: str) -> float:
+    """argparse type: a number above 0, at most 1."""
+    return _number(float, text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _number(kind: type, text: str, valid: Callable[[float], bool], wanted: str) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value

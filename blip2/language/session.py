@@ -1,0 +1,177 @@
+"""One interface for every engine that runs OPT behind BLIP-2's Q-Former.
+
+session = open_language_session(Path("opt/2.7B/trt_ckpt/fp16/1-gpu"))
+[answer] = session.generate([input_ids], prompt_table, GenerationOptions(end_id=50118))
+answer.beams[0].token_ids
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from blip2.artifacts import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """How to decode. Names and meanings are TensorRT-LLM's and Hugging Face's.
+
+    `top_k` 1 is greedy and 0 means the whole vocabulary; with `num_beams` above 1 it must stay 1.
+    Sampling draws one number per request and token from a generator seeded with (`seed`, index of
+    the request), so an answer does not depend on what else is in its batch.
+    `length_penalty` p divides a beam's log probability by its new tokens, end included, to the p.
+    `early_stopping` ends a beam search as soon as `num_beams` answers are finished; otherwise it
+    goes on while a running beam could still beat the worst of them (Hugging Face's default).
+    """
+
+    end_id: int
+    pad_id: int = 1
+    max_output_len: int = 30
+    num_beams: int = 1
+    top_k: int = 1
+    top_p: float = 1.0
+    temperature: float = 1.0
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    early_stopping: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_output_len": self.max_output_len >= 1,
+            "num_beams": self.num_beams >= 1,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "temperature": 0 < self.temperature < math.inf,
+            "length_penalty": math.isfinite(self.length_penalty),
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+        }
+        for name, valid in checks.items():
+            if not valid:
+                raise UserError(f"{name} cannot be {getattr(self, name)}; see --help")
+        if self.num_beams > 1 and self.top_k != 1:
+            raise UserError(
+                "beam search and sampling exclude each other; leave out num_beams, or top_k, top_p"
+                " and temperature"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random, rather than searched for."""
+        return self.top_k != 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """One answer: new token ids without the end token, and the beam's score (beam search only)."""
+
+    token_ids: list[int]
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The answers to one request, best first; `num_beams` of them."""
+
+    beams: tuple[Beam, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine can take; None means no limit of its own."""
+
+    max_total_len: int
+    max_batch_size: int | None = None
+    max_num_beams: int | None = None
+    max_input_len: int | None = None
+    max_table_rows: int | None = None
+
+
+class LanguageSession(abc.ABC):
+    """OPT, whatever runs it. Engines implement `_generate`; callers use `generate`."""
+
+    vocab_size: int
+    hidden_size: int
+    limits: Limits
+
+    def generate(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        prompt_table: torch.Tensor,
+        options: GenerationOptions,
+    ) -> list[Generation]:
+        """Answer every request; larger batches than the engine takes are split.
+
+        Args:
+            input_ids: one 1-D integer tensor a request, lengths may differ; an id of
+                vocab_size + r stands for row r of that request's part of the prompt table.
+            prompt_table: requests x n x hidden_size, floating point.
+            options: how to decode, the same for every request.
+
+        Raises:
+            UserError: something exceeds a limit; raised before any work is done.
+        """
+        self._check(input_ids, prompt_table, options)
+        size = self.limits.max_batch_size or max(len(input_ids), 1)
+        generations: list[Generation] = []
+        for start in range(0, len(input_ids), size):
+            batch = slice(start, start + size)
+            generations += self._generate(input_ids[batch], prompt_table[batch], options, start)
+        return generations
+
+    @abc.abstractmethod
+    def _generate(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        prompt_table: torch.Tensor,
+        options: GenerationOptions,
+        first_request: int,
+    ) -> list[Generation]:
+        """As `generate`, for one batch within the limits that starts at request `first_request`."""
+
+    def _check(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        prompt_table: torch.Tensor,
+        options: GenerationOptions,
+    ) -> None:
+        limits, rows = self.limits, prompt_table.shape[1]
+        if prompt_table.ndim != 3 or prompt_table.shape[0] != len(input_ids):
+            raise UserError(
+                f"the prompt table has shape {tuple(prompt_table.shape)} for {len(input_ids)}"
+                " requests; it must be requests x rows x hidden size"
+            )
+        if prompt_table.shape[2] != self.hidden_size:
+            raise UserError(
+                f"the Q-Former's output has hidden size {prompt_table.shape[2]}, this OPT has"
+                f" {self.hidden_size}; use the OPT that belongs to the exported BLIP-2 checkpoint"
+            )
+        longest = max((len(ids) for ids in input_ids), default=0)
+        for what, value, limit in (
+            ("num_beams", options.num_beams, limits.max_num_beams),
+            ("query tokens an image", rows, limits.max_table_rows),
+            ("input length", longest, limits.max_input_len),
+            (
+                f"input length {longest} + max_output_len {options.max_output_len}",
+                longest + options.max_output_len,
+                limits.max_total_len,
+            ),
+        ):
+            if limit is not None and value > limit:
+                raise UserError(
+                    f"{what} is {value}, this OPT engine takes at most {limit}; lower it or use an"
+                    " engine with higher limits"
+                )
+        for ids in input_ids:
+            if ids.ndim != 1 or not len(ids):
+                raise UserError("a request's input_ids must be a 1-D tensor of at least one id")
+            if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size + rows:
+                raise UserError(
+                    f"token id {int(ids.max())} exceeds this OPT's vocabulary of {self.vocab_size}"
+                    f" and {rows} image rows; use the tokenizer exported with the checkpoint"
+                )
