@@ -143,15 +143,35 @@ def read_sidecar(path: Path, made_by: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: {made_by}")
-    sidecar = sidecar_path(path)
-    facts = read_json(sidecar, made_by)
-    size = path.stat().st_size
-    if facts.get("size") != size:
-        raise UserError(
-            f"{path} has {size} bytes, its description {sidecar.name} says {facts.get('size')}:"
-            f" it is truncated or was replaced; make it again with: {made_by}"
-        )
+    facts = read_json(sidecar_path(path), made_by)
+    check_size(path, facts, made_by)
     return facts
+
+
+def check_size(path: Path, described: dict[str, Any], made_by: str) -> None:
+    """Compare a file's size with its description's (see `describe_file`); UserError if it differs."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with: {made_by}")
+    size = path.stat().st_size
+    if described.get("size") != size:
+        raise UserError(
+            f"{path} has {size} bytes, its description says {described.get('size')}: it is"
+            f" truncated or was replaced; make it again with: {made_by}"
+        )
+
+
+def same_source(made_by: str, described: dict[Path, dict[str, Any]]) -> None:
+    """Check that artifacts, given with their sidecars, come from one checkpoint.
+
+    Raises:
+        UserError: names two files that do not belong together.
+    """
+    (first, facts), *others = described.items()
+    for path, other in others:
+        if other.get("source", {}).get("fingerprint") != facts.get("source", {}).get("fingerprint"):
+            raise UserError(
+                f"{first} and {path} come from different checkpoints; make both again with: {made_by}"
+            )
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Pictures and questions in, answers out: ViT → Q-Former → OPT, each stage timed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from blip2.artifacts import UserError
+from blip2.language.session import GenerationOptions, LanguageSession
+from blip2.prompts import Tokenizer, build_input_ids
+from blip2.vision.session import VisionSession
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One beam's text, with its score where the engine gives one."""
+
+    text: str
+    score: float | None = None
+
+
+class Stopwatch:
+    """Seconds by stage, in order of first use; waits for the GPU where there is one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        _synchronize()
+        start = time.perf_counter()
+        yield
+        _synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The two sessions and the tokenizer between them.
+
+    Raises:
+        UserError: on construction, when the tokenizer does not fit the OPT.
+    """
+
+    vision: VisionSession
+    language: LanguageSession
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.vocab_size > self.language.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, this OPT only"
+                f" {self.language.vocab_size}; use the tokenizer exported with the checkpoint"
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """input_ids of each text behind its picture's ids; an empty text asks for a caption."""
+        count, vocab_size = self.vision.num_query_tokens, self.language.vocab_size
+        return [build_input_ids(self.tokenizer.encode(text), count, vocab_size) for text in texts]
+
+    def answer(
+        self,
+        pixel_values: torch.Tensor,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        stopwatch: Stopwatch | None = None,
+    ) -> list[list[Answer]]:
+        """Ask `texts[i]` of picture i: for each picture its beams, best first.
+
+        Args:
+            pixel_values: B x 3 x S x S.
+            texts: B prompts.
+            options: how to decode; `end_id` and `pad_id` are the tokenizer's.
+            stopwatch: where to add the seconds of each stage.
+
+        Raises:
+            UserError: an input that the engines cannot take, or a stage that yields NaN or Inf.
+        """
+        watch = stopwatch or Stopwatch()
+        with watch.time("ViT"):
+            image_embeds = self.vision.vit(pixel_values)
+        with watch.time("Q-Former"):
+            query_output = self.vision.qformer(image_embeds)
+        _check_finite({"ViT": image_embeds, "Q-Former": query_output})
+        with watch.time("OPT"):
+            generations = self.language.generate(self.encode(texts), query_output, options)
+        return [
+            [Answer(self.tokenizer.decode(beam.token_ids), beam.score) for beam in generation.beams]
+            for generation in generations
+        ]
+
+
+def _check_finite(outputs: dict[str, torch.Tensor]) -> None:
+    for stage, output in outputs.items():
+        if not torch.isfinite(output).all():
+            raise UserError(
+                f"the {stage} yields NaN or Inf; export it again with --dtype float32, and check the"
+                " checkpoint"
+            )

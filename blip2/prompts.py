@@ -1,0 +1,117 @@
+"""Text to input_ids and back, with BLIP-2's conventions.
+
+A request to OPT is n ids that stand for the picture (vocab_size + 0 … n - 1: rows of the prompt
+table), then BOS `</s>`, then the text. The answer ends at the newline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from blip2.artifacts import UserError
+
+MADE_BY = "python onnx_export.py"
+BOS, PAD = "</s>", "<pad>"
+
+
+class Tokenizer:
+    """OPT's byte-level BPE behind the four calls that the pipeline needs.
+
+    Special tokens written out in a text (`</s>`, `<image>`) are encoded as ordinary characters: a
+    question cannot end the prompt or pose as a picture.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos_id = self._special(BOS)
+        self.pad_id = self._special(PAD)
+        newline = backend.encode("\n", add_special_tokens=False).ids
+        if len(newline) != 1:
+            raise UserError(
+                "the tokenizer has no single token for the newline, which ends BLIP-2's answers; use"
+                " the tokenizer of the BLIP-2 or OPT checkpoint"
+            )
+        self.end_id = newline[0]
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _special(self, token: str) -> int:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise UserError(
+                f"the tokenizer has no {token} token; use the tokenizer of the BLIP-2 or OPT"
+                " checkpoint"
+            )
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """BOS, then the ids of `text`; an empty text is BOS alone and asks for a caption."""
+        return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of generated ids, without special tokens and surrounding blanks."""
+        return self._backend.decode(token_ids, skip_special_tokens=True).strip()
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json into `directory`, which is made if need be."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"))
+
+
+def load_tokenizer(location: str | Path) -> Tokenizer:
+    """Open the tokenizer in a directory, or of a model on the Hugging Face hub.
+
+    tokenizer.json is taken where there is one; older OPT checkpoints have vocab.json + merges.txt.
+
+    Raises:
+        UserError: no tokenizer there, or none that OPT could use.
+    """
+    directory = Path(location)
+    if not directory.is_dir():
+        directory = _download_tokenizer(str(location))
+    try:
+        if (directory / "tokenizer.json").is_file():
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
+        if (directory / "vocab.json").is_file():
+            files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
+            backend = tokenizers.ByteLevelBPETokenizer.from_file(*files)
+            backend.add_special_tokens(["<s>", PAD, BOS, "<unk>"])
+            return Tokenizer(backend._tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(
+            f"cannot read the tokenizer in {directory}: {error}; make it again with: {MADE_BY}"
+        ) from None
+    raise UserError(
+        f"{directory} holds no tokenizer.json; make it with: {MADE_BY}, or name another directory"
+        " or hub id with --hf_model_location"
+    )
+
+
+def _download_tokenizer(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt"]
+            )
+        )
+    except Exception as error:  # hub, network and name errors share no base class
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no tokenizer at {hub_id}: not a directory, and the hub says: {reason}; make one with:"
+            f" {MADE_BY}, or name a directory with --hf_model_location"
+        ) from None
+
+
+def build_input_ids(text_ids: list[int], num_query_tokens: int, vocab_size: int) -> torch.Tensor:
+    """Put the picture's ids before the text's: 1-D int64, num_query_tokens + len(text_ids)."""
+    picture = torch.arange(vocab_size, vocab_size + num_query_tokens)
+    return torch.cat([picture, torch.tensor(text_ids, dtype=torch.int64)])

@@ -1,0 +1,228 @@
+"""The ViT and the Q-Former as ONNX files, and the proof that the files compute the same.
+
+float32 modules → reference outputs → modules in the export's precision → files → ONNX Runtime
+on the files against the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from blip2 import artifacts
+from blip2.artifacts import UserError
+from blip2.checkpoints import Checkpoint
+from blip2.vision import modules
+from blip2.vision.onnx_runtime import data_path, open_graph, run_graph
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 18
+# ‖file − reference‖ / ‖reference‖ that rounding explains; anything above is a wrong file.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1.4e-2}  # the latter is a cosine of 0.9999
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a file's output is from float32 PyTorch's, for one batch size."""
+
+    batch_size: int
+    relative: float
+    cosine: float
+
+
+def export_vit(
+    checkpoint: Checkpoint, pixel_values: torch.Tensor, dtype: torch.dtype, path: Path
+) -> tuple[list[torch.Tensor], list[Difference]]:
+    """Write the ViT's graph (input → output) and check it.
+
+    Args:
+        checkpoint: a BLIP-2 checkpoint.
+        pixel_values: 1 x 3 x S x S, the picture to check it with.
+        dtype: precision of the weights, inputs and outputs.
+        path: the .onnx file to write.
+
+    Returns:
+        The float32 reference's image_embeds for batches of 1 and 3, and the file's differences.
+    """
+    torch.manual_seed(0)
+    three = torch.cat([pixel_values, torch.randn(2, *pixel_values.shape[1:])])
+    cases = [{"input": pixel_values.to(dtype)}, {"input": three.to(dtype)}]
+    module = modules.load_vision_transformer(checkpoint, torch.float32)
+    expected = _references(module, cases)
+    module.to(dtype)
+    _write_graph(module, cases[1], "output", path)
+    del module  # ONNX Runtime needs the room
+    return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
+
+
+def export_qformer(
+    checkpoint: Checkpoint,
+    query_tokens: torch.Tensor,
+    image_embeds: list[torch.Tensor],
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    path: Path,
+) -> list[Difference]:
+    """Write the Q-Former's graph (query_tokens, image_embeds, image_atts → query_output), check it.
+
+    Args:
+        checkpoint: a BLIP-2 checkpoint.
+        query_tokens: 1 x n x H_q.
+        image_embeds: the ViT's outputs to check it with, each B x T x H_v.
+        dtype: precision of the floating-point inputs and the output.
+        compute_dtype: precision of the weights and of everything inside.
+        path: the .onnx file to write.
+    """
+    cases = [
+        {
+            "query_tokens": query_tokens.expand(len(embeds), -1, -1).to(dtype),
+            "image_embeds": embeds.to(dtype),
+            "image_atts": _attention_mask(*embeds.shape[:2]),
+        }
+        for embeds in image_embeds
+    ]
+    module = modules.load_qformer(checkpoint, torch.float32)
+    expected = _references(module, cases)
+    module.to(compute_dtype)
+    _write_graph(module, cases[-1], "query_output", path)
+    return check_graph(path, cases, expected, TOLERANCE[dtype])
+
+
+def _attention_mask(batch: int, tokens: int) -> torch.Tensor:
+    """All ones, but for one hidden embedding in every picture after the first."""
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask[1:, -1] = 0
+    return mask
+
+
+def _references(module: nn.Module, cases: list[Inputs]) -> list[torch.Tensor]:
+    """Run a float32 module on each case, its floating-point inputs widened to float32."""
+    with torch.inference_mode():
+        return [
+            module(*(x.float() if x.is_floating_point() else x for x in case.values()))
+            for case in cases
+        ]
+
+
+def _write_graph(module: nn.Module, example: Inputs, output: str, path: Path) -> None:
+    """Export `module` with dynamic batch to `path` and its weights to `path`.data.
+
+    Args:
+        module: in the precision to export.
+        example: inputs by graph name, in the precision to export, of a batch of at least 2 (a
+            batch of 1 would be taken for a constant).
+        output: name of the graph's output.
+        path: the .onnx file to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch")
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(example.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(example),
+            output_names=[output],
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            verbose=False,
+        )
+        program.save(path, external_data=True)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence the exporter's progress prints and deprecation warnings: they are not the user's."""
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        yield
+
+
+def check_graph(
+    path: Path, cases: list[Inputs], expected: list[torch.Tensor], tolerance: float
+) -> list[Difference]:
+    """Check a written file: ONNX's own checker, then ONNX Runtime against the reference.
+
+    Args:
+        path: the .onnx file.
+        cases: inputs in the file's precision.
+        expected: the reference's output for each case.
+        tolerance: largest relative error (Frobenius norms) to accept.
+
+    Raises:
+        UserError: the file is invalid or disagrees with the reference.
+    """
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = open_graph(path, optimise=False)
+    differences = []
+    for case, reference in zip(cases, expected, strict=True):
+        difference = _compare(run_graph(graph, case), reference)
+        if not difference.relative <= tolerance:
+            raise UserError(
+                f"the exported {path.name} disagrees with PyTorch: relative error"
+                f" {difference.relative:.1e} at batch {difference.batch_size}, at most"
+                f" {tolerance:.1e} is rounding; try --dtype float32, and please report it"
+            )
+        differences.append(difference)
+    return differences
+
+
+def _compare(output: torch.Tensor, reference: torch.Tensor) -> Difference:
+    output, reference = output.double(), reference.double()
+    return Difference(
+        len(reference),
+        float((output - reference).norm() / reference.norm()),
+        float(torch.nn.functional.cosine_similarity(output.flatten(), reference.flatten(), dim=0)),
+    )
+
+
+def write_sidecar(path: Path, **facts: Any) -> None:
+    """Describe an exported graph: its files' hashes, inputs, outputs and precision, and `facts`."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    inputs, outputs = (_describe_values(side) for side in (model.graph.input, model.graph.output))
+    artifacts.write_sidecar(
+        path,
+        data=artifacts.describe_file(data_path(path)),
+        opset=next(entry.version for entry in model.opset_import if not entry.domain),
+        dtype=next(iter(outputs.values()))["dtype"],
+        inputs=inputs,
+        outputs=outputs,
+        versions={"torch": torch.__version__, "onnx": onnx.__version__},
+        **facts,
+    )
+
+
+def _describe_values(values: Iterable[onnx.ValueInfoProto]) -> dict[str, dict[str, Any]]:
+    import onnx
+
+    described = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        described[value.name] = {
+            "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+            "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+        }
+    return described

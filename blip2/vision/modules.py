@@ -1,0 +1,231 @@
+"""BLIP-2's ViT and Q-Former in PyTorch, with Hugging Face's parameter names.
+
+Used to export and, as the reference, to check what was exported. Attention scales q before q·kᵀ
+(Hugging Face's eager attention scales after it, where fp16 can overflow), LayerNorm stays one
+operation, and the Q-Former may compute in another precision than its inputs and outputs have.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blip2.artifacts import UserError
+from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+
+
+class VisionTransformer(nn.Module):
+    """ViT: pixel_values B x 3 x S x S → image_embeds B x (1 + patches) x hidden_size."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = PatchEmbeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(
+            VisionLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.embeddings(pixel_values)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden)
+        return self.post_layernorm(hidden)
+
+
+class PatchEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        positions = (config.image_size // patch) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.empty(1, positions, width))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(patches.shape[0], -1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.num_heads = config.num_attention_heads
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = nn.Module()
+        self.self_attn.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.self_attn.projection = nn.Linear(width, width)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(width, config.intermediate_size)
+        self.mlp.fc2 = nn.Linear(config.intermediate_size, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        qkv = self.self_attn.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
+        hidden = hidden + self.self_attn.projection(attention(*qkv, self.num_heads))
+        return hidden + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(hidden))))
+
+
+class QFormer(nn.Module):
+    """Q-Former and the projection to OPT's hidden size, as one stage.
+
+    query_tokens B x n x H_q, image_embeds B x T x H_v, image_atts B x T (int64, 0 hides an
+    embedding) → query_output B x n x H_lm in the dtype of image_embeds. Computes in the dtype of
+    its own parameters: Hugging Face and LAVIS keep the Q-Former in float32.
+    """
+
+    def __init__(self, config: QFormerConfig, language_hidden_size: int) -> None:
+        super().__init__()
+        self.qformer = nn.Module()
+        self.qformer.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.qformer.encoder = nn.Module()
+        self.qformer.encoder.layer = nn.ModuleList(
+            QFormerLayer(config, crosses=index % config.cross_attention_frequency == 0)
+            for index in range(config.num_hidden_layers)
+        )
+        self.language_projection = nn.Linear(config.hidden_size, language_hidden_size)
+
+    def forward(
+        self, query_tokens: torch.Tensor, image_embeds: torch.Tensor, image_atts: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = self.language_projection.weight.dtype
+        visible = (image_atts != 0)[:, None, None, :]
+        image = image_embeds.to(dtype)
+        hidden = self.qformer.layernorm(query_tokens.to(dtype))
+        for layer in self.qformer.encoder.layer:
+            hidden = layer(hidden, image, visible)
+        return self.language_projection(hidden).to(image_embeds.dtype)
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, config: QFormerConfig, crosses: bool) -> None:
+        super().__init__()
+        self.attention = QFormerAttention(config, config.hidden_size)
+        self.crossattention = (
+            QFormerAttention(config, config.encoder_hidden_size) if crosses else None
+        )
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.intermediate_query = nn.Module()
+        self.intermediate_query.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output_query = ResidualOutput(config, config.intermediate_size)
+
+    def forward(
+        self, hidden: torch.Tensor, image: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = self.attention(hidden, hidden)
+        if self.crossattention is not None:
+            hidden = self.crossattention(hidden, image, visible)
+        return self.output_query(self.activation(self.intermediate_query.dense(hidden)), hidden)
+
+
+class QFormerAttention(nn.Module):
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.attention = nn.Module()
+        self.attention.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention.key = nn.Linear(source_width, config.hidden_size)
+        self.attention.value = nn.Linear(source_width, config.hidden_size)
+        self.output = ResidualOutput(config, config.hidden_size)
+
+    def forward(
+        self, hidden: torch.Tensor, source: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        query = self.attention.query(hidden)
+        key, value = self.attention.key(source), self.attention.value(source)
+        return self.output(attention(query, key, value, self.num_heads, visible), hidden)
+
+
+class ResidualOutput(nn.Module):
+    """BERT's post-LN: LayerNorm(dense(x) + residual)."""
+
+    def __init__(self, config: QFormerConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_heads: int,
+    visible: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multi-head attention over B x T x (heads · head_size); `visible` is B x 1 x 1 x T_key bool."""
+    query, key, value = (
+        x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def load_vision_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
+    """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on the CPU.
+
+    Raises:
+        UserError: a tensor is missing, has another shape than config.json says, or is not finite.
+    """
+    config = VisionConfig.of(checkpoint)
+    _check_activation(config.hidden_act, "vision_config")
+    with torch.device("meta"):
+        module = VisionTransformer(config)
+    return _filled(module, checkpoint, dtype, prefix="vision_model.")
+
+
+def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype) -> QFormer:
+    """The Q-Former and language projection of a BLIP-2 checkpoint, computing in `dtype`.
+
+    Raises:
+        UserError: as `load_vision_transformer`.
+    """
+    config = QFormerConfig.of(checkpoint)
+    _check_activation(config.hidden_act, "qformer_config")
+    language_hidden_size = checkpoint.shape("language_projection.weight")[0]
+    with torch.device("meta"):
+        module = QFormer(config, language_hidden_size)
+    return _filled(module, checkpoint, dtype, prefix="")
+
+
+def _check_activation(name: str, where: str) -> None:
+    if name not in ACTIVATIONS:
+        raise UserError(
+            f"config.json names the activation {name!r} in {where}; this suite knows"
+            f" {', '.join(ACTIVATIONS)}"
+        )
+
+
+def _filled(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, prefix: str):
+    """Replace every meta parameter by the checkpoint's, converted one at a time."""
+    state = {}
+    for name, parameter in module.state_dict().items():
+        stored = checkpoint.tensor(prefix + name)
+        if stored.shape != parameter.shape:
+            raise UserError(
+                f"{checkpoint.directory}: {prefix + name} has shape {tuple(stored.shape)}, config.json"
+                f" asks for {tuple(parameter.shape)}; download the checkpoint again"
+            )
+        state[name] = stored.to(dtype)
+        if not torch.isfinite(state[name]).all():
+            raise UserError(
+                f"{checkpoint.directory}: {prefix + name} holds NaN or Inf in"
+                f" {str(dtype).removeprefix('torch.')}; download the checkpoint again, or use"
+                " --dtype float32"
+            )
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""One interface for every engine that runs the ViT and the Q-Former."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+
+import torch
+
+from blip2.artifacts import UserError
+from blip2.images import Preprocessing
+
+
+class VisionSession(abc.ABC):
+    """ViT and Q-Former, whatever runs them. Engines implement `_vit` and `_qformer`.
+
+    The two stay separate so that each can be timed. Batches above `max_batch_size` are split.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_size: int | None = None
+    preprocessing: Preprocessing
+    num_query_tokens: int
+
+    def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values B x 3 x S x S → image_embeds B x T x H_v in the session's dtype.
+
+        Raises:
+            UserError: the pictures have another size than the checkpoint takes.
+        """
+        size = (3, self.preprocessing.height, self.preprocessing.width)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != size:
+            raise UserError(
+                f"the pictures have shape {tuple(pixel_values.shape)}, this ViT takes"
+                f" B x {' x '.join(map(str, size))}; make image.pt with the same checkpoint, or give"
+                " the picture itself"
+            )
+        return self._split(self._vit, pixel_values.to(self.device, self.dtype))
+
+    def qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """image_embeds B x T x H_v → query_output B x n x H_lm, projected to OPT's hidden size."""
+        return self._split(self._qformer, image_embeds)
+
+    @abc.abstractmethod
+    def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `vit`, for a batch of at most `max_batch_size`."""
+
+    @abc.abstractmethod
+    def _qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """As `qformer`, for a batch of at most `max_batch_size`."""
+
+    def _split(
+        self, stage: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor
+    ) -> torch.Tensor:
+        size = self.max_batch_size or len(batch)
+        if len(batch) <= size:
+            return stage(batch)
+        return torch.cat([stage(part) for part in batch.split(size)])

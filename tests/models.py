@@ -1,0 +1,82 @@
+"""Small random checkpoints in Hugging Face's format, written by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+
+
+def tiny_blip2(
+    directory: Path,
+    *,
+    vision: dict | None = None,
+    qformer: dict | None = None,
+    text: dict | None = None,
+    num_query_tokens: int = 4,
+    seed: int = 0,
+) -> transformers.Blip2ForConditionalGeneration:
+    """Write a BLIP-2 with random weights, its tokenizer and its image processor; return the model.
+
+    Initialised wider than training would, so that answers depend on the picture and the prompt.
+    """
+    torch.manual_seed(seed)
+    wide = {"initializer_range": 0.2}
+    config = transformers.Blip2Config(
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+            **wide,
+            **(vision or {}),
+        },
+        qformer_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "encoder_hidden_size": (vision or {}).get("hidden_size", 48),
+            "vocab_size": 10,
+            **wide,
+            **(qformer or {}),
+        },
+        text_config={
+            "model_type": "opt",
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 96,
+            "word_embed_proj_dim": 64,
+            "init_std": 0.2,
+            **(text or {}),
+        },
+        num_query_tokens=num_query_tokens,
+        image_token_index=300,
+    )
+    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # biases and norms too: all zeros and ones hide mistakes
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.query_tokens.data.normal_()
+    model.save_pretrained(directory)
+    tiny_tokenizer().save(str(directory / "tokenizer.json"))
+    return model
+
+
+def tiny_tokenizer() -> tokenizers.Tokenizer:
+    """OPT's kind of tokenizer with no merges: its four special tokens, then one token a byte."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    return backend
