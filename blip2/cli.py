@@ -17,6 +17,15 @@ from typing import NoReturn
 from blip2.artifacts import UserError
 
 
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values; "None" and "False" would tell nobody anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without guessed abbreviations, whose errors are one line."""
 
@@ -24,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_DefaultsHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:

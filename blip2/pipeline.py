@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from blip2.artifacts import UserError
-from blip2.language.session import GenerationOptions, LanguageSession
-from blip2.prompts import Tokenizer, build_input_ids
+from blip2.language import GenerationOptions, LanguageSession, open_language_session
+from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
+from blip2.vision import open_vision_session
 from blip2.vision.session import VisionSession
 
 
@@ -97,6 +99,30 @@ class Pipeline:
             [Answer(self.tokenizer.decode(beam.token_ids), beam.score) for beam in generation.beams]
             for generation in generations
         ]
+
+
+def open_pipeline(
+    engine_dir: str | Path,
+    opt_engine_dir: str | Path,
+    query_tokens: str | Path,
+    tokenizer: str | Path | None = None,
+) -> Pipeline:
+    """Open the engines that the artifacts in two directories call for.
+
+    Args:
+        engine_dir: holds the ViT and the Q-Former.
+        opt_engine_dir: holds the OPT.
+        query_tokens: the file query_tokens.pt of the export.
+        tokenizer: directory or hub id; None is `tokenizer/` beside the query tokens.
+
+    Raises:
+        UserError: an artifact is missing, damaged, or does not fit the others.
+    """
+    return Pipeline(
+        open_vision_session(Path(engine_dir), Path(query_tokens)),
+        open_language_session(Path(opt_engine_dir)),
+        load_tokenizer(tokenizer or Path(query_tokens).parent / "tokenizer"),
+    )
 
 
 def _check_finite(outputs: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,206 @@
+"""Ask BLIP-2 a question about a picture: ViT → Q-Former → OPT, on whatever engines are there.
+
+    python run.py --input_text "Question: which city is this? Answer:"
+    python run.py --input_dir photo.jpg --input_text ""              # no text: a caption
+    python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
+
+What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans or ONNX files,
+a TensorRT-LLM engine or a TensorRT-LLM checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blip2 import cli
+from blip2.artifacts import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from blip2.language.session import GenerationOptions
+    from blip2.pipeline import Answer, Pipeline
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Ask BLIP-2 a question about a picture.")
+    add = parser.add_argument
+    add(
+        "--input_text",
+        default="Question: which city is this? Answer:",
+        help="prompt; empty: caption",
+    )
+    add("--input_dir", default="image.pt", help="image.pt, or a picture: file or URL")
+    add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
+    add(
+        "--engine_dir",
+        help="ViT and Q-Former (default: plan, else onnx)",
+    )
+    add(
+        "--opt_engine_dir",
+        help="OPT (default: trt_engine/blip-2-opt-2.7b/fp16/1-gpu, else opt/2.7B/trt_ckpt/fp16/1-gpu)",
+    )
+    add(
+        "--hf_model_location",
+        help="tokenizer: directory or hub id (default: tokenizer/ beside the query tokens)",
+    )
+    add("--max_txt_len", type=cli.positive_int, default=32, help="longest prompt, in tokens")
+    add("--max_output_len", type=cli.positive_int, default=30, help="longest answer, in tokens")
+    add("--num_beams", type=cli.positive_int, default=1, help="beam search if above 1")
+    add("--length_penalty", type=cli.finite_float, default=1.0, help="above 1: longer beams win")
+    add("--repetition_penalty", type=cli.positive_float, default=1.0, help="above 1: fewer repeats")
+    add(
+        "--top_k",
+        type=cli.non_negative_int,
+        help="sample among k; 0: all",
+    )
+    add(
+        "--top_p",
+        type=cli.probability,
+        help="sample among probability p",
+    )
+    add("--temperature", type=cli.positive_float, help="sample: flatten")
+    add("--seed", type=cli.non_negative_int, default=0, help="of the sampling")
+    add("--benchmark", type=cli.positive_int, metavar="N", help="repeat N times, print medians")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+
+    # Imported after the arguments are parsed, so that --help does not wait for torch.
+    from blip2.pipeline import Stopwatch
+
+    watch = Stopwatch()
+    with watch.time("load engines"):
+        pipeline = open_engines(args)
+    with watch.time("load picture"):
+        pixel_values = load_pixel_values(args.input_dir, pipeline)
+    options = decoding_options(args, pipeline)
+    check_prompt_length(args.input_text, args.max_txt_len, pipeline)
+
+    texts = [args.input_text] * len(pixel_values)
+    if args.benchmark:
+        pipeline.answer(pixel_values, texts, options)  # warm up
+        runs = [Stopwatch() for _ in range(args.benchmark)]
+        for run in runs:
+            answers = pipeline.answer(pixel_values, texts, options, run)
+        stages = {
+            stage: statistics.median(run.seconds[stage] for run in runs)
+            for stage in runs[0].seconds
+        }
+    else:
+        answers = pipeline.answer(pixel_values, texts, options, watch)
+        stages = watch.seconds
+
+    if args.json:
+        print(json.dumps(as_json(args.input_text, answers, stages, args.benchmark)))
+    else:
+        print(as_text(args.input_text, answers, stages, args.benchmark))
+
+
+def open_engines(args: argparse.Namespace) -> Pipeline:
+    """The engines that the directories call for, and the tokenizer saved with the query tokens."""
+    from blip2 import language, vision
+    from blip2.pipeline import open_pipeline
+
+    return open_pipeline(
+        engine_dir=args.engine_dir or first_with_engine(vision.holds_engine, "plan", "onnx"),
+        opt_engine_dir=args.opt_engine_dir
+        or first_with_engine(
+            language.holds_engine,
+            "trt_engine/blip-2-opt-2.7b/fp16/1-gpu",
+            "opt/2.7B/trt_ckpt/fp16/1-gpu",
+        ),
+        query_tokens=args.query_tokens,
+        tokenizer=args.hf_model_location,
+    )
+
+
+def first_with_engine(holds_engine: Callable[[Path], bool], *directories: str) -> str:
+    """The first of the default directories that holds something to run, else the last of them."""
+    return next((d for d in directories if holds_engine(Path(d))), directories[-1])
+
+
+def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
+    """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+    from blip2 import artifacts, images
+
+    if source.endswith(".pt"):
+        return artifacts.load_tensor(Path(source), "python onnx_export.py --image PICTURE")
+    picture = images.load_image(source)
+    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+
+
+def decoding_options(args: argparse.Namespace, pipeline: Pipeline) -> GenerationOptions:
+    """The options of the command line; naming any of top_k, top_p, temperature asks for sampling."""
+    from blip2.language.session import GenerationOptions
+
+    sampling = {"top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if sampling:
+        sampling.setdefault("top_k", 0)
+    return GenerationOptions(
+        end_id=pipeline.tokenizer.end_id,
+        pad_id=pipeline.tokenizer.pad_id,
+        max_output_len=args.max_output_len,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        **sampling,
+    )
+
+
+def check_prompt_length(text: str, max_txt_len: int, pipeline: Pipeline) -> None:
+    """A prompt is never cut silently.
+
+    Raises:
+        UserError: it has more tokens than --max_txt_len.
+    """
+    length = len(pipeline.tokenizer.encode(text))
+    if length > max_txt_len:
+        raise UserError(
+            f"--input_text has {length} tokens, --max_txt_len allows {max_txt_len}; shorten the text"
+            " or raise --max_txt_len"
+        )
+
+
+def as_json(
+    text: str, answers: list[list[Answer]], stages: dict[str, float], repeats: int | None
+) -> dict:
+    """The result for programs: seconds by stage; with --benchmark they are medians."""
+    return {
+        "question": text,
+        "answers": [[dataclasses.asdict(beam) for beam in beams] for beams in answers],
+        "seconds": stages,
+        "benchmark": repeats,
+    }
+
+
+def as_text(
+    text: str, answers: list[list[Answer]], stages: dict[str, float], repeats: int | None
+) -> str:
+    """The result for people: question, answers, and a table of the stages."""
+    lines = [f"[Q] {text or '(caption)'}"]
+    for beams in answers:
+        for beam in beams:
+            score = "" if beam.score is None else f"    ({beam.score:.4f})"
+            lines.append(f"[A] {beam.text}{score}")
+    total = sum(stages.values())
+    median = f", median of {repeats}" if repeats else ""
+    lines += ["", f"{'stage':<14}{'time' + median:>22}{'share':>8}"]
+    for stage, seconds in [*stages.items(), ("total", total)]:
+        lines.append(f"{stage:<14}{seconds * 1e3:>19.1f} ms{seconds / total:>7.0%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
