@@ -1,0 +1,325 @@
+"""Greedy search, sampling and beam search with the results of Hugging Face's `generate`.
+
+    strategy = make_strategy(options, input_ids, vocab_size)
+    logits = prompt logits, one row a request, repeated for its beams
+    for _ in range(options.max_output_len):
+        next_tokens, source_rows = strategy.advance(logits)
+        if strategy.finished():                  # the only call that waits for the device
+            break
+        logits = logits after next_tokens, on top of the cache rows source_rows
+    generations = strategy.results()
+
+`advance` has no step argument and no branch that depends on data: its state, the step included,
+lies in tensors of fixed shape that are updated in place, so a GPU can run it inside a captured
+graph. Steps taken after everything has finished change no result; `finished` may therefore be
+asked as rarely as one likes.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from blip2.language.session import Beam, Generation, GenerationOptions
+
+# What transformers adds to a score to rule a candidate out; kept, so that scores agree exactly.
+_RULED_OUT = -1.0e9
+
+
+def make_strategy(
+    options: GenerationOptions,
+    input_ids: Sequence[torch.Tensor],
+    vocab_size: int,
+    first_request: int = 0,
+    device: torch.device | str = "cpu",
+) -> Strategy:
+    """Choose the strategy that the options ask for.
+
+    Args:
+        options: how to decode.
+        input_ids: one 1-D tensor a request; ids of vocab_size and above are image rows.
+        vocab_size: columns of the logits.
+        first_request: index of input_ids[0] among all requests; sampling seeds depend on it.
+        device: where the logits will be.
+    """
+    if options.num_beams > 1:
+        return BeamSearch(options, input_ids, vocab_size, device)
+    if options.samples:
+        return Sampling(options, input_ids, vocab_size, device, first_request)
+    return Greedy(options, input_ids, vocab_size, device)
+
+
+class Strategy(abc.ABC):
+    """Turns logits into tokens, step by step. Rows are requests x beams, beams side by side."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        self.options = options
+        self.requests = len(input_ids)
+        self.rows = self.requests * options.num_beams
+        self.device = device
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._tokens = torch.full(
+            (self.rows, options.max_output_len), options.pad_id, dtype=torch.int64, device=device
+        )
+        self._penalty = RepetitionPenalty(options, input_ids, vocab_size, device)
+
+    @abc.abstractmethod
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose each row's next token from logits of shape rows x vocab_size.
+
+        Returns the tokens (rows, int64) and the rows they continue (rows, int64), or None where
+        every row continues itself.
+        """
+
+    @abc.abstractmethod
+    def finished(self) -> bool:
+        """Whether no further step can change a result. Waits for the device."""
+
+    @abc.abstractmethod
+    def results(self) -> list[Generation]:
+        """One generation a request, cut before the end token."""
+
+
+class Greedy(Strategy):
+    """The likeliest token at every step."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(options, input_ids, vocab_size, device)
+        self._ended = torch.zeros(self.rows, dtype=torch.bool, device=device)
+
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        chosen = self._choose(self._penalty.apply(logits.float()))
+        next_tokens = torch.where(self._ended, self.options.pad_id, chosen)
+        self._tokens.index_copy_(1, self._step, next_tokens[:, None])
+        self._ended |= next_tokens == self.options.end_id
+        self._penalty.add(next_tokens)
+        self._step += 1
+        return next_tokens, None
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.argmax(dim=-1)
+
+    def finished(self) -> bool:
+        return bool(self._ended.all())
+
+    def results(self) -> list[Generation]:
+        steps = int(self._step)
+        rows = self._tokens[:, :steps].tolist()
+        return [Generation((Beam(_cut(ids, self.options.end_id)),)) for ids in rows]
+
+
+class Sampling(Greedy):
+    """A token drawn from the distribution that temperature, top_k and top_p leave.
+
+    Each request has its own random numbers, drawn beforehand, one a step; a number picks a token
+    by inverting the cumulative distribution in the order of the vocabulary. So an answer depends
+    on the seed and the request's index, not on what else is in its batch.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device | str,
+        first_request: int = 0,
+    ) -> None:
+        super().__init__(options, input_ids, vocab_size, device)
+        requests = range(first_request, first_request + self.requests)
+        uniforms = [_uniforms(options.seed, index, options.max_output_len) for index in requests]
+        self._uniforms = torch.stack(uniforms).to(device)
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
+        cumulative = self.probabilities(scores).double().cumsum(dim=-1)
+        target = self._uniforms.index_select(1, self._step) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """The distribution to draw from: rows x vocab_size, in transformers' order of filters."""
+        scores = scores / self.options.temperature
+        if self.options.top_k:
+            top_k = min(self.options.top_k, scores.shape[-1])
+            smallest_kept = scores.topk(top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
+        if self.options.top_p < 1:
+            ascending, order = scores.sort(dim=-1)
+            dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.options.top_p
+            dropped[:, -1] = False
+            scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+        return scores.softmax(dim=-1)
+
+
+class BeamSearch(Strategy):
+    """The search of transformers' `_beam_search`: same candidates, same scores, same stopping.
+
+    Instead of whole sequences, each step stores the running beams' tokens and parents, and a
+    finished beam stores (step, parent, last token); `results` walks back from there.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(options, input_ids, vocab_size, device)
+        shape = (self.requests, options.num_beams)
+        self._parents = torch.zeros_like(self._tokens)
+        self._first_row = torch.arange(0, self.rows, options.num_beams, device=device)[:, None]
+        # All beams of a request start equal: only the first may propose tokens at the first step.
+        self._running_scores = torch.zeros(shape, device=device)
+        self._running_scores[:, 1:] = _RULED_OUT
+        self._scores = torch.full(shape, _RULED_OUT, device=device)
+        self._endings = torch.zeros((*shape, 3), dtype=torch.int64, device=device)
+        self._is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._can_improve = torch.ones((self.requests, 1), dtype=torch.bool, device=device)
+        lengths = torch.arange(1, options.max_output_len + 1, dtype=torch.float64)
+        self._norms = (lengths**options.length_penalty).float().to(device)
+        # Twice the beams are kept, as each beam can end in one way: that many always go on.
+        self._may_finish = torch.arange(2 * options.num_beams, device=device) < options.num_beams
+
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_beams, vocab_size = self.options.num_beams, logits.shape[-1]
+        log_probs = self._penalty.apply(logits.float().log_softmax(dim=-1))
+        totals = log_probs.view(self.requests, num_beams, -1) + self._running_scores[:, :, None]
+        scores, flat = totals.view(self.requests, -1).topk(2 * num_beams)
+        parents, tokens = flat // vocab_size, flat % vocab_size
+        last_step = self._step == self.options.max_output_len - 1
+        ends = (tokens == self.options.end_id) | last_step
+        norm = self._norms.index_select(0, self._step)
+
+        self._collect_finished(scores / norm, parents, tokens, ends)
+        running = scores + ends.float() * _RULED_OUT
+        best = running.topk(num_beams).indices
+        self._running_scores.copy_(running.gather(1, best))
+        self._stop_where_hopeless(norm)
+
+        next_tokens = tokens.gather(1, best).view(-1)
+        source_rows = (parents.gather(1, best) + self._first_row).view(-1)
+        self._tokens.index_copy_(1, self._step, next_tokens[:, None])
+        self._parents.index_copy_(1, self._step, source_rows[:, None])
+        self._penalty.reorder(source_rows)
+        self._penalty.add(next_tokens)
+        self._step += 1
+        return next_tokens, source_rows
+
+    def _collect_finished(
+        self,
+        scores: torch.Tensor,
+        parents: torch.Tensor,
+        tokens: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> None:
+        """Merge candidates that just ended into the finished beams, best `num_beams` first."""
+        just_finished = ends & self._may_finish
+        closed = ~self._can_improve
+        if self.options.early_stopping:
+            closed = closed.float() + self._is_finished.all(dim=1, keepdim=True).float()
+        scores = scores + closed * _RULED_OUT + ~just_finished * _RULED_OUT
+        step = self._step.expand_as(tokens)
+        endings = torch.stack((step, parents + self._first_row, tokens), dim=-1)
+
+        merged = torch.cat((self._scores, scores), dim=1)
+        kept_scores, kept = merged.topk(self.options.num_beams)
+        flags = torch.cat((self._is_finished, just_finished), dim=1)
+        endings = torch.cat((self._endings, endings), dim=1)
+        self._scores.copy_(kept_scores)
+        self._is_finished.copy_(flags.gather(1, kept))
+        self._endings.copy_(endings.gather(1, kept[:, :, None].expand(-1, -1, 3)))
+
+    def _stop_where_hopeless(self, norm: torch.Tensor) -> None:
+        """Mark requests whose best running beam no longer beats their worst finished one."""
+        best_running = self._running_scores[:, :1] / norm
+        worst = self._scores.min(dim=1, keepdim=True).values
+        worst = torch.where(self._is_finished, worst, _RULED_OUT)
+        self._can_improve &= (best_running > worst).any(dim=1, keepdim=True)
+
+    def finished(self) -> bool:
+        done = ~self._can_improve.any()
+        if self.options.early_stopping:
+            done |= self._is_finished.all()
+        return bool(done)
+
+    def results(self) -> list[Generation]:
+        tokens, parents = self._tokens.tolist(), self._parents.tolist()
+        end_id = self.options.end_id
+
+        def beam(score: float, ending: list[int]) -> Beam:
+            step, row, last_token = ending
+            ids = [last_token]
+            for earlier in range(step - 1, -1, -1):
+                ids.append(tokens[row][earlier])
+                row = parents[row][earlier]
+            return Beam(_cut(ids[::-1], end_id), score)
+
+        return [
+            Generation(tuple(map(beam, scores, endings)))
+            for scores, endings in zip(self._scores.tolist(), self._endings.tolist(), strict=True)
+        ]
+
+
+class RepetitionPenalty:
+    """Makes the tokens of a request's text and of its answer so far less likely (CTRL, 2019).
+
+    Positive scores are divided by the penalty, negative ones multiplied. Image rows do not count.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        self.penalty = options.repetition_penalty
+        self._seen: torch.Tensor | None = None
+        if self.penalty != 1:
+            seen = torch.zeros(len(input_ids), vocab_size, dtype=torch.bool)
+            for row, ids in zip(seen, input_ids, strict=True):
+                row[ids[ids < vocab_size].long().cpu()] = True
+            self._seen = seen.repeat_interleave(options.num_beams, dim=0).to(device)
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores, rows x vocab_size, with those of seen tokens lowered."""
+        if self._seen is None:
+            return scores
+        lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(self._seen, lowered, scores)
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Remember each row's new token."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+
+    def reorder(self, source_rows: torch.Tensor) -> None:
+        """Let each row continue what another row has seen."""
+        if self._seen is not None:
+            self._seen.copy_(self._seen.index_select(0, source_rows))
+
+
+def _uniforms(seed: int, request: int, steps: int) -> torch.Tensor:
+    """`steps` numbers in [0, 1), float64, the same for the same seed and request everywhere."""
+    digest = hashlib.sha256(f"{seed} {request}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.rand(steps, dtype=torch.float64, generator=generator)
+
+
+def _cut(ids: list[int], end_id: int) -> list[int]:
+    return ids[: ids.index(end_id)] if end_id in ids else ids
