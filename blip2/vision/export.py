@@ -27,7 +27,8 @@ from blip2.vision.onnx_runtime import data_path, open_graph, run_graph
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 18
+# 17 is the first whose LayerNormalization is one node, in fp32 precision; 23 has Attention and Gelu.
+OPSETS = (18, 23)
 # ‖file − reference‖ / ‖reference‖ that rounding explains; anything above is a wrong file.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1.4e-2}  # the latter is a cosine of 0.9999
 
@@ -44,7 +45,11 @@ class Difference:
 
 
 def export_vit(
-    checkpoint: Checkpoint, pixel_values: torch.Tensor, dtype: torch.dtype, path: Path
+    checkpoint: Checkpoint,
+    pixel_values: torch.Tensor,
+    dtype: torch.dtype,
+    path: Path,
+    opset: int = OPSETS[0],
 ) -> tuple[list[torch.Tensor], list[Difference]]:
     """Write the ViT's graph (input → output) and check it.
 
@@ -53,6 +58,7 @@ def export_vit(
         pixel_values: 1 x 3 x S x S, the picture to check it with.
         dtype: precision of the weights, inputs and outputs.
         path: the .onnx file to write.
+        opset: one of OPSETS.
 
     Returns:
         The float32 reference's image_embeds for batches of 1 and 3, and the file's differences.
@@ -61,9 +67,9 @@ def export_vit(
     three = torch.cat([pixel_values, torch.randn(2, *pixel_values.shape[1:])])
     cases = [{"input": pixel_values.to(dtype)}, {"input": three.to(dtype)}]
     module = modules.load_vision_transformer(checkpoint, torch.float32)
-    expected = _references(module, cases)
+    expected = references(module, cases)
     module.to(dtype)
-    _write_graph(module, cases[1], "output", path)
+    write_graph(module, cases[1], "output", path)
     del module  # ONNX Runtime needs the room
     return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
 
@@ -75,6 +81,7 @@ def export_qformer(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     path: Path,
+    opset: int = OPSETS[0],
 ) -> list[Difference]:
     """Write the Q-Former's graph (query_tokens, image_embeds, image_atts → query_output), check it.
 
@@ -85,6 +92,7 @@ def export_qformer(
         dtype: precision of the floating-point inputs and the output.
         compute_dtype: precision of the weights and of everything inside.
         path: the .onnx file to write.
+        opset: one of OPSETS.
     """
     cases = [
         {
@@ -95,9 +103,9 @@ def export_qformer(
         for embeds in image_embeds
     ]
     module = modules.load_qformer(checkpoint, torch.float32)
-    expected = _references(module, cases)
+    expected = references(module, cases)
     module.to(compute_dtype)
-    _write_graph(module, cases[-1], "query_output", path)
+    write_graph(module, cases[-1], "query_output", path)
     return check_graph(path, cases, expected, TOLERANCE[dtype])
 
 
@@ -108,7 +116,7 @@ def _attention_mask(batch: int, tokens: int) -> torch.Tensor:
     return mask
 
 
-def _references(module: nn.Module, cases: list[Inputs]) -> list[torch.Tensor]:
+def references(module: nn.Module, cases: list[Inputs]) -> list[torch.Tensor]:
     """Run a float32 module on each case, its floating-point inputs widened to float32."""
     with torch.inference_mode():
         return [
@@ -117,7 +125,7 @@ def _references(module: nn.Module, cases: list[Inputs]) -> list[torch.Tensor]:
         ]
 
 
-def _write_graph(module: nn.Module, example: Inputs, output: str, path: Path) -> None:
+def write_graph(module: nn.Module, example: Inputs, output: str, path: Path) -> None:
     """Export `module` with dynamic batch to `path` and its weights to `path`.data.
 
     Args:
@@ -126,6 +134,7 @@ def _write_graph(module: nn.Module, example: Inputs, output: str, path: Path) ->
             batch of 1 would be taken for a constant).
         output: name of the graph's output.
         path: the .onnx file to write.
+        opset: one of OPSETS.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch")
@@ -134,7 +143,7 @@ def _write_graph(module: nn.Module, example: Inputs, output: str, path: Path) ->
             module,
             tuple(example.values()),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(example),
             output_names=[output],
             dynamic_shapes=tuple({0: batch} for _ in example),
