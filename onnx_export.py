@@ -45,6 +45,13 @@ def parse_arguments() -> argparse.Namespace:
         help="precision the Q-Former computes in",
     )
     parser.add_argument(
+        "--opset",
+        type=int,
+        choices=(18, 23),
+        default=18,
+        help="ONNX operator set; 23 keeps attention and GELU as one node each",
+    )
+    parser.add_argument(
         "--output_dir", default=".", help="where onnx/, image.pt, query_tokens.pt, tokenizer/ go"
     )
     return parser.parse_args()
@@ -72,13 +79,15 @@ def main() -> None:
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
     with artifacts.staging(output_dir) as stage:
         vit = stage / "onnx" / VIT_FILE
-        image_embeds, differences = export.export_vit(checkpoint, pixel_values, dtype, vit)
+        image_embeds, differences = export.export_vit(
+            checkpoint, pixel_values, dtype, vit, args.opset
+        )
         export.write_sidecar(vit, **source, preprocessing=dataclasses.asdict(preprocessing))
         report(output_dir / "onnx" / VIT_FILE, vit, differences)
 
         qformer = stage / "onnx" / QFORMER_FILE
         differences = export.export_qformer(
-            checkpoint, query_tokens, image_embeds, dtype, qformer_dtype, qformer
+            checkpoint, query_tokens, image_embeds, dtype, qformer_dtype, qformer, args.opset
         )
         export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype)
         report(output_dir / "onnx" / QFORMER_FILE, qformer, differences)

@@ -69,7 +69,7 @@ def export_vit(
     module = modules.load_vision_transformer(checkpoint, torch.float32)
     expected = references(module, cases)
     module.to(dtype)
-    write_graph(module, cases[1], "output", path)
+    write_graph(module, cases[1], "output", path, opset)
     del module  # ONNX Runtime needs the room
     return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
 
@@ -105,7 +105,7 @@ def export_qformer(
     module = modules.load_qformer(checkpoint, torch.float32)
     expected = references(module, cases)
     module.to(compute_dtype)
-    write_graph(module, cases[-1], "query_output", path)
+    write_graph(module, cases[-1], "query_output", path, opset)
     return check_graph(path, cases, expected, TOLERANCE[dtype])
 
 
@@ -125,7 +125,9 @@ def references(module: nn.Module, cases: list[Inputs]) -> list[torch.Tensor]:
         ]
 
 
-def write_graph(module: nn.Module, example: Inputs, output: str, path: Path) -> None:
+def write_graph(
+    module: nn.Module, example: Inputs, output: str, path: Path, opset: int = OPSETS[0]
+) -> None:
     """Export `module` with dynamic batch to `path` and its weights to `path`.data.
 
     Args:

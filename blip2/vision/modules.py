@@ -101,7 +101,8 @@ class QFormer(nn.Module):
         self, query_tokens: torch.Tensor, image_embeds: torch.Tensor, image_atts: torch.Tensor
     ) -> torch.Tensor:
         dtype = self.language_projection.weight.dtype
-        visible = (image_atts != 0)[:, None, None, :]
+        # Expanded over the queries: ONNX Runtime's Attention (opset 23) does not broadcast a mask.
+        visible = (image_atts != 0)[:, None, None, :].expand(-1, -1, query_tokens.shape[1], -1)
         image = image_embeds.to(dtype)
         hidden = self.qformer.layernorm(query_tokens.to(dtype))
         for layer in self.qformer.encoder.layer:
@@ -167,7 +168,7 @@ def attention(
     num_heads: int,
     visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multi-head attention over B x T x (heads · head_size); `visible` is B x 1 x 1 x T_key bool."""
+    """Multi-head attention over B x T x (heads · head_size); `visible` is B x 1 x T x T_key bool."""
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
     )
