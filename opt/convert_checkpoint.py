@@ -136,6 +136,7 @@ def print_next_steps(output_dir: Path, config: OPTCheckpointConfig, checkpoint: 
     max_batch_size = 8
     query_tokens = checkpoint.config.get("num_query_tokens", 32)
     max_total_len = min(1024, config.max_position_embeddings)
+    max_input_len = max_total_len - min(100, max_total_len // 2)
     name = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size), "custom").lower()
     engine_dir = f"trt_engine/blip-2-opt-{name}/{precision_name(config)}/{config.tp_size}-gpu"
     if config.tp_size == 1:
@@ -145,7 +146,7 @@ def print_next_steps(output_dir: Path, config: OPTCheckpointConfig, checkpoint: 
         f"  trtllm-build --checkpoint_dir {output_dir} --output_dir {engine_dir} \\\n"
         f"    --gpt_attention_plugin {config.dtype} --gemm_plugin {config.dtype} \\\n"
         f"    --max_batch_size {max_batch_size} --max_beam_width 5 \\\n"
-        f"    --max_input_len {max_total_len * 9 // 10} --max_seq_len {max_total_len} \\\n"
+        f"    --max_input_len {max_input_len} --max_seq_len {max_total_len} \\\n"
         f"    --max_prompt_embedding_table_size {query_tokens * max_batch_size}"
         f"  # {query_tokens} query tokens x {max_batch_size} requests\n"
         f"  python run.py --opt_engine_dir {engine_dir}"

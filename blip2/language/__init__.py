@@ -1,5 +1,11 @@
-"""OPT sessions: one file per engine, one interface."""
+"""OPT sessions: one file per engine, one interface; the artifact in a directory chooses."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blip2.artifacts import UserError
 from blip2.language.session import (
     Beam,
     Generation,
@@ -8,4 +14,37 @@ from blip2.language.session import (
     Limits,
 )
 
-__all__ = ["Beam", "Generation", "GenerationOptions", "LanguageSession", "Limits"]
+__all__ = [
+    "Beam",
+    "Generation",
+    "GenerationOptions",
+    "LanguageSession",
+    "Limits",
+    "open_language_session",
+]
+
+
+def open_language_session(directory: Path) -> LanguageSession:
+    """Open the OPT that lies in `directory` with the engine that its artifact is for.
+
+    Raises:
+        UserError: no such directory, no artifact in it, or one that its engine cannot load.
+    """
+    for artifact, open_session in _ENGINES.items():
+        if (directory / artifact).is_file():
+            return open_session(directory)
+    what = "holds no OPT" if directory.is_dir() else "does not exist"
+    raise UserError(
+        f"{directory} {what} ({' or '.join(_ENGINES)}); make one with:"
+        f" python opt/convert_checkpoint.py --output_dir {directory}"
+    )
+
+
+def _open_native(directory: Path) -> LanguageSession:
+    from blip2.language.native.session import NativeSession
+
+    return NativeSession(directory)
+
+
+# The first artifact found decides. Engines are imported only when they are chosen.
+_ENGINES: dict[str, Callable[[Path], LanguageSession]] = {"rank0.safetensors": _open_native}

@@ -1,0 +1,1 @@
+"""OPT without TensorRT-LLM: the same checkpoint, run by PyTorch."""

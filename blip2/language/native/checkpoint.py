@@ -1,0 +1,141 @@
+"""Read a TensorRT-LLM checkpoint of OPT into weights that are ready to compute with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from blip2 import artifacts
+from blip2.artifacts import UserError
+from blip2.language.native.linear import LINEARS, FloatLinear, Linear
+from blip2.language.trtllm_format import MADE_BY, OPTCheckpointConfig, tensor_specs
+
+WEIGHTS_FILE = "rank0.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's weight and bias, each of shape hidden_size."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One decoder layer; q, k and v are one linear layer."""
+
+    input_norm: Norm
+    qkv: Linear
+    dense: Linear
+    post_norm: Norm
+    fc: Linear
+    proj: Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class OPTWeights:
+    """Embeddings (vocab_size x hidden_size, max_position_embeddings x hidden_size) and layers.
+
+    `final_norm` is None where the layers normalise after themselves.
+    """
+
+    embedding: torch.Tensor
+    positions: torch.Tensor
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    head: Linear
+
+
+def read_config(directory: Path) -> OPTCheckpointConfig:
+    """Read config.json.
+
+    Raises:
+        UserError: missing, unreadable, not of an OPT, or of a checkpoint split over several GPUs.
+    """
+    path = directory / "config.json"
+    config = OPTCheckpointConfig.from_json(artifacts.read_json(path, MADE_BY), path)
+    if config.tp_size != 1:
+        raise UserError(
+            f"{directory} is split over {config.tp_size} GPUs, the native session runs on one;"
+            f" make it again with: {MADE_BY} --tp_size 1"
+        )
+    return config
+
+
+def load_weights(directory: Path, config: OPTCheckpointConfig) -> OPTWeights:
+    """Read the weights, quantising the layers' linears as the configuration says.
+
+    Raises:
+        UserError: file missing, truncated, of another size than its description says, with
+            missing, extra or wrongly shaped tensors, or with NaN or Inf in one.
+    """
+    path = directory / WEIGHTS_FILE
+    if artifacts.sidecar_path(path).exists():  # TensorRT-LLM's own converter writes none.
+        artifacts.read_sidecar(path, MADE_BY)
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_shapes(path, file, config)
+            return _build(config, lambda name: _finite(path, name, file.get_tensor(name)))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; it is missing, truncated or damaged: make it again with:"
+            f" {MADE_BY}"
+        ) from None
+
+
+def _check_shapes(path: Path, file: safe_open, config: OPTCheckpointConfig) -> None:
+    stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = {name: spec.shape for name, spec in tensor_specs(config).items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            has = f"shape {list(stored[name])}" if name in stored else "nothing"
+            wants = f"shape {list(expected[name])}" if name in expected else "no such tensor"
+            raise UserError(
+                f"{path} has {has} as {name}, its config.json calls for {wants}; make it again"
+                f" with: {MADE_BY}"
+            )
+
+
+def _finite(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        raise UserError(f"{path} has NaN or Inf in {name}; make it again with: {MADE_BY}")
+    return tensor
+
+
+def _build(config: OPTCheckpointConfig, read: Callable[[str], torch.Tensor]) -> OPTWeights:
+    quantised = LINEARS[config.quant_algo]
+
+    def linear(name: str) -> Linear:
+        return quantised.pack(read(f"{name}.weight"), read(f"{name}.bias"))
+
+    def norm(name: str) -> Norm:
+        return Norm(read(f"{name}.weight").float(), read(f"{name}.bias").float())
+
+    def layer(index: int) -> Layer:
+        prefix = f"transformer.layers.{index}"
+        return Layer(
+            input_norm=norm(f"{prefix}.input_layernorm"),
+            qkv=linear(f"{prefix}.attention.qkv"),
+            dense=linear(f"{prefix}.attention.dense"),
+            post_norm=norm(f"{prefix}.post_layernorm"),
+            fc=linear(f"{prefix}.mlp.fc"),
+            proj=linear(f"{prefix}.mlp.proj"),
+        )
+
+    embedding = read("transformer.vocab_embedding.weight")
+    head = read("lm_head.weight")
+    tied = torch.equal(embedding, head)
+    embedding = embedding.float()
+    return OPTWeights(
+        embedding=embedding,
+        positions=read("transformer.position_embedding.weight").float(),
+        layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
+        final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
+        # The format stores the tied head twice; memory need not.
+        head=FloatLinear.pack(embedding if tied else head, None),
+    )

@@ -1,0 +1,92 @@
+"""Linear layers in every precision a checkpoint can ask for, each behind the same two methods.
+
+Weight-only quantisation is TensorRT-LLM's: symmetric, one scale for each output channel, rounded
+to the nearest integer with halves away from zero, the scale kept in the checkpoint's type.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+
+class Linear(abc.ABC):
+    """y = x Wᵀ + b, however W is stored."""
+
+    @classmethod
+    @abc.abstractmethod
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Store a weight of shape out x in, in the checkpoint's type, and a bias of shape out."""
+
+    @abc.abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """... x in → ... x out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatLinear(Linear):
+    """Weights and arithmetic in float32: the reference, and what a CPU is fast at."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
+        return cls(weight.float(), None if bias is None else bias.float())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(FloatLinear):
+    """Rounded to 8 bits, then kept in float32: the values of W8A16 without its storage."""
+
+    bits: ClassVar[int] = 8
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
+        values, scales = quantize(weight, cls.bits)
+        return super().pack(dequantize(values, scales.to(weight.dtype)), bias)
+
+
+class Int4Linear(Int8Linear):
+    """Rounded to 4 bits, then kept in float32: the values of W4A16 without its storage."""
+
+    bits: ClassVar[int] = 4
+
+
+# By the checkpoint's quant_algo.
+LINEARS: dict[str | None, type[Linear]] = {
+    None: FloatLinear,
+    "W8A16": Int8Linear,
+    "W4A16": Int4Linear,
+}
+
+
+def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight of shape out x in to signed integers of `bits` bits.
+
+    Returns the integers (out x in, int8) and the scales (out, float32): absmax / 2^(bits - 1), so
+    that the largest positive value may be clipped, by TensorRT-LLM's choice.
+    """
+    limit = 1 << (bits - 1)
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1) / limit
+    # A row of zeros has scale 0; dividing by 1 instead leaves its zeros alone.
+    scaled = weight / torch.where(scales > 0, scales, 1.0)[:, None]
+    return _round_half_away(scaled).clamp(-limit, limit - 1).to(torch.int8), scales
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 weight (out x in) that integers and scales stand for."""
+    return values.float() * scales.float()[:, None]
+
+
+def _round_half_away(x: torch.Tensor) -> torch.Tensor:
+    # torch.round takes halves to even, and adding 0.5 is inexact just below a half.
+    whole = x.trunc()
+    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0.0)

@@ -1,0 +1,120 @@
+"""OPT's forward pass: whole prompts at once, then one token a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from blip2.language.native.cache import KVCache
+from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
+from blip2.language.trtllm_format import OPTCheckpointConfig
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+}
+_NORM_EPS = 1e-5
+
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class OPTModel:
+    """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP."""
+
+    def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self._activation = ACTIVATIONS[config.hidden_act]
+
+    def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> KVCache:
+        """A cache for prompts of these lengths."""
+        heads = self.config.num_attention_heads
+        head_size = self.config.hidden_size // heads
+        layers = self.config.num_hidden_layers
+        return KVCache(layers, heads, head_size, lengths, num_beams, max_new_tokens)
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        prompt_table: torch.Tensor,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Read the prompts into the cache; return the logits after each, B x vocab_size.
+
+        Args:
+            input_ids: B x T, padded on the right with anything valid; an id of vocab_size + r
+                stands for row r of the request's prompt table.
+            lengths: B, how many ids count.
+            prompt_table: B x n x hidden_size.
+            cache: an empty one for these lengths.
+        """
+
+        def attend(
+            layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> torch.Tensor:
+            cache.write_prompt(layer, keys, values)
+            # Padding stands behind what counts, so causality already hides it.
+            return functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+
+        x = self._embed(input_ids, prompt_table) + self.weights.positions[: input_ids.shape[1]]
+        x = self._layers(x, attend)
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]
+        return self._logits(last)
+
+    def step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Append one token to each row; return the logits after it, rows x vocab_size."""
+        visible = cache.visible()
+
+        def attend(
+            layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        ) -> torch.Tensor:
+            keys, values = cache.append(layer, keys[:, :, 0], values[:, :, 0])
+            return functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+
+        x = self.weights.embedding[tokens] + self.weights.positions[cache.lengths]
+        x = self._layers(x[:, None], attend)[:, 0]
+        cache.advance()
+        return self._logits(x)
+
+    def _embed(self, input_ids: torch.Tensor, prompt_table: torch.Tensor) -> torch.Tensor:
+        image_rows = input_ids - self.config.vocab_size
+        is_image = (image_rows >= 0)[:, :, None]
+        text = self.weights.embedding[input_ids.clamp(max=self.config.vocab_size - 1)]
+        if not prompt_table.shape[1]:
+            return text
+        requests = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+        images = prompt_table.to(text)[requests, image_rows.clamp(min=0)]
+        return torch.where(is_image, images, text)
+
+    def _layers(self, x: torch.Tensor, attend: Attention) -> torch.Tensor:
+        """Rows x T x hidden_size through all layers; `attend` knows where keys are kept."""
+        for index, layer in enumerate(self.weights.layers):
+            x = self._layer(index, layer, x, attend)
+        return x
+
+    def _layer(self, index: int, layer: Layer, x: torch.Tensor, attend: Attention) -> torch.Tensor:
+        norm_first = self.config.do_layer_norm_before
+        residual = x
+        x = _norm(x, layer.input_norm) if norm_first else x
+        qkv = layer.qkv(x).unflatten(-1, (3, self.config.num_attention_heads, -1))
+        query, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        attended = attend(index, query, keys, values).transpose(1, 2).flatten(2)
+        x = residual + layer.dense(attended)
+        x = x if norm_first else _norm(x, layer.input_norm)
+
+        residual = x
+        x = _norm(x, layer.post_norm) if norm_first else x
+        x = residual + layer.proj(self._activation(layer.fc(x)))
+        return x if norm_first else _norm(x, layer.post_norm)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weights.final_norm is not None:
+            x = _norm(x, self.weights.final_norm)
+        return self.weights.head(x)
+
+
+def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, _NORM_EPS)

@@ -1,0 +1,71 @@
+"""The native OPT session: a TensorRT-LLM checkpoint, PyTorch, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from blip2 import decoding
+from blip2.artifacts import UserError
+from blip2.language.native.checkpoint import load_weights, read_config
+from blip2.language.native.model import ACTIVATIONS, OPTModel
+from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
+
+
+class NativeSession(LanguageSession):
+    """Runs OPT on the CPU in float32, with the values that the checkpoint's precision has."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load the checkpoint in `directory`.
+
+        Raises:
+            UserError: missing, damaged, or split over several GPUs.
+        """
+        config = read_config(directory)
+        if config.hidden_act not in ACTIVATIONS:
+            raise UserError(
+                f"{directory} uses the activation {config.hidden_act}; the native session knows"
+                f" {', '.join(ACTIVATIONS)}"
+            )
+        self.device = torch.device("cpu")
+        self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
+        self.limits = Limits(
+            max_total_len=config.max_position_embeddings, max_num_beams=config.vocab_size // 2
+        )
+        self._model = OPTModel(config, load_weights(directory, config))
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        prompt_table: torch.Tensor,
+        options: GenerationOptions,
+        first_request: int,
+    ) -> list[Generation]:
+        lengths = torch.tensor([len(ids) for ids in input_ids], device=self.device)
+        padded = pad_sequence(list(input_ids), batch_first=True).long().to(self.device)
+        cache = self._model.new_cache(lengths, options.num_beams, options.max_output_len)
+        strategy = decoding.make_strategy(
+            options, input_ids, self.vocab_size, first_request, self.device
+        )
+
+        logits = self._model.prefill(padded, lengths, prompt_table.to(self.device), cache)
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the OPT yields NaN or Inf; check the image features and make the OPT checkpoint"
+                " again"
+            )
+        logits = logits.repeat_interleave(options.num_beams, dim=0)
+        for step in range(options.max_output_len):
+            next_tokens, source_rows = strategy.advance(logits)
+            # Asked every step: on a CPU the answer is there, and a step costs far more.
+            if step == options.max_output_len - 1 or strategy.finished():
+                break
+            if source_rows is not None:
+                cache.reorder(source_rows)
+            logits = self._model.step(next_tokens, cache)
+        return strategy.results()
