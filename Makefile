@@ -1,0 +1,44 @@
+# make demo      the whole pipeline on the demo checkpoint, with its answer and timings
+# make test      the tests      make test-slow   the ones at full model size
+# make lint      ruff
+
+PYTHON ?= python3
+VENV := .venv
+OUT := demo/out
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/run-installed
+	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
+	$(VENV)/bin/python opt/convert_checkpoint.py --model_dir demo/checkpoint --output_dir $(OUT)/opt/fp16
+	@echo
+	$(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)/opt/fp16 \
+		--input_dir $(OUT)/image.pt --query_tokens $(OUT)/query_tokens.pt \
+		--input_text "Question: What colour is the circle? Answer:"
+
+# Two test processes, one thread each: more would only wait for one another.
+test: $(VENV)/test-installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(VENV)/test-installed
+	$(VENV)/bin/python -m pytest -m slow -s
+
+lint: $(VENV)/test-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+
+$(VENV)/run-installed: requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/test-installed: requirements-test.txt $(VENV)/run-installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)
