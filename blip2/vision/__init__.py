@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +12,34 @@ from blip2.artifacts import UserError
 if TYPE_CHECKING:
     from blip2.vision.session import VisionSession
 
-# What a directory holds → the command that makes it.
-ARTIFACTS = {
-    "visual_encoder/visual_encoder.onnx": "python onnx_export.py",
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What runs an artifact, and the command that makes it."""
+
+    module: str
+    session: str
+    made_by: str
+
+
+# By the artifact that calls for it; where a directory holds several, the first wins.
+ENGINES = {
+    "visual_encoder/visual_encoder_fp16.plan": Engine(
+        "blip2.vision.tensorrt_session", "TensorRTSession", "python build_vit_qformer.py all"
+    ),
+    "visual_encoder/visual_encoder.onnx": Engine(
+        "blip2.vision.onnx_runtime", "OnnxRuntimeSession", "python onnx_export.py"
+    ),
 }
+
+
+def _engine_of(engine_dir: Path) -> Engine | None:
+    return next((e for file, e in ENGINES.items() if (engine_dir / file).is_file()), None)
 
 
 def holds_engine(engine_dir: Path) -> bool:
     """Whether some engine here can run what `engine_dir` holds."""
-    return any((engine_dir / artifact).is_file() for artifact in ARTIFACTS)
+    return _engine_of(engine_dir) is not None
 
 
 def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
@@ -31,10 +52,9 @@ def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     Raises:
         UserError: no artifact there, or one that cannot be used; names the command to run.
     """
-    if (engine_dir / "visual_encoder/visual_encoder.onnx").is_file():
-        from blip2.vision.onnx_runtime import OnnxRuntimeSession
-
-        return OnnxRuntimeSession(engine_dir, query_tokens)
-    raise UserError(
-        f"{engine_dir} holds no ViT and Q-Former; make onnx/ with: python onnx_export.py"
-    )
+    engine = _engine_of(engine_dir)
+    if engine is None:
+        commands = ", or ".join(engine.made_by for engine in reversed(ENGINES.values()))
+        raise UserError(f"{engine_dir} holds no ViT and Q-Former; make them with: {commands}")
+    session = getattr(importlib.import_module(engine.module), engine.session)
+    return session(engine_dir, query_tokens)

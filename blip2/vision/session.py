@@ -14,7 +14,8 @@ from blip2.images import Preprocessing
 class VisionSession(abc.ABC):
     """ViT and Q-Former, whatever runs them. Engines implement `_vit` and `_qformer`.
 
-    The two stay separate so that each can be timed. Batches above `max_batch_size` are split.
+    The two stay separate so that each can be timed. Batches above `max_batch_size` are split. A
+    stage's result may lie in the engine's own memory: the next call of that stage overwrites it.
     """
 
     device: torch.device
@@ -56,4 +57,10 @@ class VisionSession(abc.ABC):
         size = self.max_batch_size or len(batch)
         if len(batch) <= size:
             return stage(batch)
-        return torch.cat([stage(part) for part in batch.split(size)])
+        first = stage(batch[:size])
+        result = first.new_empty(len(batch), *first.shape[1:])
+        # Copied part by part: a stage may return a buffer that its next call overwrites.
+        result[:size] = first
+        for start in range(size, len(batch), size):
+            result[start : start + size] = stage(batch[start : start + size])
+        return result

@@ -18,6 +18,7 @@ from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.vision.onnx_runtime import data_path, read_graph_sidecar
 from blip2.vision.tensorrt_plans import (
+    DTYPES,
     INSTALL,
     PRODUCTS,
     RTX,
@@ -258,7 +259,7 @@ def _describe_network(network: Any, batch_sizes: tuple[int, int, int]) -> dict[s
     inputs, outputs = (
         {
             tensor.name: {
-                "dtype": _DTYPES[tensor.dtype.name],
+                "dtype": DTYPES[tensor.dtype.name],
                 "shape": ["batch", *list(tensor.shape)[1:]],
             }
             for tensor in side
@@ -267,9 +268,6 @@ def _describe_network(network: Any, batch_sizes: tuple[int, int, int]) -> dict[s
     )
     profile = dict(zip(("min", "opt", "max"), batch_sizes, strict=True))
     return {"profile": profile, "inputs": inputs, "outputs": outputs}
-
-
-_DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64"}
 
 
 def _profile(builder: Any, network: Any, batch_sizes: tuple[int, int, int]) -> Any:

@@ -23,6 +23,7 @@ MADE_BY = "python build_vit_qformer.py all"
 STANDARD, RTX = "tensorrt", "tensorrt_rtx"
 PRODUCTS = {STANDARD: "TensorRT", RTX: "TensorRT-RTX"}
 INSTALL = {STANDARD: "pip install tensorrt", RTX: "pip install tensorrt-rtx"}
+DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64"}  # by trt.DataType's names
 OLDEST_MAJOR = 10  # the first in which the precision comes from the ONNX file
 
 

@@ -1,0 +1,316 @@
+"""The ViT and Q-Former on TensorRT plans, from the files of build_vit_qformer.py.
+
+Everything a batch needs is allocated once, as torch tensors for the largest batch. The first run of
+a batch size captures a CUDA graph, later ones replay it. The Q-Former reads the ViT's output where
+it lies, and OPT the Q-Former's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from blip2 import artifacts
+from blip2.artifacts import UserError
+from blip2.images import Preprocessing
+from blip2.vision.session import VisionSession
+from blip2.vision.tensorrt_plans import (
+    DTYPES,
+    INSTALL,
+    MADE_BY,
+    PRODUCTS,
+    QFORMER,
+    RTX,
+    VIT,
+    PlanFacts,
+    Stage,
+    flavour_of,
+    import_tensorrt,
+    log_of,
+    read_plan_sidecar,
+)
+
+
+class Gpu:
+    """The GPU that plans run on, through torch."""
+
+    def __init__(self) -> None:
+        """Raises UserError: there is none that torch can use."""
+        # Before anything of TensorRT's runtime: some of it ends the process where no GPU is.
+        if not torch.cuda.is_available():
+            raise UserError(
+                "TensorRT plans need an NVIDIA GPU, and torch sees none here; without one, run on the"
+                " ONNX files: --engine_dir onnx"
+            )
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        self.compute_capability = "{}.{}".format(*torch.cuda.get_device_capability(self.device))
+
+    def stream(self) -> int:
+        """The handle of torch's current stream."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` enqueues, without executing it; return what replays it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+class TensorRTSession(VisionSession):
+    """Runs on torch's current CUDA stream.
+
+    Results are views of the session's own buffers: the next call of the same stage overwrites
+    them, unless the batch was split.
+    """
+
+    def __init__(self, engine_dir: Path, query_tokens: Path, gpu: Gpu | None = None) -> None:
+        """Open `engine_dir`'s two plans and the query tokens of the same export.
+
+        Raises:
+            UserError: a file is missing, damaged or from another checkpoint than the others; a plan
+                is of another TensorRT, another GPU or the other stage; there is no GPU.
+        """
+        vit, qformer = (read_plan_sidecar(engine_dir, stage) for stage in (VIT, QFORMER))
+        artifacts.same_source(
+            f"python onnx_export.py && {MADE_BY}",
+            {
+                vit.path: vit.sidecar,
+                qformer.path: qformer.sidecar,
+                query_tokens: artifacts.read_sidecar(query_tokens, "python onnx_export.py"),
+            },
+        )
+        trt = _tensorrt_of(vit, qformer)
+        gpu = gpu or Gpu()
+        for facts in (vit, qformer):
+            _check_gpu(facts, gpu)
+
+        tokens = artifacts.load_tensor(query_tokens, "python onnx_export.py")
+        self.device = gpu.device
+        self.dtype = getattr(torch, vit.dtypes[VIT.output])
+        self.max_batch_size = min(vit.profile[2], qformer.profile[2])
+        self.num_query_tokens = tokens.shape[1]
+        self.preprocessing = Preprocessing.from_dict(vit.sidecar["preprocessing"])
+        _check_shapes(vit, qformer, query_tokens, tokens)
+        try:
+            self._vit_plan = Plan(trt, VIT, vit, gpu)
+            self._qformer_plan = Plan(trt, QFORMER, qformer, gpu)
+            self._connect(tokens)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{gpu.name} has too little free memory for {engine_dir}; free some, or build with a"
+                f" smaller batch: {MADE_BY} --max_batch_size {max(1, self.max_batch_size // 2)}"
+            ) from None
+
+    def _connect(self, tokens: torch.Tensor) -> None:
+        """Fill the Q-Former's inputs that never change, and let it read the ViT's output."""
+        self._qformer_plan.buffers["query_tokens"].copy_(tokens)  # repeated for every picture
+        self._qformer_plan.buffers["image_atts"].fill_(1)
+        self._qformer_plan.readable = [self._vit_plan.buffers[VIT.output]]
+        plans = (self._vit_plan, self._qformer_plan)
+        # One after the other on one stream, so one workspace serves both.
+        size = max(plan.workspace_bytes for plan in plans)
+        workspace = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)
+        for plan in plans:
+            plan.workspace = workspace
+
+    def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._vit_plan.run("input", pixel_values)
+
+    def _qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        return self._qformer_plan.run("image_embeds", image_embeds)
+
+
+def _tensorrt_of(vit: PlanFacts, qformer: PlanFacts) -> ModuleType:
+    """The TensorRT that built both plans."""
+    if vit.product != qformer.product:
+        raise UserError(
+            f"{vit.path} was built with {vit.product}, {qformer.path} with {qformer.product}; make"
+            f" both again with: {MADE_BY}"
+        )
+    trt = import_tensorrt(vit.flavour)
+    if trt.__version__ != vit.version:
+        raise UserError(
+            f"{vit.path} was built with {vit.product}, and {PRODUCTS[vit.flavour]} {trt.__version__} is"
+            f" installed, which cannot read it; make it again with: {MADE_BY}, or:"
+            f" {INSTALL[vit.flavour]}=={vit.version}"
+        )
+    return trt
+
+
+def _check_gpu(facts: PlanFacts, gpu: Gpu) -> None:
+    if gpu.compute_capability not in facts.compute_capabilities:
+        raise UserError(
+            f"{facts.path} was built for compute capability {', '.join(facts.compute_capabilities)},"
+            f" and this {gpu.name} has {gpu.compute_capability}; make it again on this machine with:"
+            f" {MADE_BY}"
+        )
+
+
+def _check_shapes(
+    vit: PlanFacts, qformer: PlanFacts, query_tokens: Path, tokens: torch.Tensor
+) -> None:
+    """The parts fit one another: same embeddings, same dtype, query tokens as expected."""
+    if (vit.shapes[VIT.output], vit.dtypes[VIT.output]) != (
+        qformer.shapes["image_embeds"],
+        qformer.dtypes["image_embeds"],
+    ):
+        raise UserError(
+            f"{vit.path} yields other embeddings than {qformer.path} takes; make both again with:"
+            f" {MADE_BY}"
+        )
+    if tuple(tokens.shape) != (1, *qformer.shapes["query_tokens"]):
+        raise UserError(
+            f"{query_tokens} has shape {tuple(tokens.shape)}, {qformer.path} takes"
+            f" {(1, *qformer.shapes['query_tokens'])}; make it again with: python onnx_export.py"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Execution:
+    """One batch size ready to run. A captured graph points into its context's state: it owns one."""
+
+    context: Any
+    launch: Callable[[], None]
+
+
+class Plan:
+    """One deserialised plan, its buffers for the largest batch, and its executions.
+
+    Attributes:
+        buffers: by tensor name, max_batch x ….
+        readable: foreign tensors of the shape and dtype of the changing input, which may be read in
+            place; they must live as long as the plan.
+        workspace: uint8, of at least `workspace_bytes`; used while the plan runs.
+    """
+
+    def __init__(self, trt: ModuleType, stage: Stage, facts: PlanFacts, gpu: Gpu) -> None:
+        """Raises UserError: TensorRT cannot read the plan, or it is not what its sidecar says."""
+        self._trt, self._stage, self._facts, self._gpu = trt, stage, facts, gpu
+        log = log_of(trt)
+        log.errors.clear()
+        self._runtime = trt.Runtime(log)  # must outlive the engine
+        self._engine = self._runtime.deserialize_cuda_engine(facts.path.read_bytes())
+        if self._engine is None:
+            raise UserError(
+                f"{PRODUCTS[flavour_of(trt)]} cannot read {facts.path}: {log.reason()}; make it again"
+                f" with: {MADE_BY}"
+            )
+        self._check_tensors()
+        self.buffers = {
+            name: torch.zeros(
+                facts.profile[2],
+                *shape,
+                dtype=getattr(torch, facts.dtypes[name]),
+                device=gpu.device,
+            )
+            for name, shape in facts.shapes.items()
+        }
+        self.readable: list[torch.Tensor] = []
+        self.workspace = torch.empty(0, dtype=torch.uint8, device=gpu.device)
+        self._executions: dict[tuple[int, int], _Execution] = {}
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that the plan's intermediate results need, at the largest batch."""
+        return self._engine.device_memory_size_v2
+
+    def run(self, name: str, batch: torch.Tensor) -> torch.Tensor:
+        """Run with `batch` as the input `name`; every other input is what its buffer holds.
+
+        Returns:
+            The first rows of the output's buffer: valid until the next run.
+
+        Raises:
+            UserError: TensorRT refuses, with its reason.
+        """
+        # A plan for batches of at least m runs m; the rows beyond the batch are computed for nothing.
+        rows = max(len(batch), self._facts.profile[0])
+        source = self._source(name, batch, rows)
+        key = (rows, source.data_ptr())
+        if key not in self._executions:
+            self._executions[key] = self._prepare(rows, {**self.buffers, name: source})
+        self._executions[key].launch()
+        return self.buffers[self._stage.output][: len(batch)]
+
+    def _source(self, name: str, batch: torch.Tensor, rows: int) -> torch.Tensor:
+        """Where the plan reads `batch`: where it lies if that is known memory, else a copy of it."""
+        for known in self.readable:
+            if (
+                batch.data_ptr() == known.data_ptr()
+                and batch.dtype == known.dtype
+                and batch.is_contiguous()
+                and rows <= len(known)
+            ):
+                return known
+        self.buffers[name][: len(batch)].copy_(batch)
+        return self.buffers[name]
+
+    def _prepare(self, rows: int, tensors: dict[str, torch.Tensor]) -> _Execution:
+        """Set up a context for `rows` rows of `tensors` and capture its CUDA graph."""
+        context = self._new_context()
+        accepted = [
+            context.set_input_shape(name, (rows, *self._facts.shapes[name]))
+            for name in self._stage.inputs
+        ]
+        accepted += [
+            context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in tensors.items()
+        ]
+        if not all(accepted):
+            raise self._failure(rows)
+
+        def execute() -> None:
+            if not context.execute_async_v3(self._gpu.stream()):
+                raise self._failure(rows)
+
+        execute()  # the first run allocates and compiles, which a capture cannot
+        if not self._capturable(context):
+            return _Execution(context, execute)
+        return _Execution(context, self._gpu.capture(execute))
+
+    def _new_context(self) -> Any:
+        """An execution context that works in this plan's workspace."""
+        trt = self._trt
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if flavour_of(trt) == RTX:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(user_managed)
+            # RTX would start on generic kernels and swap in those for the batch size when they are
+            # compiled; a graph would keep the generic ones.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(user_managed)
+        if context is None:
+            raise self._failure(self._facts.profile[2])
+        context.set_device_memory(self.workspace.data_ptr(), self.workspace.numel())
+        return context
+
+    def _capturable(self, context: Any) -> bool:
+        """RTX can say no; TensorRT's plans of these networks can always be captured."""
+        return flavour_of(self._trt) != RTX or context.is_stream_capturable(self._gpu.stream())
+
+    def _check_tensors(self) -> None:
+        """The engine has the tensors that the sidecar promises, in number, name and dtype."""
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        found = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
+        if found != self._facts.dtypes:
+            raise UserError(
+                f"{self._facts.path} holds other tensors than its sidecar says; make it again with:"
+                f" {MADE_BY}"
+            )
+
+    def _failure(self, rows: int) -> UserError:
+        return UserError(
+            f"TensorRT cannot run {self._facts.path} on a batch of {rows}:"
+            f" {log_of(self._trt).reason()}; make it again with: {MADE_BY}"
+        )
