@@ -1,0 +1,165 @@
+"""run.py from the outside: the same answers as transformers' generate, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run_program
+
+QUESTION = "Question: what is it? Answer:"
+
+
+def ask(tiny_export, tiny_opt, *arguments):
+    return run_program(
+        "run.py",
+        *("--engine_dir", tiny_export.output / "onnx", "--opt_engine_dir", tiny_opt),
+        *("--query_tokens", tiny_export.output / "query_tokens.pt"),
+        *("--input_dir", tiny_export.output / "image.pt"),
+        *arguments,
+    )
+
+
+def transformers_answers(tiny_export, text: str, **options) -> tuple[list[str], list[float]]:
+    """What Blip2ForConditionalGeneration says of the saved picture: texts and beam scores."""
+    from models import tiny_tokenizer
+
+    tokenizer, model = tiny_tokenizer(), tiny_export.model
+    pixel_values = torch.load(tiny_export.output / "image.pt", weights_only=True)
+    ids = [300] * model.config.num_query_tokens + [2, *tokenizer.encode(text).ids]
+    newline = tokenizer.encode("\n").ids[0]
+    result = model.generate(
+        pixel_values=pixel_values,
+        input_ids=torch.tensor([ids]),
+        eos_token_id=newline,
+        pad_token_id=1,
+        num_return_sequences=options.get("num_beams", 1),
+        return_dict_in_generate=True,
+        output_scores=True,
+        do_sample=False,
+        **options,
+    )
+    texts = []
+    for sequence in result.sequences.tolist():
+        new = sequence[len(ids) :]
+        new = new[: new.index(newline)] if newline in new else new
+        texts.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    scores = result.sequences_scores.tolist() if "sequences_scores" in result else []
+    return texts, scores
+
+
+@pytest.mark.parametrize("text", [QUESTION, "", "a photo of"])
+def test_greedy_answers_are_transformers(tiny_export, tiny_opt, text):
+    done = ask(tiny_export, tiny_opt, "--input_text", text, "--max_output_len", 12, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)["answers"]
+    texts, _ = transformers_answers(tiny_export, text, max_new_tokens=12)
+    assert [beam["text"] for beam in answers[0]] == texts
+
+
+@pytest.mark.parametrize("num_beams", [2, 5])
+def test_beams_and_scores_are_transformers(tiny_export, tiny_opt, num_beams):
+    done = ask(
+        *(tiny_export, tiny_opt, "--input_text", QUESTION, "--max_output_len", 8, "--json"),
+        *("--num_beams", num_beams, "--length_penalty", 0.6),
+    )
+    assert done.returncode == 0, done.stderr
+    [beams] = json.loads(done.stdout)["answers"]
+    texts, scores = transformers_answers(
+        tiny_export, QUESTION, max_new_tokens=8, num_beams=num_beams, length_penalty=0.6
+    )
+    assert [beam["text"] for beam in beams] == texts
+    assert [beam["score"] for beam in beams] == pytest.approx(scores, rel=1e-4)
+
+
+def test_a_picture_gives_the_same_as_its_image_pt(tiny_export, tiny_opt):
+    arguments = (tiny_export, tiny_opt, "--input_text", QUESTION, "--json")
+    saved, drawn = ask(*arguments), ask(*arguments, "--input_dir", tiny_export.picture)
+    assert json.loads(saved.stdout)["answers"] == json.loads(drawn.stdout)["answers"]
+
+
+def test_printout_has_question_answers_and_stages(tiny_export, tiny_opt):
+    done = ask(tiny_export, tiny_opt, "--input_text", QUESTION, "--num_beams", 3)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"[Q] {QUESTION}"
+    assert [line[:3] for line in lines].count("[A]") == 3
+    stages = [line.split("  ")[0] for line in lines if line.endswith("%")]
+    assert stages == ["load engines", "load picture", "ViT", "Q-Former", "OPT", "total"]
+
+
+def test_benchmark_gives_medians_of_the_stages(tiny_export, tiny_opt):
+    done = ask(tiny_export, tiny_opt, "--benchmark", 3, "--json")
+    result = json.loads(done.stdout)
+    assert result["benchmark"] == 3
+    assert list(result["seconds"]) == ["ViT", "Q-Former", "OPT"]
+
+
+def test_sampling_follows_its_seed(tiny_export, tiny_opt):
+    def sample(seed: int) -> str:
+        done = ask(
+            *(tiny_export, tiny_opt, "--input_text", "", "--json", "--seed", seed),
+            *("--top_p", 0.95, "--temperature", 2.0, "--max_output_len", 20),
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["answers"]
+
+    first = sample(1)
+    assert first == sample(1)
+    assert first != sample(2)
+
+
+REFUSED = {
+    "abbreviated flag": (["--num_beam", "3"], "unrecognized arguments: --num_beam 3"),
+    "no beams": (["--num_beams", "0"], "'0' is not a whole number of at least 1"),
+    "top_p above one": (["--top_p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+    "temperature not a number": (["--temperature", "nan"], "'nan' is not a number above 0"),
+    "beams and sampling": (["--num_beams", "2", "--top_k", "5"], "exclude each other"),
+    "long prompt": (["--max_txt_len", "3"], "--max_txt_len allows 3"),
+    "long answer": (["--max_output_len", "500"], "at most 96"),
+    "no OPT": (["--opt_engine_dir", "none"], "python opt/convert_checkpoint.py"),
+    "no ONNX files": (["--engine_dir", "none"], "python onnx_export.py"),
+    "no picture": (["--input_dir", "none.png"], "none.png does not exist"),
+    "no tensor": (["--input_dir", "none.pt"], "python onnx_export.py --image"),
+    "no tokenizer": (["--hf_model_location", "none/at-all"], "--hf_model_location"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refusals_are_one_line_and_exit_code_2(tiny_export, tiny_opt, case):
+    arguments, message = REFUSED[case]
+    done = ask(tiny_export, tiny_opt, "--input_text", QUESTION, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_query_tokens_of_another_size_are_refused(tiny_export, tiny_opt, tmp_path):
+    shutil.copy(tiny_export.output / "query_tokens.json", tmp_path)
+    torch.save({"not": "a tensor"}, tmp_path / "query_tokens.pt")
+    done = ask(tiny_export, tiny_opt, "--query_tokens", tmp_path / "query_tokens.pt")
+    assert done.returncode == 2
+    assert "query_tokens.pt has" in done.stderr
+
+
+def test_help_imports_nothing_heavy():
+    """What makes --help immediate, for every script."""
+    import ast
+
+    for script in ("run.py", "onnx_export.py", "opt/convert_checkpoint.py"):
+        tree = ast.parse((ROOT / script).read_text())
+        imported = {
+            name.split(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+        }
+        assert not imported & {"torch", "numpy", "onnx", "tensorrt", "tokenizers", "PIL"}, script
+        assert run_program(script, "--help").returncode == 0
