@@ -41,20 +41,37 @@ class TinyExport:
     output: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class TinyCheckpoint:
+    """A tiny BLIP-2 and a picture to ask it about."""
+
+    model: transformers.Blip2ForConditionalGeneration
+    checkpoint: Path
+    picture: Path
+
+
 @pytest.fixture(scope="session")
-def tiny_export(tmp_path_factory) -> TinyExport:
+def tiny_checkpoint(tmp_path_factory) -> TinyCheckpoint:
     directory = tmp_path_factory.mktemp("tiny")
     model = models.tiny_blip2(directory / "checkpoint")
     picture = directory / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(picture)
+    return TinyCheckpoint(model, directory / "checkpoint", picture)
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_checkpoint, tmp_path_factory) -> TinyExport:
+    output = tmp_path_factory.mktemp("export")
     done = run_program(
         "onnx_export.py",
-        *("--model_dir", directory / "checkpoint", "--image", picture),
-        *("--dtype", "float32", "--output_dir", directory / "out"),
+        *("--model_dir", tiny_checkpoint.checkpoint, "--image", tiny_checkpoint.picture),
+        *("--dtype", "float32", "--output_dir", output),
     )
     assert done.returncode == 0, done.stderr
-    return TinyExport(model, directory / "checkpoint", picture, directory / "out")
+    return TinyExport(
+        tiny_checkpoint.model, tiny_checkpoint.checkpoint, tiny_checkpoint.picture, output
+    )
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +85,41 @@ def tiny_opt(tiny_export, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyPlans:
+    """The tiny BLIP-2 in float16, as onnx/ and as plan/ of TensorRT-RTX for two GPUs."""
+
+    checkpoint: Path
+    output: Path
+    printed: str
+
+    @property
+    def onnx(self) -> Path:
+        return self.output / "onnx"
+
+    @property
+    def plan(self) -> Path:
+        return self.output / "plan"
+
+
+@pytest.fixture(scope="session")
+def tiny_plans(tiny_checkpoint, tmp_path_factory) -> TinyPlans:
+    pytest.importorskip("tensorrt_rtx", reason="plans are built with: pip install tensorrt-rtx")
+    output = tmp_path_factory.mktemp("plans")
+    exported = run_program(
+        "onnx_export.py",
+        *("--model_dir", tiny_checkpoint.checkpoint, "--image", tiny_checkpoint.picture),
+        *("--output_dir", output),
+    )
+    assert exported.returncode == 0, exported.stderr
+    built = run_program(
+        *("build_vit_qformer.py", "all", "--onnx_dir", output / "onnx"),
+        *("--plan_dir", output / "plan", "--compute_capability", "12.0", "8.9"),
+    )
+    assert built.returncode == 0, built.stderr
+    return TinyPlans(tiny_checkpoint.checkpoint, output, built.stdout)
 
 
 @pytest.fixture(autouse=True)

@@ -255,15 +255,12 @@ class Plan:
     def _prepare(self, rows: int, tensors: dict[str, torch.Tensor]) -> _Execution:
         """Set up a context for `rows` rows of `tensors` and capture its CUDA graph."""
         context = self._new_context()
-        accepted = [
-            context.set_input_shape(name, (rows, *self._facts.shapes[name]))
-            for name in self._stage.inputs
-        ]
-        accepted += [
-            context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in tensors.items()
-        ]
-        if not all(accepted):
-            raise self._failure(rows)
+        for name in self._stage.inputs:
+            if not context.set_input_shape(name, (rows, *self._facts.shapes[name])):
+                raise self._failure(rows)
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failure(rows)
 
         def execute() -> None:
             if not context.execute_async_v3(self._gpu.stream()):
