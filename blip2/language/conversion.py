@@ -221,7 +221,7 @@ def _check_expressible(opt: OPTConfig, checkpoint: Checkpoint) -> None:
         for what, present in (
             ("biases", opt.enable_bias),
             ("LayerNorm weights", opt.layer_norm_elementwise_affine),
-            ("a last LayerNorm", opt.has_final_layer_norm or not opt.do_layer_norm_before),
+            ("last LayerNorm", opt.has_final_layer_norm or not opt.do_layer_norm_before),
         )
         if not present
     ]
