@@ -3,6 +3,7 @@
     python run.py --input_text "Question: which city is this? Answer:"
     python run.py --input_dir photo.jpg --input_text ""              # no text: a caption
     python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
+    mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
 What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans or ONNX files,
 a TensorRT-LLM engine or a TensorRT-LLM checkpoint.
@@ -81,6 +82,9 @@ def main() -> None:
     watch = Stopwatch()
     with watch.time("load engines"):
         pipeline = open_engines(args)
+    if not pipeline.language.takes_requests:
+        pipeline.language.close()
+        return
     with watch.time("load picture"):
         pixel_values = load_pixel_values(args.input_dir, pipeline)
     options = decoding_options(args, pipeline)
@@ -100,6 +104,8 @@ def main() -> None:
         answers = pipeline.answer(pixel_values, texts, options, watch)
         stages = watch.seconds
 
+    if not pipeline.language.is_leader:
+        return
     if args.json:
         print(json.dumps(as_json(args.input_text, answers, stages, args.benchmark)))
     else:

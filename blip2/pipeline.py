@@ -49,11 +49,14 @@ def _synchronize() -> None:
 class Pipeline:
     """The two sessions and the tokenizer between them.
 
+    `vision` is None in a process whose language session takes no requests: there is nothing to ask
+    such a pipeline, it is there to be closed.
+
     Raises:
         UserError: on construction, when the tokenizer does not fit the OPT.
     """
 
-    vision: VisionSession
+    vision: VisionSession | None
     language: LanguageSession
     tokenizer: Tokenizer
 
@@ -118,11 +121,16 @@ def open_pipeline(
     Raises:
         UserError: an artifact is missing, damaged, or does not fit the others.
     """
-    return Pipeline(
-        open_vision_session(Path(engine_dir), Path(query_tokens)),
-        open_language_session(Path(opt_engine_dir)),
+    language = open_language_session(Path(opt_engine_dir))
+    pipeline = Pipeline(
+        open_vision_session(Path(engine_dir), Path(query_tokens))
+        if language.takes_requests
+        else None,
+        language,
         load_tokenizer(tokenizer or Path(query_tokens).parent / "tokenizer"),
     )
+    language.load()
+    return pipeline
 
 
 def _check_finite(outputs: dict[str, torch.Tensor]) -> None:

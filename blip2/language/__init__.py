@@ -20,8 +20,14 @@ __all__ = [
     "GenerationOptions",
     "LanguageSession",
     "Limits",
+    "holds_engine",
     "open_language_session",
 ]
+
+
+def holds_engine(directory: Path) -> bool:
+    """Whether some engine here can run what `directory` holds."""
+    return any((directory / artifact).is_file() for artifact in _ENGINES)
 
 
 def open_language_session(directory: Path) -> LanguageSession:
@@ -40,6 +46,12 @@ def open_language_session(directory: Path) -> LanguageSession:
     )
 
 
+def _open_tensorrt_llm(directory: Path) -> LanguageSession:
+    from blip2.language.tensorrt_llm import TensorRTLLMSession
+
+    return TensorRTLLMSession(directory)
+
+
 def _open_native(directory: Path) -> LanguageSession:
     from blip2.language.native.session import NativeSession
 
@@ -47,4 +59,7 @@ def _open_native(directory: Path) -> LanguageSession:
 
 
 # The first artifact found decides. Engines are imported only when they are chosen.
-_ENGINES: dict[str, Callable[[Path], LanguageSession]] = {"rank0.safetensors": _open_native}
+_ENGINES: dict[str, Callable[[Path], LanguageSession]] = {
+    "rank0.engine": _open_tensorrt_llm,
+    "rank0.safetensors": _open_native,
+}

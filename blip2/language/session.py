@@ -93,11 +93,28 @@ class Limits:
 
 
 class LanguageSession(abc.ABC):
-    """OPT, whatever runs it. Engines implement `_generate`; callers use `generate`."""
+    """OPT, whatever runs it. Engines implement `_generate`; callers use `generate`.
+
+    An engine split over several GPUs has one process a GPU. Each opens the session; then
+    `takes_requests` says whether this process has to call `generate` too, or only lends its GPU to
+    what rank 0 asks, and `is_leader` says which one of them has the answers to show.
+    """
 
     vocab_size: int
     hidden_size: int
     limits: Limits
+    takes_requests: bool = True
+    is_leader: bool = True
+
+    def load(self) -> None:  # noqa: B027 - most engines load when they are opened
+        """Load what opening the session left on disk, if anything; `generate` does so too.
+
+        Opening checks the engine's description, so what does not fit together is refused early;
+        loading comes last, when it is known how much of the GPU the other engines leave free.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most engines need no more than to be forgotten
+        """Let the engine go. A process that takes no requests works on until rank 0 has closed."""
 
     def generate(
         self,
