@@ -22,7 +22,6 @@ from blip2 import cli
 from blip2.artifacts import UserError
 
 if TYPE_CHECKING:
-    from blip2.checkpoints import Checkpoint
     from blip2.language.trtllm_format import OPTCheckpointConfig
 
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16"}
@@ -81,6 +80,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=cli.positive_int, default=1, help="tensors to convert at the same time"
     )
+    parser.add_argument(
+        "--trtllm_version",
+        default="1.2.1",
+        help="TensorRT-LLM that the printed trtllm-build command is for, 0.9 to 1.2.1",
+    )
     return parser.parse_args()
 
 
@@ -90,7 +94,9 @@ def main() -> None:
     # Imported after the arguments are parsed, so that --help does not wait for torch.
     from blip2.checkpoints import open_checkpoint
     from blip2.language.conversion import ConversionOptions, convert, target_config
+    from blip2.language.trtllm_build import parse_version, query_tokens
 
+    parse_version(args.trtllm_version)
     start = time.perf_counter()
     checkpoint = open_checkpoint(args.model_dir)
     options = ConversionOptions(
@@ -109,7 +115,7 @@ def main() -> None:
         f"{output_dir}: {describe(config)} of {args.model_dir}, {config.tp_size} file(s),"
         f" {size / 1e9:.2f} GB, {time.perf_counter() - start:.1f} s"
     )
-    print_next_steps(output_dir, config, checkpoint)
+    print_next_steps(output_dir, config, query_tokens(checkpoint), args.trtllm_version)
 
 
 def default_output_dir(config: OPTCheckpointConfig) -> Path:
@@ -131,26 +137,29 @@ def describe(config: OPTCheckpointConfig) -> str:
     return f"{config.dtype} OPT{quantised}"
 
 
-def print_next_steps(output_dir: Path, config: OPTCheckpointConfig, checkpoint: Checkpoint) -> None:
+def print_next_steps(
+    output_dir: Path, config: OPTCheckpointConfig, num_query_tokens: int, trtllm_version: str
+) -> None:
     """Print the commands that run the checkpoint, as it is and as a TensorRT-LLM engine."""
-    max_batch_size = 8
-    query_tokens = checkpoint.config.get("num_query_tokens", 32)
-    max_total_len = min(1024, config.max_position_embeddings)
-    max_input_len = max_total_len - min(100, max_total_len // 2)
+    from blip2.language.trtllm_build import EngineLimits, build_command, runs_here
+
     name = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size), "custom").lower()
     engine_dir = f"trt_engine/blip-2-opt-{name}/{precision_name(config)}/{config.tp_size}-gpu"
-    if config.tp_size == 1:
-        print(f"\nRun it as it is:\n  python run.py --opt_engine_dir {output_dir}")
-    print(
-        "\nOr build a TensorRT-LLM engine (tensorrt_llm 0.13 to 1.2.1) and run that:\n"
-        f"  trtllm-build --checkpoint_dir {output_dir} --output_dir {engine_dir} \\\n"
-        f"    --gpt_attention_plugin {config.dtype} --gemm_plugin {config.dtype} \\\n"
-        f"    --max_batch_size {max_batch_size} --max_beam_width 5 \\\n"
-        f"    --max_input_len {max_input_len} --max_seq_len {max_total_len} \\\n"
-        f"    --max_prompt_embedding_table_size {query_tokens * max_batch_size}"
-        f"  # {query_tokens} query tokens x {max_batch_size} requests\n"
-        f"  python run.py --opt_engine_dir {engine_dir}"
+    limits = EngineLimits.within(config.max_position_embeddings)
+    command = build_command(
+        output_dir, engine_dir, config, num_query_tokens, trtllm_version, limits
     )
+    run = "python run.py" if config.tp_size == 1 else f"mpirun -n {config.tp_size} python run.py"
+    if config.tp_size == 1:
+        print(f"\nRun it as it is:\n  {run} --opt_engine_dir {output_dir}")
+    print(
+        f"\nOr build an engine with TensorRT-LLM {trtllm_version}, whose prompt table has"
+        f" {num_query_tokens} query tokens x {limits.max_batch_size} requests:\n  {command}"
+    )
+    if runs_here(trtllm_version):
+        print(f"and run that:\n  {run} --opt_engine_dir {engine_dir}")
+    else:
+        print("run.py cannot run that one: it takes engines of 0.13 to 1.2.1.")
 
 
 if __name__ == "__main__":

@@ -370,10 +370,42 @@ def test_command_line(tmp_path):
     assert f"{tmp_path / 'out'}: float16 OPT (to run as W8A16)" in done.stdout
     assert f"python run.py --opt_engine_dir {tmp_path / 'out'}" in done.stdout
     assert f"trtllm-build --checkpoint_dir {tmp_path / 'out'}" in done.stdout
-    assert "--max_prompt_embedding_table_size 56 " in done.stdout
+    assert "--max_prompt_embedding_table_size 56\n" in done.stdout
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["quant_algo"] == "W8A16"
     assert config["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (
+            (),
+            ["--max_seq_len 64", "--kv_cache_type paged", "max_prompt_embedding_table_size 256\n"],
+        ),
+        (("--trtllm_version", "0.9.0"), ["--max_output_len 32", "run.py cannot run that one"]),
+        (("--tp_size", "2"), ["--workers 2", "mpirun -n 2 python run.py --opt_engine_dir trt_eng"]),
+    ],
+)
+def test_printed_build_command_of_a_bare_opt(tmp_path, arguments, expected):
+    opt_models.opt().save_pretrained(tmp_path / "hf")
+    done = opt_models.run(
+        SCRIPT, "--model_dir", tmp_path / "hf", "--output_dir", tmp_path / "out", *arguments
+    )
+    assert done.returncode == 0, done.stderr
+    assert [text for text in expected if text not in done.stdout] == []
+
+
+def test_an_unknown_trtllm_version_is_refused_before_any_work(tmp_path):
+    done = opt_models.run(
+        *(SCRIPT, "--model_dir", tmp_path / "absent", "--output_dir", tmp_path / "out"),
+        *("--trtllm_version", "1.3.0"),
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: no trtllm-build for OPT in TensorRT-LLM 1.3.0; name a release from 0.9 to 1.2.1\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_default_output_directory_is_the_guides():
