@@ -26,7 +26,6 @@ from blip2.vision.tensorrt_plans import (
     Stage,
     flavour_of,
     log_of,
-    one_line,
     read_plan_sidecar,
 )
 
@@ -222,10 +221,8 @@ def _parse(trt: ModuleType, network: Any, graph: Path) -> None:
     parser = trt.OnnxParser(network, log)
     # From the file, not from bytes: the weights lie beside it.
     parsed = parser.parse_from_file(str(graph))
-    if parser.num_errors:
-        reason = one_line(parser.get_error(0).desc())
-    elif not parsed:
-        reason = log.reason()
+    if log.errors or not parsed:
+        reason = log.reason()  # the cause; the parser's own errors only name the node it broke
     elif not network.num_outputs:  # an empty file is a valid empty graph to the parser
         reason = "it holds no network"
     else:

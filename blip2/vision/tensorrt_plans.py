@@ -120,7 +120,7 @@ def log_of(trt: ModuleType) -> Any:
 
 def one_line(text: str) -> str:
     """TensorRT's message without the places in its own sources, cut to a readable length."""
-    text = re.sub(r"\s+In \w+ at \S+?:\d+", "", " ".join(text.split()))
+    text = re.sub(r"\s+In \w+ at \S+?:\d+|^\w+\.cpp:\d+: ", "", " ".join(text.split()))
     return text if len(text) <= 400 else text[:397] + "..."
 
 
