@@ -8,6 +8,8 @@ import tokenizers
 import torch
 import transformers
 
+from blip2.safetensors_writer import SafetensorsWriter
+
 
 def tiny_blip2(
     directory: Path,
@@ -68,6 +70,42 @@ def tiny_blip2(
     model.save_pretrained(directory)
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     return model
+
+
+def full_size_blip2(directory: Path, *, language: bool = False, seed: int = 0) -> None:
+    """Write a BLIP-2 of the real size with random weights in float16, one tensor at a time.
+
+    ViT-g, the Q-Former and the projection to OPT-2.7B (2.2 GB); with `language` OPT-2.7B itself
+    too (5.3 GB more). Weights are normal with standard deviation 0.02, around 1 for norms.
+    """
+    text = transformers.OPTConfig(
+        vocab_size=50304,
+        hidden_size=2560,
+        ffn_dim=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        word_embed_proj_dim=2560,
+    )
+    config = transformers.Blip2Config(text_config=text.to_dict(), image_token_index=50265)
+    with torch.device("meta"):
+        model = transformers.Blip2ForConditionalGeneration(config)
+    state = model.state_dict()
+    state.pop("language_model.lm_head.weight")  # tied to the embedding
+    tensors = {
+        name: (torch.float16, tuple(tensor.shape))
+        for name, tensor in state.items()
+        if language or not name.startswith("language_model.")
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    tiny_tokenizer().save(str(directory / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(seed)
+    with SafetensorsWriter(directory / "model.safetensors", tensors) as writer:
+        for name, (_, shape) in tensors.items():
+            values = torch.empty(shape).normal_(0, 0.02, generator=generator)
+            if values.ndim == 1 and name.endswith("weight"):
+                values += 1
+            writer.write(name, [values])
 
 
 def tiny_tokenizer() -> tokenizers.Tokenizer:

@@ -272,7 +272,8 @@ def _profile(builder: Any, network: Any, batch_sizes: tuple[int, int, int]) -> A
     profile = builder.create_optimization_profile()
     for tensor in _tensors(network)[0]:
         rest = list(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *([batch, *rest] for batch in batch_sizes))
+        low, typical, high = ([batch, *rest] for batch in batch_sizes)
+        profile.set_shape(tensor.name, low, typical, high)
     return profile
 
 
