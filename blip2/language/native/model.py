@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
 }
-_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -117,4 +117,4 @@ class OPTModel:
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, _NORM_EPS)
+    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, NORM_EPS)

@@ -1,0 +1,95 @@
+"""CUDA C++ kernels, compiled on the machine that runs them by NVRTC, which comes with PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+_POINTER = ctypes.c_void_p
+
+
+class CompiledKernel:
+    """One kernel of a .cu file with its macros set; launches on PyTorch's current stream."""
+
+    def __init__(self, name: str, cubin: bytes, shared_bytes: int = 0) -> None:
+        """Load a compiled kernel; `shared_bytes` of dynamic shared memory go with each launch."""
+        torch.cuda.current_stream()  # PyTorch makes the context that the module is loaded into
+        self._library = _check(driver.cuModuleLoadData(cubin))
+        self._function = _check(driver.cuModuleGetFunction(self._library, name.encode()))
+        self._shared_bytes = shared_bytes
+        self._dependent = torch.cuda.get_device_capability()[0] >= 9
+
+    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+        """Launch, dependent on the kernel before where the GPU can (PDL, Hopper and later).
+
+        Tensors go as their addresses, None as a null pointer, int and float as 32 bits.
+        """
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY = grid
+        config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.blockDimX = threads
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        if self._dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        values, types = zip(*map(_as_argument, arguments), strict=True)
+        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+
+def _as_argument(argument: Any) -> tuple[Any, Any]:
+    if argument is None:
+        return 0, _POINTER
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr(), _POINTER
+    return argument, ctypes.c_float if isinstance(argument, float) else ctypes.c_int
+
+
+def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """Compile a .cu file for an architecture such as sm_90; the result is a cubin.
+
+    Raises:
+        RuntimeError: the source does not compile; holds the compiler's log.
+    """
+    program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in macros]
+    (status,) = nvrtc.nvrtcCompileProgram(
+        program, len(options), [option.encode() for option in options]
+    )
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{path.name} with {dict(macros)}: {log.decode().strip()}")
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    return cubin
+
+
+@functools.cache
+def load_kernel(
+    path: Path, name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int = 0
+) -> CompiledKernel:
+    """Compile a kernel for the current GPU and load it; once a process."""
+    major, minor = torch.cuda.get_device_capability()
+    cubin = compile_source(path, macros, f"sm_{major}{minor}")
+    return CompiledKernel(name, cubin, shared_bytes)
+
+
+def _check(result: tuple) -> Any:
+    """The value of a driver or NVRTC call, which returns (status, value…)."""
+    status, *values = result
+    if status.value != 0:
+        raise RuntimeError(f"CUDA call failed: {status.name}")
+    return values[0] if values else None
