@@ -54,9 +54,7 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
     directory = Path(model_dir)
     if not directory.is_dir():
         directory = _download(str(model_dir))
-    config = artifacts.read_json(
-        directory / "config.json", f"hf download Salesforce/blip2-opt-2.7b --local-dir {directory}"
-    )
+    config = artifacts.read_json(directory / "config.json", _download_command(directory))
     kind = config.get("model_type")
     if kind not in ("blip-2", "opt"):
         raise UserError(
@@ -71,6 +69,7 @@ class _Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    mapped: torch.Tensor | None = None
 
 
 class Checkpoint:
@@ -107,8 +106,8 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor; it is backed by the file, so do not write into it."""
         entry = self._entry(name)
-        if entry.file.suffix == ".bin":
-            return _read_pickle(entry.file)[name]
+        if entry.mapped is not None:
+            return entry.mapped
         # Opened anew for each tensor: an open file would keep every page read so far in memory.
         with _open_safetensors(entry.file) as file:
             return file.get_tensor(name)
@@ -167,6 +166,10 @@ def _download(model_id: str) -> Path:
     return directory
 
 
+def _download_command(directory: Path) -> str:
+    return f"hf download Salesforce/blip2-opt-2.7b --local-dir {directory}"
+
+
 def _catalogue(directory: Path) -> dict[str, _Entry]:
     """Find where each tensor lies and what it is.
 
@@ -187,7 +190,7 @@ def _catalogue(directory: Path) -> dict[str, _Entry]:
 
 
 def _sharded_entries(index: Path) -> dict[str, _Entry]:
-    weight_map = artifacts.read_json(index, "downloading the checkpoint again").get("weight_map")
+    weight_map = artifacts.read_json(index, _download_command(index.parent)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; download the checkpoint again")
     entries: dict[str, _Entry] = {}
@@ -204,8 +207,8 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
 
 def _entries(file: Path) -> dict[str, _Entry]:
     if file.suffix == ".bin":
-        tensors = _read_pickle(file)
-        return {name: _Entry(file, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        tensors = _map_pickle(file)
+        return {name: _Entry(file, tuple(t.shape), t.dtype, t) for name, t in tensors.items()}
     entries = {}
     with _open_safetensors(file) as opened:
         for name in opened.keys():  # noqa: SIM118 - not a mapping, it only has keys()
@@ -227,8 +230,7 @@ def _open_safetensors(file: Path) -> safe_open:
         raise _unreadable(file, error) from None
 
 
-@functools.lru_cache(maxsize=64)
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+def _map_pickle(file: Path) -> dict[str, torch.Tensor]:
     """Map a .bin file; nothing in it is executed, and pages are read when touched."""
     try:
         try:

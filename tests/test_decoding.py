@@ -106,6 +106,14 @@ def test_samples_depend_on_seed_and_request_only():
     assert answers(1, options=other_seed)[0] not in together
 
 
+def test_tokens_of_probability_zero_are_never_drawn():
+    """Not even by the number 0, at which the cumulative distribution of token 0 starts."""
+    logits = torch.tensor([[-torch.inf] * 7 + [0.0] * (VOCAB - 7)])
+    strategy = make(GenerationOptions(end_id=-1, top_k=0, max_output_len=1))
+    strategy._uniforms.zero_()
+    assert strategy.advance(logits)[0].tolist() == [7]
+
+
 def test_greedy_takes_the_largest_and_stops_at_the_end():
     steps = torch.full((4, 2, VOCAB), 0.0)
     for step, tokens in enumerate([(7, 8), (9, 3), (9, 4), (5, 9)]):
