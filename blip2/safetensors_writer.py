@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 class SafetensorsWriter:
