@@ -16,12 +16,11 @@ _POINTER = ctypes.c_void_p
 class CompiledKernel:
     """One kernel of a .cu file with its macros set; launches on PyTorch's current stream."""
 
-    def __init__(self, name: str, cubin: bytes, shared_bytes: int = 0) -> None:
-        """Load a compiled kernel; `shared_bytes` of dynamic shared memory go with each launch."""
+    def __init__(self, name: str, cubin: bytes) -> None:
+        """Load a compiled kernel."""
         torch.cuda.current_stream()  # PyTorch makes the context that the module is loaded into
         self._library = _check(driver.cuModuleLoadData(cubin))
         self._function = _check(driver.cuModuleGetFunction(self._library, name.encode()))
-        self._shared_bytes = shared_bytes
         self._dependent = torch.cuda.get_device_capability()[0] >= 9
 
     def __call__(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
@@ -33,7 +32,6 @@ class CompiledKernel:
         config.gridDimX, config.gridDimY = grid
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
-        config.sharedMemBytes = self._shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self._dependent:
             attribute = driver.CUlaunchAttribute()
@@ -78,13 +76,11 @@ def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture
 
 
 @functools.cache
-def load_kernel(
-    path: Path, name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int = 0
-) -> CompiledKernel:
+def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]) -> CompiledKernel:
     """Compile a kernel for the current GPU and load it; once a process."""
     major, minor = torch.cuda.get_device_capability()
     cubin = compile_source(path, macros, f"sm_{major}{minor}")
-    return CompiledKernel(name, cubin, shared_bytes)
+    return CompiledKernel(name, cubin)
 
 
 def _check(result: tuple) -> Any:

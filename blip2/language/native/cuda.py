@@ -25,8 +25,10 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 _LENGTH_STEP = 128
 
 _SOURCE = Path(__file__).with_name("linear.cu")
-_THREADS = 256  # of a block of the linear kernel: 8 warps
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
+_THREADS = 128  # of a block of the linear kernel
+_WIDEST_NORM = 6144  # inputs whose norm fits the kernel's shared memory
+_WIDEST_STAGED = 16384  # inputs that fit it without
 _MOST_ROWS = 64  # above this, cuBLAS is faster for float16
 
 
@@ -275,6 +277,7 @@ class Step:
         """out = [ReLU](norm(x) Wᵀ + b), or added to out where `residual`."""
         # One row is normalised by every block of the linear kernel; more rows once, beforehand.
         norm_inside = norm is not None and self._rows == 1 and self._compiled
+        norm_inside = norm_inside and linear.shape[1] <= _WIDEST_NORM
         if norm is not None and not norm_inside:
             self._norm(x, norm)
             x = self._normed
@@ -288,7 +291,9 @@ class Step:
         macros = {
             "BITS": linear.bits,
             "TILES": tiles,
+            "WIDTH": inputs,
             "NORM": norm_inside,
+            "STAGED": norm_inside or (self._rows == 1 and inputs <= _WIDEST_STAGED),
             "RELU": relu,
             "RESIDUAL": residual,
             "OUT_FLOAT": out.dtype == torch.float32,
@@ -298,10 +303,12 @@ class Step:
             _SOURCE,
             "linear",
             tuple((name, int(value)) for name, value in macros.items()),
-            shared_bytes=2 * inputs if norm_inside else 0,
         )
         kernel(
-            (triton.cdiv(channels, _CHANNELS), triton.cdiv(self._rows, 8 * tiles)),
+            (
+                _blocks(triton.cdiv(channels, _CHANNELS), x.device),
+                triton.cdiv(self._rows, 8 * tiles),
+            ),
             _THREADS,
             x,
             *((norm.weight, norm.bias) if norm_inside else (None, None)),
@@ -311,7 +318,6 @@ class Step:
             out,
             self._rows,
             channels,
-            inputs,
             float(NORM_EPS),
         )
 
@@ -330,3 +336,10 @@ class Step:
 
     def _pdl_options(self) -> dict[str, bool]:
         return {"PDL": True, "launch_pdl": True} if self._pdl else {"PDL": False}
+
+
+def _blocks(tiles: int, device: torch.device) -> int:
+    """Blocks that share out `tiles` evenly, about two on each multiprocessor."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles_each = triton.cdiv(tiles, 2 * multiprocessors)
+    return triton.cdiv(tiles, tiles_each)

@@ -73,6 +73,46 @@ def norm_kernel(
 
 
 @triton.jit
+def _load_slots(
+    keys,
+    values,
+    sources,
+    start,
+    length,
+    row,
+    head,
+    heads,
+    max_len,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """BLOCK_L cached keys and values of a row, float16, and which of them exist."""
+    depth = tl.arange(0, BLOCK_D)
+    slots = start + tl.arange(0, BLOCK_L)
+    there = slots < length
+    source = tl.load(sources + row * max_len + slots, mask=there, other=0)
+    at = ((source * heads + head).to(tl.int64) * max_len + slots)[:, None] * D + depth[None, :]
+    seen = there[:, None] & (depth < D)[None, :]
+    k = tl.load(keys + at, mask=seen, other=0.0)
+    v = tl.load(values + at, mask=seen, other=0.0)
+    return k, v, there
+
+
+@triton.jit
+def _attend_slots(query, k, v, there, highest, norm, mixed):
+    """One step of the online softmax: (highest score, sum of weights, weighted values)."""
+    scores = tl.sum(k.to(tl.float32) * query[None, :], axis=1)
+    scores = tl.where(there, scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, axis=0))
+    weights = tl.exp(scores - higher)
+    fade = tl.exp(highest - higher)
+    norm = norm * fade + tl.sum(weights, axis=0)
+    mixed = mixed * fade + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
+    return higher, norm, mixed
+
+
+@triton.jit
 def attention_kernel(
     qkv,  # rows x 3 x heads x D, float16
     keys,  # cache rows x heads x max_len x D, this layer's
@@ -91,10 +131,14 @@ def attention_kernel(
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     depth = tl.arange(0, BLOCK_D)
     deep = depth < D
+    # The cache is from earlier steps: its first slots are read before the query is there.
+    length = tl.load(lengths + row).to(tl.int32)
+    k, v, there = _load_slots(
+        keys, values, sources, 0, length, row, head, heads, max_len, D, BLOCK_D, BLOCK_L
+    )
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    length = tl.load(lengths + row).to(tl.int32)
     own = qkv + (row * 3 * heads + head) * D + depth
     query = tl.load(own, mask=deep, other=0.0).to(tl.float32) * softmax_scale
     key = tl.load(own + heads * D, mask=deep, other=0.0)
@@ -107,19 +151,10 @@ def attention_kernel(
     highest = tl.sum(query * key.to(tl.float32), axis=0)
     norm = 1.0
     mixed = value.to(tl.float32)
-    for start in range(0, length, BLOCK_L):
-        slots = start + tl.arange(0, BLOCK_L)
-        there = slots < length
-        source = tl.load(sources + row * max_len + slots, mask=there, other=0)
-        at = ((source * heads + head).to(tl.int64) * max_len + slots)[:, None] * D + depth[None, :]
-        seen = there[:, None] & deep[None, :]
-        k = tl.load(keys + at, mask=seen, other=0.0).to(tl.float32)
-        v = tl.load(values + at, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.where(there, tl.sum(k * query[None, :], axis=1), float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=0))
-        weights = tl.exp(scores - higher)
-        fade = tl.exp(highest - higher)
-        norm = norm * fade + tl.sum(weights, axis=0)
-        mixed = mixed * fade + tl.sum(weights[:, None] * v, axis=0)
-        highest = higher
+    highest, norm, mixed = _attend_slots(query, k, v, there, highest, norm, mixed)
+    for start in range(BLOCK_L, length, BLOCK_L):
+        k, v, there = _load_slots(
+            keys, values, sources, start, length, row, head, heads, max_len, D, BLOCK_D, BLOCK_L
+        )
+        highest, norm, mixed = _attend_slots(query, k, v, there, highest, norm, mixed)
     tl.store(out + (row * heads + head) * D + depth, mixed / norm, mask=deep)

@@ -1,8 +1,8 @@
 // y = x Wᵀ + b for a few rows of x, W in 16, 8 or 4 bits: every weight is read once, at the speed
 // of the memory, and goes through the tensor cores (mma.m16n8k16) for up to 8 * TILES rows.
 //
-// A block owns 16 output channels. Its warps share out the inputs in groups of GROUP and add up
-// their sums in shared memory, in a fixed order, so a result never depends on timing. With the
+// A block owns 16 output channels at a time. Its warps share out the inputs in groups of GROUP and
+// add up their sums in shared memory, in a fixed order, so a result never depends on timing. With the
 // order of k inside a group chosen freely (a sum does not mind), each thread reads 16 consecutive
 // bytes of weights and of x:
 //   thread (g = lane / 4, t = lane % 4) takes channels g and g + 8 and, of 32 inputs, 8t .. 8t + 7;
@@ -10,19 +10,27 @@
 // Weights of 16 bits lie as PyTorch has them, N x K; those of 8 and 4 bits are packed in that order
 // (linear.py), biased to be unsigned.
 //
-// Launched dependent on the kernel before (PDL): the first weights are requested before that one
-// has finished, since they do not depend on it.
+// Latency is what counts beside the bytes: a launch lasts a few microseconds. So weights are always
+// requested AHEAD groups before their use, across the channels a block works through, and the first
+// of them before waiting for the kernel before (PDL), since they do not depend on it. The grid is so
+// small that the blocks of two kernels fit on the GPU: the next one's requests keep the memory busy
+// while this one finishes.
 //
-// Compiled by NVRTC with BITS, TILES, NORM, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS defined.
+// Compiled by NVRTC with BITS, TILES, NORM, STAGED, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS and WIDTH,
+// the number of inputs, defined. STAGED keeps the one row of inputs in shared memory; NORM needs it.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-#define WARPS 8
+#define WARPS 4
+#define THREADS (32 * WARPS)
 #define CHANNELS 16
 #define GROUP (BITS == 4 ? 64 : 32)  // inputs one round of loads covers
 #define LOADS (BITS == 16 ? 2 : 1)   // 16-byte loads a thread and group
-#define AHEAD (BITS == 16 ? 4 : 5)   // groups requested before they are needed
+#define AHEAD (TILES > 1 ? 4 : BITS == 16 ? 5 : 10)
+#define ROUND (AHEAD * WARPS)  // groups a block has in flight
+#define GROUPS (WIDTH / GROUP)
+#define OUTPUTS (CHANNELS * 8 * TILES / THREADS)  // a thread's
 
 __device__ inline float half_to_float(u16 h) {
   float f;
@@ -90,145 +98,179 @@ __device__ inline void multiply32(float (*sums)[4], const u32* near, const u32* 
   }
 }
 
-// The weights of one group that this thread multiplies.
-__device__ inline void load_weights(uint4* w, const char* weight, int group, int N, int K) {
+// The weights of one group that this thread multiplies. Past the last group it loads that one again.
+__device__ inline void load_weights(uint4* w, const char* weight, int tile, int group, int N) {
   int lane = threadIdx.x % 32;
+  group = min(group, GROUPS - 1);
   if (BITS == 16) {
-    int channel = blockIdx.x * CHANNELS + lane / 4, k = group * GROUP + lane % 4 * 8;
+    int channel = tile * CHANNELS + lane / 4, k = group * GROUP + lane % 4 * 8;
     long long near = min(channel, N - 1), far = min(channel + 8, N - 1);
-    w[0] = load_once(weight + (near * K + k) * 2);
-    w[LOADS - 1] = load_once(weight + (far * K + k) * 2);
+    w[0] = load_once(weight + (near * WIDTH + k) * 2);
+    w[LOADS - 1] = load_once(weight + (far * WIDTH + k) * 2);
   } else {
-    long long tile = (long long)blockIdx.x * (K / GROUP) + group;
-    w[0] = load_once(weight + tile * 512 + lane * 16);
+    w[0] = load_once(weight + ((long long)tile * GROUPS + group) * 512 + lane * 16);
   }
 }
 
+// The sum over a block, in every thread.
+__device__ inline float block_sum(float part, float* partial) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) part += __shfl_xor_sync(~0u, part, offset);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = part;
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) total += partial[warp];
+  return total;
+}
+
 #if NORM
+#define OWN ((WIDTH + THREADS - 1) / THREADS)  // inputs a thread normalises
+
 // The single row x (float32) through its LayerNorm into shared memory as float16.
-__device__ void normalise(const float* x, const u16* norm_weight, const u16* norm_bias, float eps,
-                          int K, u16* normed) {
-  __shared__ float partial[WARPS];
-  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  float sum = 0, mean = 0, squares = 0;
-  for (int k = thread; k < K; k += 32 * WARPS) sum += x[k];
-  for (int pass = 0; pass < 2; ++pass) {
-    float part = pass ? squares : sum;
+__device__ inline void normalise(const float* x, const u16* weight, const u16* bias, float eps,
+                                 u16* normed) {
+  __shared__ float partial[2][WARPS];
+  float own[OWN], sum = 0, squares = 0;
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) part += __shfl_xor_sync(~0u, part, offset);
-    if (lane == 0) partial[warp] = part;
-    __syncthreads();
-    float total = 0;
-#pragma unroll
-    for (int other = 0; other < WARPS; ++other) total += partial[other];
-    __syncthreads();
-    if (pass == 0) {
-      mean = total / K;
-      for (int k = thread; k < K; k += 32 * WARPS) squares += (x[k] - mean) * (x[k] - mean);
-    } else {
-      squares = total;
-    }
+  for (int i = 0; i < OWN; ++i) {
+    int k = threadIdx.x + i * THREADS;
+    own[i] = k < WIDTH ? x[k] : 0;
+    sum += own[i];
   }
-  float scale = rsqrtf(squares / K + eps);
-  for (int k = thread; k < K; k += 32 * WARPS)
-    normed[k] = float_to_half((x[k] - mean) * scale * half_to_float(norm_weight[k]) +
-                              half_to_float(norm_bias[k]));
+  float mean = block_sum(sum, partial[0]) / WIDTH;
+#pragma unroll
+  for (int i = 0; i < OWN; ++i)
+    if (threadIdx.x + i * THREADS < WIDTH) squares += (own[i] - mean) * (own[i] - mean);
+  float scale = rsqrtf(block_sum(squares, partial[1]) / WIDTH + eps);
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    int k = threadIdx.x + i * THREADS;
+    if (k < WIDTH)
+      normed[k] = float_to_half((own[i] - mean) * scale * half_to_float(weight[k]) +
+                                half_to_float(bias[k]));
+  }
   __syncthreads();
 }
 #endif
 
 // Eight inputs of each of this thread's rows, starting at k.
-__device__ inline void load_inputs(uint4* b, const u16* x, int first_row, int rows, int k, int K) {
+__device__ inline void load_inputs(uint4* b, const u16* x, int first_row, int rows, int k) {
   int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
     int row = first_row + tile * 8 + g;
     b[tile] = make_uint4(0, 0, 0, 0);
-    if (row < rows) b[tile] = *(const uint4*)(x + (long long)row * K + k);
+    if (row < rows) b[tile] = *(const uint4*)(x + (long long)row * WIDTH + k);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES > 5 ? 1 : TILES > 2 ? 2 : 3)
+extern "C" __global__ void __launch_bounds__(THREADS, TILES > 2 ? 3 : 4)
     linear(const void* x, const u16* norm_weight, const u16* norm_bias, const char* weight,
-           const u16* scales, const u16* bias, void* out, int rows, int N, int K, float eps) {
-  extern __shared__ uint4 dynamic[];  // NORM: the normalised row
-  __shared__ float partial[WARPS][CHANNELS][8 * TILES + 1];
+           const u16* scales, const u16* bias, void* out, int rows, int N, float eps) {
+  // Two, so that one tile's sums are read while the next one's are written.
+  __shared__ float partial[2][WARPS][CHANNELS][8 * TILES + 1];
   int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, t = lane % 4;
-  int first_row = blockIdx.y * 8 * TILES;
-  int groups = K / GROUP;
+  int first_row = blockIdx.y * 8 * TILES, tiles = (N + CHANNELS - 1) / CHANNELS;
 
   uint4 ahead[AHEAD][LOADS];
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i)
-    if (warp + i * WARPS < groups) load_weights(ahead[i], weight, warp + i * WARPS, N, K);
+  for (int i = 0; i < AHEAD; ++i) load_weights(ahead[i], weight, blockIdx.x, warp + i * WARPS, N);
+#if NORM
+  __shared__ u16 own_weight[WIDTH], own_bias[WIDTH];
+  for (int k = thread; k < WIDTH; k += THREADS) {
+    own_weight[k] = norm_weight[k];
+    own_bias[k] = norm_bias[k];
+  }
+#endif
+
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
+#if STAGED
+  __shared__ __align__(16) u16 input[WIDTH];
 #if NORM
-  const u16* input = (const u16*)dynamic;
-  normalise((const float*)x, norm_weight, norm_bias, eps, K, (u16*)dynamic);
+  normalise((const float*)x, own_weight, own_bias, eps, input);
+#else
+  for (int k = thread * 8; k < WIDTH; k += THREADS * 8)
+    *(uint4*)(input + k) = *(const uint4*)((const u16*)x + k);
+  __syncthreads();
+#endif
 #else
   const u16* input = (const u16*)x;
 #endif
 
-  float sums[TILES][4] = {};
-  for (int first = warp; first < groups; first += AHEAD * WARPS) {
+  int parity = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+    float scale[OUTPUTS], offset[OUTPUTS], before[OUTPUTS];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      int group = first + i * WARPS;
-      if (group >= groups) break;
-      uint4 w[LOADS];
+    for (int i = 0; i < OUTPUTS; ++i) {
+      int index = thread + i * THREADS, row = first_row + index / CHANNELS;
+      int channel = min(tile * CHANNELS + index % CHANNELS, N - 1);
+      scale[i] = BITS < 16 ? half_to_float(scales[channel]) : 1.0f;
+      offset[i] = HAS_BIAS ? half_to_float(bias[channel]) : 0.0f;
+      before[i] = RESIDUAL && row < rows ? ((float*)out)[(long long)row * N + channel] : 0.0f;
+    }
+
+    float sums[TILES][4] = {};
+    for (int first = warp; first < GROUPS; first += ROUND) {
+      bool last = first + ROUND >= GROUPS;
+      int next_tile = last ? tile + gridDim.x : tile, next = last ? warp : first + ROUND;
 #pragma unroll
-      for (int load = 0; load < LOADS; ++load) w[load] = ahead[i][load];
-      if (group + AHEAD * WARPS < groups)
-        load_weights(ahead[i], weight, group + AHEAD * WARPS, N, K);
-      uint4 b[TILES];
-      int k = group * GROUP + t * 8;
-      load_inputs(b, input, first_row, rows, k, K);
-      if (BITS == 16) {
-        multiply32(sums, (const u32*)&w[0], (const u32*)&w[LOADS - 1], b);
-      } else if (BITS == 8) {
+      for (int i = 0; i < AHEAD; ++i) {
+        uint4 w[LOADS];
+#pragma unroll
+        for (int load = 0; load < LOADS; ++load) w[load] = ahead[i][load];
+        if (next_tile < tiles) load_weights(ahead[i], weight, next_tile, next + i * WARPS, N);
+        int group = first + i * WARPS;
+        if (group >= GROUPS) continue;
+        uint4 b[TILES];
         u32 near[4], far[4];
-        unpack8(w[0].x, near);
-        unpack8(w[0].y, near + 2);
-        unpack8(w[0].z, far);
-        unpack8(w[0].w, far + 2);
-        multiply32(sums, near, far, b);
-      } else {
-        u32 near[4], far[4];
-        unpack4(w[0].x, near);
-        unpack4(w[0].y, far);
-        multiply32(sums, near, far, b);
-        load_inputs(b, input, first_row, rows, k + 32, K);
-        unpack4(w[0].z, near);
-        unpack4(w[0].w, far);
-        multiply32(sums, near, far, b);
+        load_inputs(b, input, first_row, rows, group * GROUP + t * 8);
+        if (BITS == 16) {
+          multiply32(sums, (const u32*)&w[0], (const u32*)&w[LOADS - 1], b);
+        } else if (BITS == 8) {
+          unpack8(w[0].x, near);
+          unpack8(w[0].y, near + 2);
+          unpack8(w[0].z, far);
+          unpack8(w[0].w, far + 2);
+          multiply32(sums, near, far, b);
+        } else {
+          unpack4(w[0].x, near);
+          unpack4(w[0].y, far);
+          multiply32(sums, near, far, b);
+          load_inputs(b, input, first_row, rows, group * GROUP + 32 + t * 8);
+          unpack4(w[0].z, near);
+          unpack4(w[0].w, far);
+          multiply32(sums, near, far, b);
+        }
       }
     }
-  }
 
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+    for (int part = 0; part < TILES; ++part)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      partial[warp][lane / 4 + i / 2 * 8][tile * 8 + t * 2 + i % 2] = sums[tile][i];
-  __syncthreads();
-  for (int index = thread; index < CHANNELS * 8 * TILES; index += 32 * WARPS) {
-    int channel = blockIdx.x * CHANNELS + index % CHANNELS, row = first_row + index / CHANNELS;
-    if (channel >= N || row >= rows) continue;
-    float y = 0;
+      for (int i = 0; i < 4; ++i)
+        partial[parity][warp][lane / 4 + i / 2 * 8][part * 8 + t * 2 + i % 2] = sums[part][i];
+    __syncthreads();
 #pragma unroll
-    for (int other = 0; other < WARPS; ++other)
-      y += partial[other][index % CHANNELS][index / CHANNELS];
-    if (BITS < 16) y *= half_to_float(scales[channel]);
-    if (HAS_BIAS) y += half_to_float(bias[channel]);
-    if (RELU) y = fmaxf(y, 0.0f);
-    long long at = (long long)row * N + channel;
-    if (OUT_FLOAT)
-      ((float*)out)[at] = RESIDUAL ? ((float*)out)[at] + y : y;
-    else
-      ((u16*)out)[at] = float_to_half(y);
+    for (int i = 0; i < OUTPUTS; ++i) {
+      int index = thread + i * THREADS;
+      int channel = tile * CHANNELS + index % CHANNELS, row = first_row + index / CHANNELS;
+      if (channel >= N || row >= rows) continue;
+      float y = 0;
+#pragma unroll
+      for (int other = 0; other < WARPS; ++other)
+        y += partial[parity][other][index % CHANNELS][index / CHANNELS];
+      y = y * scale[i] + offset[i];
+      if (RELU) y = fmaxf(y, 0.0f);
+      long long at = (long long)row * N + channel;
+      if (OUT_FLOAT)
+        ((float*)out)[at] = before[i] + y;
+      else
+        ((u16*)out)[at] = float_to_half(y);
+    }
   }
 }
