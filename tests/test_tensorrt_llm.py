@@ -6,6 +6,7 @@ embeddings of its text. The double reads ids, tasks and table as the real runner
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 
@@ -13,7 +14,14 @@ import opt_models
 import pytest
 import torch
 import transformers
-from trtllm_engines import DOUBLES, VERSIONS, install_metadata, write_engine
+from trtllm_engines import (
+    VERSIONS,
+    calls,
+    forget_double,
+    install_double,
+    install_metadata,
+    write_engine,
+)
 
 from blip2.artifacts import UserError
 from blip2.language import GenerationOptions, holds_engine, open_language_session
@@ -33,27 +41,9 @@ def truth(tmp_path_factory):
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Install the double as TensorRT-LLM of a version, in a process of a rank; return its calls."""
-
-    def install(version: str = "1.2.1", rank: int = 0, size: int = 1):
-        _forget_double()
-        monkeypatch.setenv("DOUBLE_MPI_RANK", str(rank))
-        monkeypatch.setenv("DOUBLE_MPI_SIZE", str(size))
-        monkeypatch.syspath_prepend(str(DOUBLES))
-        monkeypatch.syspath_prepend(str(install_metadata(tmp_path / "site" / version, version)))
-
-    yield install
-    _forget_double()
-
-
-def _forget_double() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
-        del sys.modules[name]
-
-
-def calls(method: str) -> list[dict]:
-    """The arguments of the calls of a method of the double."""
-    return [named for name, named in sys.modules["tensorrt_llm.runtime"].calls if name == method]
+    """Install the double as TensorRT-LLM of a version, in a process of a rank."""
+    yield functools.partial(install_double, monkeypatch, tmp_path / "site")
+    forget_double()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +113,7 @@ def check_answers(generations, expected) -> None:
     [
         {},
         {"num_beams": 5, "length_penalty": 0.5},
+        {"num_beams": 3, "length_penalty": 2.0},
         {"num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
         {"top_k": 0, "top_p": 0.9, "temperature": 1.3, "seed": 5},
         {"top_k": 7, "seed": 11},
@@ -153,6 +144,10 @@ def test_the_answers_compared_are_worth_comparing(truth, requests):
     short = transformers_answers(truth, requests, options(num_beams=5, length_penalty=0.0))
     long = transformers_answers(truth, requests, options(num_beams=5, length_penalty=3.0))
     assert [ids for ids, _ in short] != [ids for ids, _ in long]
+    beams = {"num_beams": 3, "length_penalty": 2.0}
+    patient = transformers_answers(truth, requests, options(**beams))
+    hasty = transformers_answers(truth, requests, options(**beams, early_stopping=True))
+    assert [ids for ids, _ in patient] != [ids for ids, _ in hasty]
 
 
 @pytest.mark.parametrize("kv_cache_type", RUNNERS.values())
@@ -300,7 +295,7 @@ def test_an_installation_that_cannot_be_imported_is_one_line(tmp_path, truth, mo
     site = install_metadata(tmp_path / "site", "1.2.1")
     (site / "tensorrt_llm.py").write_text("raise ImportError('libcuda.so.1: cannot open\\nmore')")
     monkeypatch.syspath_prepend(str(site))
-    _forget_double()
+    forget_double()
     with pytest.raises(UserError, match=r"cannot be imported \(libcuda.so.1: cannot open\)"):
         open_language_session(write_engine(tmp_path / "engine", truth[0]))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 DOUBLES = Path(__file__).parent / "doubles"
 VERSIONS = ("0.13.0", "1.0.0", "1.2.1")
@@ -65,3 +68,29 @@ def install_metadata(directory: Path, version: str) -> Path:
     metadata.parent.mkdir(parents=True, exist_ok=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version}\n")
     return directory
+
+
+def install_double(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    version: str = "1.2.1",
+    rank: int = 0,
+    size: int = 1,
+) -> None:
+    """Install the double in this process, as process `rank` of `size`."""
+    forget_double()
+    monkeypatch.setenv("DOUBLE_MPI_RANK", str(rank))
+    monkeypatch.setenv("DOUBLE_MPI_SIZE", str(size))
+    monkeypatch.syspath_prepend(str(DOUBLES))
+    monkeypatch.syspath_prepend(str(install_metadata(directory / version, version)))
+
+
+def forget_double() -> None:
+    """Let the next import find another version, and no calls."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
+
+
+def calls(method: str) -> list[dict]:
+    """The arguments of the calls of a method of the double."""
+    return [named for name, named in sys.modules["tensorrt_llm.runtime"].calls if name == method]
