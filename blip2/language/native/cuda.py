@@ -26,7 +26,6 @@ _LENGTH_STEP = 128
 
 _SOURCE = Path(__file__).with_name("linear.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
-_THREADS = 128  # of a block of the linear kernel
 _WIDEST_NORM = 6144  # inputs whose norm fits the kernel's shared memory
 _WIDEST_STAGED = 16384  # inputs that fit it without
 _MOST_ROWS = 64  # above this, cuBLAS is faster for float16
@@ -288,9 +287,11 @@ class Step:
             return
         tiles = next((n for n in _TILES if 8 * n >= self._rows), _TILES[-1])
         channels, inputs = linear.shape
+        warps = _warps(channels, tiles)
         macros = {
             "BITS": linear.bits,
             "TILES": tiles,
+            "WARPS": warps,
             "WIDTH": inputs,
             "NORM": norm_inside,
             "STAGED": norm_inside or (self._rows == 1 and inputs <= _WIDEST_STAGED),
@@ -305,11 +306,8 @@ class Step:
             tuple((name, int(value)) for name, value in macros.items()),
         )
         kernel(
-            (
-                _blocks(triton.cdiv(channels, _CHANNELS), x.device),
-                triton.cdiv(self._rows, 8 * tiles),
-            ),
-            _THREADS,
+            (triton.cdiv(channels, _CHANNELS), triton.cdiv(self._rows, 8 * tiles)),
+            32 * warps,
             x,
             *((norm.weight, norm.bias) if norm_inside else (None, None)),
             linear.weight,
@@ -338,8 +336,9 @@ class Step:
         return {"PDL": True, "launch_pdl": True} if self._pdl else {"PDL": False}
 
 
-def _blocks(tiles: int, device: torch.device) -> int:
-    """Blocks that share out `tiles` evenly, about two on each multiprocessor."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles_each = triton.cdiv(tiles, 2 * multiprocessors)
-    return triton.cdiv(tiles, tiles_each)
+def _warps(channels: int, tiles: int) -> int:
+    """Warps that share a block's 16 channels: so many that all blocks are on the GPU at once.
+
+    The kernel leaves room for about 20 warps on a multiprocessor.
+    """
+    return 4 if channels >= 4096 and tiles == 1 else 8

@@ -1,36 +1,37 @@
 // y = x Wᵀ + b for a few rows of x, W in 16, 8 or 4 bits: every weight is read once, at the speed
 // of the memory, and goes through the tensor cores (mma.m16n8k16) for up to 8 * TILES rows.
 //
-// A block owns 16 output channels at a time. Its warps share out the inputs in groups of GROUP and
-// add up their sums in shared memory, in a fixed order, so a result never depends on timing. With the
+// A block owns 16 output channels. Its warps share out the inputs in groups of GROUP and add up
+// their sums in shared memory, in a fixed order, so a result never depends on timing. With the
 // order of k inside a group chosen freely (a sum does not mind), each thread reads 16 consecutive
 // bytes of weights and of x:
 //   thread (g = lane / 4, t = lane % 4) takes channels g and g + 8 and, of 32 inputs, 8t .. 8t + 7;
 //   the first mma sees 8t .. 8t + 3, the second 8t + 4 .. 8t + 7, as its k = 2t, 2t+1, 2t+8, 2t+9.
 // Weights of 16 bits lie as PyTorch has them, N x K; those of 8 and 4 bits are packed in that order
-// (linear.py), biased to be unsigned.
+// (cuda.py), biased to be unsigned.
 //
 // Latency is what counts beside the bytes: a launch lasts a few microseconds. So weights are always
-// requested AHEAD groups before their use, across the channels a block works through, and the first
-// of them before waiting for the kernel before (PDL), since they do not depend on it. The grid is so
-// small that the blocks of two kernels fit on the GPU: the next one's requests keep the memory busy
-// while this one finishes.
+// requested AHEAD groups before their use, and the first of them before waiting for the kernel
+// before (PDL), since they do not depend on it. Rows beyond the last repeat the last one: what they
+// yield is not stored, and telling them apart would cost instructions.
 //
-// Compiled by NVRTC with BITS, TILES, NORM, STAGED, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS and WIDTH,
-// the number of inputs, defined. STAGED keeps the one row of inputs in shared memory; NORM needs it.
+// Compiled by NVRTC with BITS, TILES, WARPS, NORM, STAGED, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS and
+// WIDTH, the number of inputs, defined. STAGED keeps the one row of inputs in shared memory; NORM
+// needs it.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-#define WARPS 4
 #define THREADS (32 * WARPS)
 #define CHANNELS 16
 #define GROUP (BITS == 4 ? 64 : 32)  // inputs one round of loads covers
 #define LOADS (BITS == 16 ? 2 : 1)   // 16-byte loads a thread and group
-#define AHEAD (TILES > 1 ? 4 : BITS == 16 ? 5 : 10)
-#define ROUND (AHEAD * WARPS)  // groups a block has in flight
 #define GROUPS (WIDTH / GROUP)
-#define OUTPUTS (CHANNELS * 8 * TILES / THREADS)  // a thread's
+#define SHARE ((GROUPS + WARPS - 1) / WARPS)  // groups a warp multiplies, at most
+#define LIMIT (TILES > 1 ? 3 : BITS == 16 ? 5 : STAGED ? 10 : 5)
+#define AHEAD (LIMIT < SHARE ? LIMIT : SHARE)
+#define INPUTS_AHEAD (TILES <= 2 && !STAGED)  // else they are near: in shared memory, or many
+#define OUTPUTS ((CHANNELS * 8 * TILES + THREADS - 1) / THREADS)  // a thread's, at most
 
 __device__ inline float half_to_float(u16 h) {
   float f;
@@ -98,20 +99,6 @@ __device__ inline void multiply32(float (*sums)[4], const u32* near, const u32* 
   }
 }
 
-// The weights of one group that this thread multiplies. Past the last group it loads that one again.
-__device__ inline void load_weights(uint4* w, const char* weight, int tile, int group, int N) {
-  int lane = threadIdx.x % 32;
-  group = min(group, GROUPS - 1);
-  if (BITS == 16) {
-    int channel = tile * CHANNELS + lane / 4, k = group * GROUP + lane % 4 * 8;
-    long long near = min(channel, N - 1), far = min(channel + 8, N - 1);
-    w[0] = load_once(weight + (near * WIDTH + k) * 2);
-    w[LOADS - 1] = load_once(weight + (far * WIDTH + k) * 2);
-  } else {
-    w[0] = load_once(weight + ((long long)tile * GROUPS + group) * 512 + lane * 16);
-  }
-}
-
 // The sum over a block, in every thread.
 __device__ inline float block_sum(float part, float* partial) {
 #pragma unroll
@@ -154,28 +141,94 @@ __device__ inline void normalise(const float* x, const u16* weight, const u16* b
 }
 #endif
 
-// Eight inputs of each of this thread's rows, starting at k.
-__device__ inline void load_inputs(uint4* b, const u16* x, int first_row, int rows, int k) {
-  int g = threadIdx.x % 32 / 4;
+// Where a thread finds its weights of the groups that its warp multiplies: group warp + i * WARPS.
+struct Weights {
+  const char *near, *far;
+
+  __device__ Weights(const char* weight, int N) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (BITS == 16) {
+      int channel = blockIdx.x * CHANNELS + lane / 4, k = warp * GROUP + lane % 4 * 8;
+      near = weight + ((long long)min(channel, N - 1) * WIDTH + k) * 2;
+      far = weight + ((long long)min(channel + 8, N - 1) * WIDTH + k) * 2;
+    } else {
+      near = far = weight + ((long long)blockIdx.x * GROUPS + warp) * 512 + lane * 16;
+    }
+  }
+
+  __device__ void load(uint4* w, int i) const {
+    if (!there(i)) return;
+    int step = i * WARPS * (BITS == 16 ? GROUP * 2 : 512);
+    w[0] = load_once(near + step);
+    if (BITS == 16) w[LOADS - 1] = load_once(far + step);
+  }
+
+  static __device__ bool there(int i) {
+    return (i + 1) * WARPS <= GROUPS || threadIdx.x / 32 + i * WARPS < GROUPS;
+  }
+};
+
+// The same for the inputs of its rows.
+struct Inputs {
+  const u16* row[TILES];
+
+  __device__ Inputs(const u16* x, int first_row, int rows) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
-    int row = first_row + tile * 8 + g;
-    b[tile] = make_uint4(0, 0, 0, 0);
-    if (row < rows) b[tile] = *(const uint4*)(x + (long long)row * WIDTH + k);
+    for (int tile = 0; tile < TILES; ++tile) {
+      int mine = STAGED ? 0 : min(first_row + tile * 8 + lane / 4, rows - 1);
+      row[tile] = x + mine * WIDTH + warp * GROUP + lane % 4 * 8;
+    }
+  }
+
+  __device__ void load(uint4 (*b)[TILES], int i) const {
+    if (!Weights::there(i)) return;
+#pragma unroll
+    for (int half = 0; half < GROUP / 32; ++half)
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+        b[half][tile] = *(const uint4*)(row[tile] + i * WARPS * GROUP + 32 * half);
+  }
+};
+
+__device__ inline void multiply(float (*sums)[4], const uint4* w, uint4 (*b)[TILES]) {
+  u32 near[4], far[4];
+  if (BITS == 16) {
+    multiply32(sums, (const u32*)&w[0], (const u32*)&w[LOADS - 1], b[0]);
+  } else if (BITS == 8) {
+    unpack8(w[0].x, near);
+    unpack8(w[0].y, near + 2);
+    unpack8(w[0].z, far);
+    unpack8(w[0].w, far + 2);
+    multiply32(sums, near, far, b[0]);
+  } else {
+    unpack4(w[0].x, near);
+    unpack4(w[0].y, far);
+    multiply32(sums, near, far, b[0]);
+    unpack4(w[0].z, near);
+    unpack4(w[0].w, far);
+    multiply32(sums, near, far, b[GROUP / 32 - 1]);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILES > 2 ? 3 : 4)
+extern "C" __global__ void __launch_bounds__(THREADS, (TILES > 1 ? 512 : 640) / THREADS)
     linear(const void* x, const u16* norm_weight, const u16* norm_bias, const char* weight,
            const u16* scales, const u16* bias, void* out, int rows, int N, float eps) {
-  // Two, so that one tile's sums are read while the next one's are written.
-  __shared__ float partial[2][WARPS][CHANNELS][8 * TILES + 1];
+  __shared__ float partial[WARPS][CHANNELS][8 * TILES + 1];
   int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, t = lane % 4;
-  int first_row = blockIdx.y * 8 * TILES, tiles = (N + CHANNELS - 1) / CHANNELS;
+  int first_row = blockIdx.y * 8 * TILES;
 
-  uint4 ahead[AHEAD][LOADS];
+  uint4 w_ahead[AHEAD][LOADS];
+  Weights weights(weight, N);
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) load_weights(ahead[i], weight, blockIdx.x, warp + i * WARPS, N);
+  for (int i = 0; i < AHEAD; ++i) weights.load(w_ahead[i], i);
+  float scale[OUTPUTS], offset[OUTPUTS], before[OUTPUTS];
+#pragma unroll
+  for (int i = 0; i < OUTPUTS; ++i) {
+    int channel = min(blockIdx.x * CHANNELS + (thread + i * THREADS) % CHANNELS, N - 1);
+    scale[i] = BITS < 16 ? half_to_float(scales[channel]) : 1.0f;
+    offset[i] = HAS_BIAS ? half_to_float(bias[channel]) : 0.0f;
+  }
 #if NORM
   __shared__ u16 own_weight[WIDTH], own_bias[WIDTH];
   for (int k = thread; k < WIDTH; k += THREADS) {
@@ -189,6 +242,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES > 2 ? 3 : 4)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
+#pragma unroll
+  for (int i = 0; i < OUTPUTS; ++i) {
+    int index = thread + i * THREADS;
+    int channel = blockIdx.x * CHANNELS + index % CHANNELS, row = first_row + index / CHANNELS;
+    before[i] = 0;
+    if (RESIDUAL && channel < N && row < rows) before[i] = ((float*)out)[(long long)row * N + channel];
+  }
 #if STAGED
   __shared__ __align__(16) u16 input[WIDTH];
 #if NORM
@@ -201,76 +261,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES > 2 ? 3 : 4)
 #else
   const u16* input = (const u16*)x;
 #endif
+  Inputs inputs(input, first_row, rows);
+  uint4 x_ahead[AHEAD][GROUP / 32][TILES];
+#pragma unroll
+  for (int i = 0; i < AHEAD && INPUTS_AHEAD; ++i) inputs.load(x_ahead[i], i);
 
-  int parity = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
-    float scale[OUTPUTS], offset[OUTPUTS], before[OUTPUTS];
+  // Two sums for each output: an mma need not wait for the one before it.
+  float sums[2][TILES][4] = {};
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) {
-      int index = thread + i * THREADS, row = first_row + index / CHANNELS;
-      int channel = min(tile * CHANNELS + index % CHANNELS, N - 1);
-      scale[i] = BITS < 16 ? half_to_float(scales[channel]) : 1.0f;
-      offset[i] = HAS_BIAS ? half_to_float(bias[channel]) : 0.0f;
-      before[i] = RESIDUAL && row < rows ? ((float*)out)[(long long)row * N + channel] : 0.0f;
+  for (int i = 0; i < SHARE; ++i) {
+    uint4 w[LOADS], b[GROUP / 32][TILES];
+#pragma unroll
+    for (int load = 0; load < LOADS; ++load) w[load] = w_ahead[i % AHEAD][load];
+    if (i + AHEAD < SHARE) weights.load(w_ahead[i % AHEAD], i + AHEAD);
+    if (INPUTS_AHEAD) {
+#pragma unroll
+      for (int half = 0; half < GROUP / 32; ++half)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) b[half][tile] = x_ahead[i % AHEAD][half][tile];
+      if (i + AHEAD < SHARE) inputs.load(x_ahead[i % AHEAD], i + AHEAD);
+    } else {
+      inputs.load(b, i);
     }
-
-    float sums[TILES][4] = {};
-    for (int first = warp; first < GROUPS; first += ROUND) {
-      bool last = first + ROUND >= GROUPS;
-      int next_tile = last ? tile + gridDim.x : tile, next = last ? warp : first + ROUND;
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        uint4 w[LOADS];
-#pragma unroll
-        for (int load = 0; load < LOADS; ++load) w[load] = ahead[i][load];
-        if (next_tile < tiles) load_weights(ahead[i], weight, next_tile, next + i * WARPS, N);
-        int group = first + i * WARPS;
-        if (group >= GROUPS) continue;
-        uint4 b[TILES];
-        u32 near[4], far[4];
-        load_inputs(b, input, first_row, rows, group * GROUP + t * 8);
-        if (BITS == 16) {
-          multiply32(sums, (const u32*)&w[0], (const u32*)&w[LOADS - 1], b);
-        } else if (BITS == 8) {
-          unpack8(w[0].x, near);
-          unpack8(w[0].y, near + 2);
-          unpack8(w[0].z, far);
-          unpack8(w[0].w, far + 2);
-          multiply32(sums, near, far, b);
-        } else {
-          unpack4(w[0].x, near);
-          unpack4(w[0].y, far);
-          multiply32(sums, near, far, b);
-          load_inputs(b, input, first_row, rows, group * GROUP + 32 + t * 8);
-          unpack4(w[0].z, near);
-          unpack4(w[0].w, far);
-          multiply32(sums, near, far, b);
-        }
-      }
-    }
+    if (Weights::there(i)) multiply(sums[TILES == 1 ? i % 2 : 0], w, b);
+  }
 
 #pragma unroll
-    for (int part = 0; part < TILES; ++part)
+  for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        partial[parity][warp][lane / 4 + i / 2 * 8][part * 8 + t * 2 + i % 2] = sums[part][i];
-    __syncthreads();
+    for (int i = 0; i < 4; ++i)
+      partial[warp][lane / 4 + i / 2 * 8][tile * 8 + t * 2 + i % 2] =
+          sums[0][tile][i] + sums[1][tile][i];
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) {
-      int index = thread + i * THREADS;
-      int channel = tile * CHANNELS + index % CHANNELS, row = first_row + index / CHANNELS;
-      if (channel >= N || row >= rows) continue;
-      float y = 0;
+  for (int i = 0; i < OUTPUTS; ++i) {
+    int index = thread + i * THREADS;
+    int channel = blockIdx.x * CHANNELS + index % CHANNELS, row = first_row + index / CHANNELS;
+    if (index >= CHANNELS * 8 * TILES || channel >= N || row >= rows) continue;
+    float y = 0;
 #pragma unroll
-      for (int other = 0; other < WARPS; ++other)
-        y += partial[parity][other][index % CHANNELS][index / CHANNELS];
-      y = y * scale[i] + offset[i];
-      if (RELU) y = fmaxf(y, 0.0f);
-      long long at = (long long)row * N + channel;
-      if (OUT_FLOAT)
-        ((float*)out)[at] = before[i] + y;
-      else
-        ((u16*)out)[at] = float_to_half(y);
-    }
+    for (int other = 0; other < WARPS; ++other)
+      y += partial[other][index % CHANNELS][index / CHANNELS];
+    y = y * scale[i] + offset[i];
+    if (RELU) y = fmaxf(y, 0.0f);
+    long long at = (long long)row * N + channel;
+    if (OUT_FLOAT)
+      ((float*)out)[at] = before[i] + y;
+    else
+      ((u16*)out)[at] = float_to_half(y);
   }
 }
