@@ -91,13 +91,32 @@ class Pipeline:
             UserError: an input that the engines cannot take, or a stage that yields NaN or Inf.
         """
         watch = stopwatch or Stopwatch()
-        with watch.time("ViT"):
+        query_output = self.look(pixel_values, watch)
+        with watch.time("OPT"):
+            return self.ask(query_output, texts, options)
+
+    def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> torch.Tensor:
+        """What OPT reads of the pictures: pixel_values B x 3 x S x S → B x n x H_lm.
+
+        Raises:
+            UserError: pictures of another size, or a stage that yields NaN or Inf.
+        """
+        with stopwatch.time("ViT"):
             image_embeds = self.vision.vit(pixel_values)
-        with watch.time("Q-Former"):
+        with stopwatch.time("Q-Former"):
             query_output = self.vision.qformer(image_embeds)
         _check_finite({"ViT": image_embeds, "Q-Former": query_output})
-        with watch.time("OPT"):
-            generations = self.language.generate(self.encode(texts), query_output, options)
+        return query_output
+
+    def ask(
+        self, query_output: torch.Tensor, texts: Sequence[str], options: GenerationOptions
+    ) -> list[list[Answer]]:
+        """Ask `texts[i]` of the picture in query_output[i], as `look` returns it.
+
+        Raises:
+            UserError: an input that the engine cannot take.
+        """
+        generations = self.language.generate(self.encode(texts), query_output, options)
         return [
             [Answer(self.tokenizer.decode(beam.token_ids), beam.score) for beam in generation.beams]
             for generation in generations

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
 from blip2.language import GenerationOptions, conversion, open_language_session
-from blip2.language.native.linear import Int4Linear, Int8Linear, dequantize, quantize
+from blip2.language.native.linear import FloatLinear, dequantize, quantize
 
 SHAPES = {
     "pre-LN": {},
@@ -277,14 +277,14 @@ def test_quantisation_rounds_halves_away_from_zero_and_clips():
     assert values.tolist() == [[7, -8, 7, 7, -8]]
 
 
-@pytest.mark.parametrize("layer, limit", [(Int8Linear, 128), (Int4Linear, 8)])
-def test_scales_have_the_checkpoints_type(layer, limit):
+@pytest.mark.parametrize("bits, limit", [(8, 128), (4, 8)])
+def test_scales_have_the_checkpoints_type(bits, limit):
     # Of a weight as small as this, float16 keeps a scale with few digits.
     weight = torch.tensor([[limit * 3.89e-5, limit * -2e-5]]).half()
     scale = (weight.float().abs().max() / limit).half()
     assert scale.double() != weight.double().abs().max() / limit
-    values, _ = numpy_quantised(weight, 8 if limit == 128 else 4)
-    packed = layer.pack(weight, None)
+    values, _ = numpy_quantised(weight, bits)
+    packed = FloatLinear.pack(weight, None, bits)
     assert torch.equal(packed.weight, torch.from_numpy(values).float() * scale.float())
 
 

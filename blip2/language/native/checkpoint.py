@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import artifacts
 from blip2.artifacts import UserError
-from blip2.language.native.linear import LINEARS, FloatLinear, Linear
-from blip2.language.trtllm_format import MADE_BY, OPTCheckpointConfig, tensor_specs
+from blip2.language.native.linear import Linear
+from blip2.language.trtllm_format import MADE_BY, QUANT_BITS, OPTCheckpointConfig, tensor_specs
 
 WEIGHTS_FILE = "rank0.safetensors"
+
+Placer = Callable[[torch.Tensor], torch.Tensor]
+Packer = Callable[[torch.Tensor, "torch.Tensor | None", "int | None"], Linear]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,17 @@ def read_config(directory: Path) -> OPTCheckpointConfig:
     return config
 
 
-def load_weights(directory: Path, config: OPTCheckpointConfig) -> OPTWeights:
-    """Read the weights, quantising the layers' linears as the configuration says.
+def load_weights(
+    directory: Path, config: OPTCheckpointConfig, place: Placer, pack: Packer
+) -> OPTWeights:
+    """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
+
+    Args:
+        directory: holds the checkpoint.
+        config: its configuration.
+        place: moves a tensor to the device and type that the model computes in.
+        pack: makes a linear layer of a weight (out x in), a bias (out) and a number of bits, or of
+            None bits for the checkpoint's own precision.
 
     Raises:
         UserError: file missing, truncated, of another size than its description says, with
@@ -80,7 +92,9 @@ def load_weights(directory: Path, config: OPTCheckpointConfig) -> OPTWeights:
     try:
         with safe_open(path, framework="pt") as file:
             _check_shapes(path, file, config)
-            return _build(config, lambda name: _finite(path, name, file.get_tensor(name)))
+            return _build(
+                config, lambda name: _finite(path, name, file.get_tensor(name)), place, pack
+            )
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot read {path}: {error}; it is missing, truncated or damaged: make it again with:"
@@ -107,14 +121,16 @@ def _finite(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _build(config: OPTCheckpointConfig, read: Callable[[str], torch.Tensor]) -> OPTWeights:
-    quantised = LINEARS[config.quant_algo]
+def _build(
+    config: OPTCheckpointConfig, read: Callable[[str], torch.Tensor], place: Placer, pack: Packer
+) -> OPTWeights:
+    bits = QUANT_BITS[config.quant_algo]
 
     def linear(name: str) -> Linear:
-        return quantised.pack(read(f"{name}.weight"), read(f"{name}.bias"))
+        return pack(read(f"{name}.weight"), read(f"{name}.bias"), bits)
 
     def norm(name: str) -> Norm:
-        return Norm(read(f"{name}.weight").float(), read(f"{name}.bias").float())
+        return Norm(place(read(f"{name}.weight")), place(read(f"{name}.bias")))
 
     def layer(index: int) -> Layer:
         prefix = f"transformer.layers.{index}"
@@ -130,12 +146,12 @@ def _build(config: OPTCheckpointConfig, read: Callable[[str], torch.Tensor]) -> 
     embedding = read("transformer.vocab_embedding.weight")
     head = read("lm_head.weight")
     tied = torch.equal(embedding, head)
-    embedding = embedding.float()
+    embedding = place(embedding)
     return OPTWeights(
         embedding=embedding,
-        positions=read("transformer.position_embedding.weight").float(),
+        positions=place(read("transformer.position_embedding.weight")),
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
         final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
         # The format stores the tied head twice; memory need not.
-        head=FloatLinear.pack(embedding if tied else head, None),
+        head=pack(embedding if tied else head, None, None),
     )

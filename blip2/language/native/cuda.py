@@ -15,7 +15,7 @@ import triton
 from torch.nn import functional
 
 from blip2.language.native import kernels
-from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
+from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
 from blip2.language.native.compiled import load_kernel
 from blip2.language.native.linear import Linear, quantize
 from blip2.language.native.model import NORM_EPS, OPTModel
@@ -23,6 +23,8 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 # A cache is made for a multiple of this many tokens, so that few sizes of graph are captured.
 _LENGTH_STEP = 128
+
+_INPUTS_MULTIPLE = 64  # inputs of a linear: what the kernel reads at a time with 4 bits
 
 _SOURCE = Path(__file__).with_name("linear.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
@@ -47,10 +49,12 @@ class PackedLinear(Linear):
     shape: tuple[int, int]
 
     @classmethod
-    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int) -> PackedLinear:
+    def pack(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None
+    ) -> PackedLinear:
         shape = tuple(weight.shape)
-        if bits == 16:
-            return cls(weight.half().contiguous(), None, bias, bits, shape)
+        if bits is None:
+            return cls(weight.half().contiguous(), None, bias, 16, shape)
         values, scales = quantize(weight, bits)
         unsigned = (values.short() + (1 << (bits - 1))).to(torch.uint8)
         unsigned = functional.pad(unsigned, (0, 0, 0, -shape[0] % _CHANNELS))
@@ -149,6 +153,35 @@ class CudaCache:
 class CudaModel(OPTModel):
     """OPT whose layers normalise first, for one GPU. Keeps one cache and graph a (rows, length)."""
 
+    steps_between_checks = 4
+
+    @staticmethod
+    def runs(config: OPTCheckpointConfig) -> bool:
+        """Whether the kernels take such an OPT."""
+        widths = (config.hidden_size, config.ffn_size)
+        return (
+            config.do_layer_norm_before
+            and config.hidden_act == "relu"
+            and all(width % _INPUTS_MULTIPLE == 0 for width in widths)
+        )
+
+    @classmethod
+    def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> CudaModel:
+        """Read a checkpoint onto a GPU, to compute in float16 with float32 sums and residuals.
+
+        Raises:
+            UserError: the checkpoint is damaged; see `load_weights`.
+        """
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device).half()
+
+        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> PackedLinear:
+            bias = None if bias is None else place(bias)
+            return PackedLinear.pack(weight.to(device), bias, bits)
+
+        return cls(config, load_weights(directory, config, place, pack))
+
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         super().__init__(config, weights)
         self._steps: dict[tuple[int, int], Step] = {}
@@ -165,6 +198,16 @@ class CudaModel(OPTModel):
         cache = self._steps[key].cache
         cache.reset(lengths, num_beams)
         return cache
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        # In float32, as the steps' are: in float16 close tokens would tie.
+        normed = functional.layer_norm(
+            x, x.shape[-1:], self.weights.final_norm.weight, self.weights.final_norm.bias, NORM_EPS
+        )
+        head = self.weights.head.unpacked()
+        if x.device.type == "cpu":
+            return normed.float() @ head.float().T
+        return torch.mm(normed, head.T, out_dtype=torch.float32)
 
     def step(self, tokens: torch.Tensor, cache: CudaCache) -> torch.Tensor:
         """As in the base class; the logits returned are overwritten by the next step."""

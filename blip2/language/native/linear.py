@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -19,8 +18,11 @@ class Linear(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Store a weight of shape out x in, in the checkpoint's type, and a bias of shape out."""
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
+        """Store a weight of shape out x in, in the checkpoint's type, and a bias of shape out.
+
+        `bits` 8 or 4 rounds the weight; None keeps it.
+        """
 
     @abc.abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -29,42 +31,20 @@ class Linear(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class FloatLinear(Linear):
-    """Weights and arithmetic in float32: the reference, and what a CPU is fast at."""
+    """Arithmetic in float32, on weights kept in float32 once they are rounded: the reference."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     @classmethod
-    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> FloatLinear:
+        if bits is not None:
+            values, scales = quantize(weight, bits)
+            weight = dequantize(values, scales.to(weight.dtype))
         return cls(weight.float(), None if bias is None else bias.float())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
-
-
-class Int8Linear(FloatLinear):
-    """Rounded to 8 bits, then kept in float32: the values of W8A16 without its storage."""
-
-    bits: ClassVar[int] = 8
-
-    @classmethod
-    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
-        values, scales = quantize(weight, cls.bits)
-        return super().pack(dequantize(values, scales.to(weight.dtype)), bias)
-
-
-class Int4Linear(Int8Linear):
-    """Rounded to 4 bits, then kept in float32: the values of W4A16 without its storage."""
-
-    bits: ClassVar[int] = 4
-
-
-# By the checkpoint's quant_algo.
-LINEARS: dict[str | None, type[Linear]] = {
-    None: FloatLinear,
-    "W8A16": Int8Linear,
-    "W4A16": Int4Linear,
-}
 
 
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from blip2.language.native.cache import KVCache
-from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
+from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
+from blip2.language.native.linear import FloatLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -21,12 +23,35 @@ Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 
 
 class OPTModel:
-    """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP."""
+    """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP.
+
+    `steps_between_checks` is how often it pays to ask whether every answer has ended: asking makes
+    the host wait for the device, which costs nothing where they are the same.
+    """
+
+    steps_between_checks = 1
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         self.config = config
         self.weights = weights
         self._activation = ACTIVATIONS[config.hidden_act]
+
+    @classmethod
+    def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> OPTModel:
+        """Read a checkpoint onto a device, to compute in float32.
+
+        Raises:
+            UserError: the checkpoint is damaged; see `load_weights`.
+        """
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, torch.float32)
+
+        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> FloatLinear:
+            bias = None if bias is None else bias.to(device)
+            return FloatLinear.pack(weight.to(device), bias, bits)
+
+        return cls(config, load_weights(directory, config, place, pack))
 
     def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> KVCache:
         """A cache for prompts of these lengths."""

@@ -10,13 +10,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2 import decoding
 from blip2.artifacts import UserError
-from blip2.language.native.checkpoint import load_weights, read_config
+from blip2.language.native.checkpoint import read_config
 from blip2.language.native.model import ACTIVATIONS, OPTModel
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
+from blip2.language.trtllm_format import OPTCheckpointConfig
 
 
 class NativeSession(LanguageSession):
-    """Runs OPT on the CPU in float32, with the values that the checkpoint's precision has."""
+    """Runs OPT with the values that the checkpoint's precision has.
+
+    On an NVIDIA GPU (Ampere or later) in float16 with kernels of its own, else in float32 with
+    PyTorch's, on the CPU or, for the few OPTs that the kernels do not take, on the GPU.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Load the checkpoint in `directory`.
@@ -30,13 +35,13 @@ class NativeSession(LanguageSession):
                 f"{directory} uses the activation {config.hidden_act}; the native session knows"
                 f" {', '.join(ACTIVATIONS)}"
             )
-        self.device = torch.device("cpu")
+        self.device = _best_device()
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
         self.limits = Limits(
             max_total_len=config.max_position_embeddings, max_num_beams=config.vocab_size // 2
         )
-        self._model = OPTModel(config, load_weights(directory, config))
+        self._model = _model_class(config, self.device).load(directory, config, self.device)
 
     @torch.inference_mode()
     def _generate(
@@ -63,9 +68,26 @@ class NativeSession(LanguageSession):
         for step in range(options.max_output_len):
             next_tokens, source_rows = strategy.advance(logits)
             # Asked every step: on a CPU the answer is there, and a step costs far more.
-            if step == options.max_output_len - 1 or strategy.finished():
+            if step == options.max_output_len - 1:
+                break
+            if (step + 1) % self._model.steps_between_checks == 0 and strategy.finished():
                 break
             if source_rows is not None:
                 cache.reorder(source_rows)
             logits = self._model.step(next_tokens, cache)
         return strategy.results()
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTModel]:
+    if device.type == "cuda":
+        from blip2.language.native.cuda import CudaModel  # needs Triton, which CPUs have not
+
+        if CudaModel.runs(config):
+            return CudaModel
+    return OPTModel

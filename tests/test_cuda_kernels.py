@@ -1,0 +1,89 @@
+"""The GPU's decoding step, run on a CPU by Triton's interpreter, against the float32 model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
+from blip2.language.native.cuda import CudaModel, PackedLinear
+from blip2.language.native.linear import FloatLinear
+from blip2.language.native.model import OPTModel
+from blip2.language.trtllm_format import OPTCheckpointConfig
+
+CONFIG = OPTCheckpointConfig(
+    dtype="float16",
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    hidden_size=192,  # head size 48: no power of two, as OPT-2.7B's 80
+    vocab_size=90,
+    max_position_embeddings=64,
+)
+
+
+def random_models(bits: int | None, seed: int = 0) -> tuple[OPTModel, CudaModel]:
+    """The same float16 values behind the reference's float32 linears and the packed ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 0.1) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).half()
+
+    def linears(channels: int, inputs: int, bits: int | None, bias: bool = True):
+        weight, bias = draw(channels, inputs), draw(channels) if bias else None
+        return FloatLinear.pack(weight, bias, bits), PackedLinear.pack(weight, bias, bits)
+
+    def norms() -> tuple[Norm, Norm]:
+        weight, bias = 1 + draw(CONFIG.hidden_size), draw(CONFIG.hidden_size)
+        return Norm(weight.float(), bias.float()), Norm(weight, bias)
+
+    width, ffn = CONFIG.hidden_size, CONFIG.ffn_size
+    shapes = {"qkv": (3 * width, width), "dense": (width, width)}
+    shapes |= {"fc": (ffn, width), "proj": (width, ffn)}
+    layers: tuple[list[Layer], list[Layer]] = ([], [])
+    for _ in range(CONFIG.num_hidden_layers):
+        parts = {name: linears(*shape, bits) for name, shape in shapes.items()}
+        parts |= {"input_norm": norms(), "post_norm": norms()}
+        for side, kept in enumerate(layers):
+            kept.append(Layer(**{name: pair[side] for name, pair in parts.items()}))
+    embedding, positions = draw(CONFIG.vocab_size, width, scale=1), draw(64, width, scale=1)
+    final_norm, head = norms(), linears(CONFIG.vocab_size, width, None, bias=False)
+    reference, packed = (
+        OPTWeights(
+            embedding=embedding.float() if side == 0 else embedding,
+            positions=positions.float() if side == 0 else positions,
+            layers=tuple(layers[side]),
+            final_norm=final_norm[side],
+            head=head[side],
+        )
+        for side in (0, 1)
+    )
+    return OPTModel(CONFIG, reference), CudaModel(CONFIG, packed)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("requests, num_beams", [(1, 1), (1, 3), (3, 1), (2, 2)])
+def test_steps_equal_the_reference(bits, requests, num_beams):
+    reference, packed = random_models(bits, seed=requests)
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.tensor([3, 7, 5][:requests])
+    input_ids = torch.randint(0, CONFIG.vocab_size, (requests, 7), generator=generator)
+    table = torch.zeros(requests, 0, CONFIG.hidden_size)
+    caches = [model.new_cache(lengths, num_beams, 8) for model in (reference, packed)]
+    for model, cache in zip((reference, packed), caches, strict=True):
+        model.prefill(input_ids, lengths, table, cache)
+    rows = requests * num_beams
+    first_rows = torch.arange(rows) // num_beams * num_beams
+    for _ in range(3):
+        tokens = torch.randint(0, CONFIG.vocab_size, (rows,), generator=generator)
+        expected = reference.step(tokens, caches[0])
+        got = packed.step(tokens, caches[1])
+        assert (got - expected).norm() / expected.norm() < 3e-3
+        beams = torch.randint(0, num_beams, (rows,), generator=generator)
+        for cache in caches:
+            cache.reorder(first_rows + beams)
