@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -56,7 +57,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # The reader of our output went away (`| head`): stop quietly, as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _is_one_of_several():
+        # MPI's own end would wait for the other processes, and they for this one, forever.
+        sys.stderr.flush()
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process was started by mpirun with others, and something here uses MPI."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.COMM_WORLD.Get_size() > 1
 
 
 def _interrupt(_signum: int, _frame: object) -> NoReturn:

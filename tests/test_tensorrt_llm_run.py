@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,27 @@ def test_a_foreign_vocabulary_is_refused_before_the_engine_is_loaded(ask, truth,
     code, out, err = ask(engine)
     assert (code, out) == (2, "")
     assert "the tokenizer has 260 tokens, this OPT only 200" in err
+
+
+@pytest.mark.parametrize("size, aborted", [(2, [2]), (1, [])])
+def test_a_process_that_fails_ends_those_that_wait_for_it(
+    ask, truth, tmp_path, monkeypatch, size, aborted
+):
+    """Without MPI's abort, its end waits for the other processes forever."""
+    codes = []
+    world = types.SimpleNamespace(Get_size=lambda: size, Abort=codes.append)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", types.SimpleNamespace(COMM_WORLD=world))
+    engine = write_engine(tmp_path / "engine", truth, world_size=size)
+    code, _, err = ask(engine, "--engine_dir", tmp_path / "absent", size=size)
+    assert (code, codes) == (2, aborted)
+    assert err.count("error:") == 1
+
+
+def test_a_bug_in_one_process_of_several_shows_and_ends_the_others(monkeypatch, capsys):
+    codes = []
+    world = types.SimpleNamespace(Get_size=lambda: 2, Abort=codes.append)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", types.SimpleNamespace(COMM_WORLD=world))
+    with pytest.raises(SystemExit):
+        cli.run(lambda: 1 / 0)
+    assert codes == [1]
+    assert "ZeroDivisionError" in capsys.readouterr().err
