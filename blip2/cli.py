@@ -63,7 +63,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         traceback.print_exc()
         code = 1
     if code and _is_one_of_several():
-        # MPI's own end would wait for the other processes, and they for this one, forever.
+        # MPI's own end would wait for the other processes, and they for this one, forever. They may
+        # be ending this one at the same moment: then it just stops.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
