@@ -1,0 +1,112 @@
+"""Train the demo checkpoint from nothing, on one GPU, in one command.
+
+    python -m demo.train --output_dir demo/checkpoint --minutes 8.5
+
+Scenes are drawn by the other CPU cores before and during the training; the learning rate follows
+the clock, so the training ends when it was told to. Then the saved checkpoint is judged on scenes
+it has not seen, and the table is printed and written to metrics.json beside the weights.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a file rather than with -m
+    sys.path.insert(0, str(ROOT))
+
+from blip2 import cli  # noqa: E402
+from demo.examples import (  # noqa: E402
+    build_tokenizer,
+    start_worker,
+    worker_evaluation_batch,
+    worker_training_batch,
+)
+from demo.scenes import EVALUATION_SEED  # noqa: E402
+
+CHUNK = 128  # scenes a rendering process delivers at a time
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.ArgumentParser("Train the demo checkpoint from nothing, on one GPU.")
+    add, whole = parser.add_argument, cli.positive_int
+    add("--output_dir", type=Path, default=ROOT / "demo" / "checkpoint", help="the checkpoint")
+    add("--minutes", type=cli.positive_float, default=8.5, help="from the start to the last step")
+    add("--scenes", type=whole, default=1_200_000, help="pictures to draw at most")
+    add("--first_scenes", type=whole, default=30_000, help="drawn before the second step")
+    add("--evaluation_scenes", type=whole, default=4000, help="unseen ones to be judged by")
+    add("--images_per_step", type=whole, default=256, help="each with eight texts")
+    add("--learning_rate", type=cli.positive_float, default=1e-3, help="at its highest")
+    add("--workers", type=whole, default=max(1, (os.cpu_count() or 2) - 2), help="that draw")
+    add("--no_compile", action="store_true", help="train without torch.compile")
+    return parser.parse_args()
+
+
+def chunks(first_seed: int, count: int) -> list[range]:
+    """The seeds first_seed ... first_seed + count - 1 in ranges of at most CHUNK."""
+    stop = first_seed + count
+    return [range(seed, min(seed + CHUNK, stop)) for seed in range(first_seed, stop, CHUNK)]
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    """One line a form: how many, and percent exact at each precision."""
+    rows = [("form", table["caption"]), *((form, row.values()) for form, row in table.items())]
+    for form, cells in rows:
+        print(f"{form:<12}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
+
+
+def main() -> None:
+    """Draw, train, save, judge."""
+    arguments = parse_arguments()
+    begun = time.monotonic()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes below are forked
+    tokenizer = build_tokenizer()
+    context = multiprocessing.get_context("fork")  # before torch: a child must not hold a GPU
+    with context.Pool(arguments.workers, start_worker, (tokenizer.to_str(),)) as pool:
+        unseen = pool.map_async(
+            worker_evaluation_batch, chunks(EVALUATION_SEED, arguments.evaluation_scenes), 1
+        )
+        drawn = pool.imap_unordered(worker_training_batch, chunks(0, arguments.scenes))
+
+        import torch
+
+        from demo import training
+
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = training.build_model(training.build_config(tokenizer)).to(device)
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{size:,} parameters on {device}; {time.monotonic() - begun:.0f} s", flush=True)
+        pictures = training.Pictures(arguments.scenes, device)
+        pictures.fill_from(drawn)
+        pictures.wait_for(1)
+
+        schedule = training.Schedule(
+            begun + 60 * arguments.minutes,
+            min(arguments.first_scenes, arguments.scenes),
+            arguments.images_per_step,
+            arguments.learning_rate,
+        )
+        saved = time.monotonic()
+        for line in training.train(model, pictures, schedule, not arguments.no_compile):
+            print(" ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+            if time.monotonic() - saved > training.SAVE_SECONDS:
+                training.save(model, tokenizer, arguments.output_dir)
+                saved = time.monotonic()
+        training.save(model, tokenizer, arguments.output_dir)
+        print(f"trained and saved; {time.monotonic() - begun:.0f} s", flush=True)
+        table = training.evaluate(arguments.output_dir, unseen.get(), device)
+    print_table(table)
+    metrics = {"scenes": arguments.evaluation_scenes, "first_seed": EVALUATION_SEED, "exact": table}
+    (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"{time.monotonic() - begun:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
