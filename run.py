@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--hf_model_location",
-        help="tokenizer: directory or hub id (default: tokenizer/ beside the query tokens)",
+        help="tokenizer: directory or hub id (default: the checkpoint's, or by the query tokens)",
     )
     add("--max_txt_len", type=cli.positive_int, default=32, help="longest prompt, in tokens")
     add("--max_output_len", type=cli.positive_int, default=30, help="longest answer, in tokens")

@@ -135,7 +135,8 @@ def open_pipeline(
         engine_dir: holds the ViT and the Q-Former.
         opt_engine_dir: holds the OPT.
         query_tokens: the file query_tokens.pt of the export.
-        tokenizer: directory or hub id; None is `tokenizer/` beside the query tokens.
+        tokenizer: directory or hub id; None is the checkpoint in `engine_dir`, or else `tokenizer/`
+            beside the query tokens.
 
     Raises:
         UserError: an artifact is missing, damaged, or does not fit the others.
@@ -146,10 +147,15 @@ def open_pipeline(
         if language.takes_requests
         else None,
         language,
-        load_tokenizer(tokenizer or Path(query_tokens).parent / "tokenizer"),
+        load_tokenizer(tokenizer or _tokenizer_beside(Path(engine_dir), Path(query_tokens))),
     )
     language.load()
     return pipeline
+
+
+def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:
+    is_checkpoint = (engine_dir / "config.json").is_file()
+    return engine_dir if is_checkpoint else query_tokens.parent / "tokenizer"
 
 
 def _check_finite(outputs: dict[str, torch.Tensor]) -> None:

@@ -90,7 +90,8 @@ def test_printout_has_question_answers_and_stages(tiny_export, tiny_opt):
 
 
 def test_benchmark_gives_medians_of_the_stages(tiny_export, tiny_opt):
-    done = ask(tiny_export, tiny_opt, "--benchmark", 3, "--json")
+    done = ask(tiny_export, tiny_opt, "--input_text", "", "--benchmark", 3, "--json")
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["benchmark"] == 3
     assert list(result["seconds"]) == ["ViT", "Q-Former", "OPT"]
@@ -140,7 +141,8 @@ def test_refusals_are_one_line_and_exit_code_2(tiny_export, tiny_opt, case):
 def test_query_tokens_of_another_size_are_refused(tiny_export, tiny_opt, tmp_path):
     shutil.copy(tiny_export.output / "query_tokens.json", tmp_path)
     torch.save({"not": "a tensor"}, tmp_path / "query_tokens.pt")
-    done = ask(tiny_export, tiny_opt, "--query_tokens", tmp_path / "query_tokens.pt")
+    arguments = ("--input_text", "", "--query_tokens", tmp_path / "query_tokens.pt")
+    done = ask(tiny_export, tiny_opt, *arguments)
     assert done.returncode == 2
     assert "query_tokens.pt has" in done.stderr
 

@@ -30,6 +30,11 @@ ENGINES = {
     "visual_encoder/visual_encoder.onnx": Engine(
         "blip2.vision.onnx_runtime", "OnnxRuntimeSession", "python onnx_export.py"
     ),
+    "config.json": Engine(
+        "blip2.vision.torch_session",
+        "TorchSession",
+        "hf download Salesforce/blip2-opt-2.7b --local-dir DIRECTORY",
+    ),
 }
 
 
@@ -46,15 +51,15 @@ def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     """Open the session that the artifacts in `engine_dir` call for.
 
     Args:
-        engine_dir: the directory that holds visual_encoder/ and Qformer/.
-        query_tokens: the file query_tokens.pt of the same export.
+        engine_dir: the directory that holds visual_encoder/ and Qformer/, or a checkpoint.
+        query_tokens: the file query_tokens.pt of the same export; a checkpoint has its own.
 
     Raises:
         UserError: no artifact there, or one that cannot be used; names the command to run.
     """
     engine = _engine_of(engine_dir)
     if engine is None:
-        commands = ", or ".join(engine.made_by for engine in reversed(ENGINES.values()))
+        commands = ", or ".join(engine.made_by for engine in ENGINES.values())
         raise UserError(f"{engine_dir} holds no ViT and Q-Former; make them with: {commands}")
     session = getattr(importlib.import_module(engine.module), engine.session)
     return session(engine_dir, query_tokens)

@@ -82,8 +82,8 @@ class QFormer(nn.Module):
     """Q-Former and the projection to OPT's hidden size, as one stage.
 
     query_tokens B x n x H_q, image_embeds B x T x H_v, image_atts B x T (int64, 0 hides an
-    embedding) → query_output B x n x H_lm in the dtype of image_embeds. Computes in the dtype of
-    its own parameters: Hugging Face and LAVIS keep the Q-Former in float32.
+    embedding; None hides none) → query_output B x n x H_lm in the dtype of image_embeds. Computes
+    in the dtype of its own parameters: Hugging Face and LAVIS keep the Q-Former in float32.
     """
 
     def __init__(self, config: QFormerConfig, language_hidden_size: int) -> None:
@@ -98,11 +98,16 @@ class QFormer(nn.Module):
         self.language_projection = nn.Linear(config.hidden_size, language_hidden_size)
 
     def forward(
-        self, query_tokens: torch.Tensor, image_embeds: torch.Tensor, image_atts: torch.Tensor
+        self,
+        query_tokens: torch.Tensor,
+        image_embeds: torch.Tensor,
+        image_atts: torch.Tensor | None,
     ) -> torch.Tensor:
         dtype = self.language_projection.weight.dtype
-        # Expanded over the queries: ONNX Runtime's Attention (opset 23) does not broadcast a mask.
-        visible = (image_atts != 0)[:, None, None, :].expand(-1, -1, query_tokens.shape[1], -1)
+        visible = None
+        if image_atts is not None:
+            # Expanded over queries: ONNX Runtime's Attention (opset 23) does not broadcast a mask.
+            visible = (image_atts != 0)[:, None, None, :].expand(-1, -1, query_tokens.shape[1], -1)
         image = image_embeds.to(dtype)
         hidden = self.qformer.layernorm(query_tokens.to(dtype))
         for layer in self.qformer.encoder.layer:
@@ -123,7 +128,7 @@ class QFormerLayer(nn.Module):
         self.output_query = ResidualOutput(config, config.intermediate_size)
 
     def forward(
-        self, hidden: torch.Tensor, image: torch.Tensor, visible: torch.Tensor
+        self, hidden: torch.Tensor, image: torch.Tensor, visible: torch.Tensor | None
     ) -> torch.Tensor:
         hidden = self.attention(hidden, hidden)
         if self.crossattention is not None:
