@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import models
@@ -29,6 +30,20 @@ def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
         timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+
+
+def measured(*arguments: object) -> tuple[str, float, float]:
+    """Run a script; return what it printed, its seconds and the most memory it held, in bytes."""
+    script, *rest = map(str, arguments)
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, ROOT / script, *rest], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return printed, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
-from blip2.language.native.cuda import CudaModel, PackedLinear
-from blip2.language.native.linear import FloatLinear
+from blip2.language.native.cuda import SOURCE, CudaModel, PackedLinear
+from blip2.language.native.linear import FloatLinear, dequantize, quantize
 from blip2.language.native.model import OPTModel
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -87,3 +87,45 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
         beams = torch.randint(0, num_beams, (rows,), generator=generator)
         for cache in caches:
             cache.reorder(first_rows + beams)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_lie_where_the_kernel_reads_them(bits):
+    """linear.cu's indexing, written out: lane 4 g + t, channels g and g + 8, inputs 8t .. 8t + 7."""
+    channels, inputs = 40, 128  # the last block of 16 channels is not full
+    weight = torch.randn(channels, inputs).half()
+    packed = PackedLinear.pack(weight, None, bits)
+    values, scales = quantize(weight, bits)
+    stored = packed.weight.numpy().reshape(-1)
+    group_size = 64 if bits == 4 else 32
+    for channel in range(channels):
+        for k in range(inputs):
+            tile, in_tile = divmod(channel, 16)
+            far, g = divmod(in_tile, 8)
+            group, in_group = divmod(k, group_size)
+            half, in_half = divmod(in_group, 32)
+            t, offset = divmod(in_half, 8)
+            thread = (tile * (inputs // group_size) + group) * 512 + (4 * g + t) * 16
+            if bits == 8:
+                value = int(stored[thread + 8 * far + offset]) - 128
+            else:
+                word = int(stored[thread + 4 * (2 * half + far) :][:4].view("<u4")[0])
+                nibble = offset // 2 + 4 * (offset % 2)
+                value = (word >> 4 * nibble & 15) - 8
+            assert value == values[channel, k]
+    expected = dequantize(values, scales.half())
+    assert (packed.unpacked().float() - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_large_kernel_compiles(architecture, bits):
+    """Every way it is used in OPT-2.7B; it runs only on a GPU."""
+    compiled = pytest.importorskip("blip2.language.native.compiled")
+    for tiles, norm, inputs in ((1, 1, 2560), (1, 0, 10240), (2, 0, 2560), (8, 0, 10240)):
+        macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "WIDTH": inputs, "NORM": norm}
+        macros |= {"STAGED": int(tiles == 1), "RELU": 0, "RESIDUAL": 1, "OUT_FLOAT": 1}
+        macros["HAS_BIAS"] = 1
+        assert compiled.compile_source(SOURCE, tuple(macros.items()), architecture)
+    with pytest.raises(RuntimeError, match=r"linear\.cu with .*error"):
+        compiled.compile_source(SOURCE, (("BITS", bits),), architecture)

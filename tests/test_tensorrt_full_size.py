@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import models
 import pytest
-from conftest import ROOT
+from conftest import measured
 from PIL import Image
 
 from blip2.vision.tensorrt_plans import QFORMER, VIT, read_plan_sidecar
@@ -20,20 +16,6 @@ pytestmark = pytest.mark.slow
 
 MOST_EXPORT_MEMORY = 6e9
 LEAST_COSINE = 0.9999
-
-
-def measured(*arguments: object) -> tuple[str, float, float]:
-    """Run a script; return what it printed, its seconds and the most memory it held, in bytes."""
-    script, *rest = map(str, arguments)
-    start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, ROOT / script, *rest], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return printed, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 @pytest.fixture(scope="module")

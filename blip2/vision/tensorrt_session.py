@@ -244,7 +244,6 @@ class Plan:
         for known in self.readable:
             if (
                 batch.data_ptr() == known.data_ptr()
-                and batch.dtype == known.dtype
                 and batch.is_contiguous()
                 and rows <= len(known)
             ):

@@ -26,7 +26,7 @@ _LENGTH_STEP = 128
 
 _INPUTS_MULTIPLE = 64  # inputs of a linear: what the kernel reads at a time with 4 bits
 
-_SOURCE = Path(__file__).with_name("linear.cu")
+SOURCE = Path(__file__).with_name("linear.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
 _WIDEST_NORM = 6144  # inputs whose norm fits the kernel's shared memory
 _WIDEST_STAGED = 16384  # inputs that fit it without
@@ -344,7 +344,7 @@ class Step:
             "HAS_BIAS": linear.bias is not None,
         }
         kernel = load_kernel(
-            _SOURCE,
+            SOURCE,
             "linear",
             tuple((name, int(value)) for name, value in macros.items()),
         )

@@ -86,7 +86,13 @@ def _best_device() -> torch.device:
 
 def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTModel]:
     if device.type == "cuda":
-        from blip2.language.native.cuda import CudaModel  # needs Triton, which CPUs have not
+        try:
+            from blip2.language.native.cuda import CudaModel
+        except ImportError as error:
+            raise UserError(
+                f"on a GPU the native OPT session needs {error.name}; install it with: pip install -r"
+                " requirements-gpu.txt"
+            ) from None
 
         if CudaModel.runs(config):
             return CudaModel
