@@ -154,22 +154,23 @@ def test_qformer_takes_embeddings_from_anywhere(session, setup):
     close(own, expected_embeds)  # nothing above wrote into the ViT's result
 
 
-def test_plans_for_larger_batches_only_run_smaller_ones(setup, monkeypatch):
-    for stage in (VIT, QFORMER):
-        setup.edit(stage, profile={"min": 4, "opt": 4, "max": 6})
-    setup.edit(VIT, profile={"min": 1, "opt": 2, "max": 3})
+@pytest.mark.parametrize("vit, qformer", [((1, 2, 3), (4, 4, 6)), ((2, 4, 6), (1, 2, 3))])
+def test_plans_of_different_profiles(setup, monkeypatch, vit, qformer):
+    """Batches below a plan's smallest are filled up, the smaller of the two largest limits both."""
+    for stage, profile in ((VIT, vit), (QFORMER, qformer)):
+        setup.edit(stage, profile=dict(zip(("min", "opt", "max"), profile, strict=True)))
     trt = setup.double()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     session = setup.open()
     assert session.max_batch_size == 3
-    expected = setup.expected(pictures(7))
-    image_embeds = session.vit(pictures(7))
-    close(image_embeds, expected[0])
-    close(session.qformer(image_embeds), expected[1])
-    close(session.qformer(session.vit(pictures(2))), setup.expected(pictures(2))[1])
-    # The Q-Former reads 4 rows, the ViT's buffer has 3: here it must not be read in place.
-    vits = {context.addresses.get("output") for context in trt.contexts}
-    assert not vits & {context.addresses.get("image_embeds") for context in trt.contexts} - {None}
+    for batch in (7, 2, 1):
+        expected = setup.expected(pictures(batch))
+        image_embeds = session.vit(pictures(batch))
+        close(image_embeds, expected[0])
+        close(session.qformer(image_embeds), expected[1])
+    if qformer[0] > vit[2]:  # it reads more rows than the ViT's buffer has: not in place, then
+        written = {context.addresses.get("output") for context in trt.contexts} - {None}
+        assert not written & {context.addresses.get("image_embeds") for context in trt.contexts}
 
 
 @pytest.mark.parametrize("version", ["10.16.1.11", "11.4.0.106"])

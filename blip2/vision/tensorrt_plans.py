@@ -87,7 +87,7 @@ def _check_release(flavour: str, trt: ModuleType) -> None:
 
 
 def flavour_of(trt: ModuleType) -> str:
-    """ "tensorrt" or "tensorrt_rtx"."""
+    """Which of PRODUCTS an imported module is."""
     return trt.__name__.partition(".")[0]
 
 
