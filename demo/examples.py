@@ -5,21 +5,33 @@ Imports no torch, so that the processes that render start at once.
 
 import random
 import signal
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from demo.scenes import Example, caption, completion, draw, evaluation_set, prompt, questions
+from demo.drawing import Scene, draw
+from demo.scenes import (
+    FORMS,
+    RELATIONS,
+    Example,
+    Question,
+    caption,
+    completion,
+    evaluation_set,
+    prompt,
+    questions,
+)
 
 IMAGE_SIZE = 96
-TEXTS_PER_IMAGE = 8  # the caption and seven questions
+TEXTS_PER_IMAGE = 8  # the caption, the questions about relations, the others
+RELATION_TEXTS = 4  # half: they are learned last, and the captions say nothing of above and below
 TEXT_LENGTH = 28  # tokens from BOS to newline; the longest caption takes 26
 BOS, PAD = 2, 1
 IGNORED = -100  # a target that does not count
 TOKENIZER_SEEDS = 800
+OTHERS = tuple(form for form in FORMS if form not in RELATIONS)
 IMAGE_TOKEN = "<image>"
 
 
@@ -50,7 +62,7 @@ def build_tokenizer() -> Tokenizer:
     )
     corpus = (
         prompt(example.question) + completion(example.question, example.answer)
-        for example in evaluation_set(0, TOKENIZER_SEEDS)
+        for example in evaluation_set(0, TOKENIZER_SEEDS, FORMS)
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
@@ -79,21 +91,28 @@ def encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[np.ndarray
 
 
 def training_batch(tokenizer: Tokenizer, seeds: range) -> Batch:
-    """The pictures of `seeds`, each with its caption and TEXTS_PER_IMAGE - 1 of its questions."""
+    """The pictures of `seeds`, each with TEXTS_PER_IMAGE texts: its caption and questions."""
     images, rows = [], []
     for seed in seeds:
         scene = draw(seed)
         rng = random.Random(f"questions {seed}")
-        asked: list = []
-        while len(asked) < TEXTS_PER_IMAGE - 1:  # a scene of one object has few forms: ask again
-            asked += questions(scene, rng)
-        rng.shuffle(asked)
+        asked = _ask(scene, rng, RELATIONS, RELATION_TEXTS)
+        asked += _ask(scene, rng, OTHERS, TEXTS_PER_IMAGE - 1 - RELATION_TEXTS)
         images.append(pixels(scene.image))
         rows.append(encode(tokenizer, "", caption(scene)))
-        rows += [encode(tokenizer, q.text, q.answer) for q in islice(asked, TEXTS_PER_IMAGE - 1)]
+        rows += [encode(tokenizer, question.text, question.answer) for question in asked]
     shape = (len(seeds), TEXTS_PER_IMAGE, TEXT_LENGTH)
     ids, targets = (np.stack(part).reshape(shape) for part in zip(*rows, strict=True))
     return Batch(np.stack(images), ids, targets)
+
+
+def _ask(scene: Scene, rng: random.Random, forms: tuple[str, ...], count: int) -> list[Question]:
+    """`count` questions of `forms`, again of the same ones where the scene allows few."""
+    asked: list[Question] = []
+    while len(asked) < count:
+        asked += questions(scene, rng, forms) or questions(scene, rng, OTHERS)
+    rng.shuffle(asked)
+    return asked[:count]
 
 
 class EvaluationBatch(NamedTuple):
@@ -107,8 +126,8 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batch(tokenizer: Tokenizer, seeds: range) -> EvaluationBatch:
-    """Everything that `evaluation_set` asks about the pictures of `seeds`."""
-    examples: list[Example] = list(evaluation_set(seeds.start, len(seeds)))
+    """Everything of every form that can be asked about the pictures of `seeds`."""
+    examples: list[Example] = list(evaluation_set(seeds.start, len(seeds), FORMS))
     rows = [encode(tokenizer, example.question, example.answer) for example in examples]
     ids, targets = (np.stack(part) for part in zip(*rows, strict=True))
     return EvaluationBatch(

@@ -10,7 +10,8 @@ README.md beside this file lists the vocabulary and the question forms; drawing.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from PIL import Image
@@ -18,7 +19,8 @@ from PIL import Image
 from blip2.artifacts import UserError
 from demo.drawing import ATTRIBUTES, SEPARATION, Scene, Thing, draw
 
-DIRECTIONS = ("left of", "right of", "above", "below")
+BESIDE = ("left of", "right of")
+ABOVE = ("above", "below")
 EVALUATION_SEED = 1_000_000_000  # training stays below it; pictures from here on are unseen
 
 
@@ -73,14 +75,16 @@ def completion(question: str, answer: str) -> str:
     return f" {answer}\n" if question else f"{answer}\n"
 
 
-def questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """At most one question of each form; forms that would be ambiguous for the scene are left out.
+def questions(
+    scene: Scene, rng: random.Random, forms: Collection[str] | None = None
+) -> list[Question]:
+    """At most one question of each of `forms` (all FORMS); what would be ambiguous is left out.
 
     Each starts with a capital or a small letter and says colour or color, as `rng` has it.
     """
     made = []
-    for form, make in FORMS.items():
-        if pair := make(scene, rng):
+    for form in FORMS if forms is None else forms:
+        if pair := FORMS[form](scene, rng):
             text, answer = pair
             if rng.random() < 0.5:
                 text = text.replace("colour", "color")
@@ -90,14 +94,20 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     return made
 
 
-def evaluation_set(first_seed: int, count: int) -> Iterator[Example]:
-    """The captions and questions of `count` scenes; from EVALUATION_SEED on they are unseen."""
+def evaluation_set(
+    first_seed: int, count: int, forms: Collection[str] | None = None
+) -> Iterator[Example]:
+    """The captions and questions of `count` scenes; from EVALUATION_SEED on they are unseen.
+
+    `forms` are those that the checkpoint has learned (LEARNED) unless others are named.
+    """
     if count < 1:
         raise UserError(f"an evaluation set of {count} scenes was asked for; ask for 1 or more")
     for seed in range(first_seed, first_seed + count):
         scene = draw(seed)
         yield Example(scene.image, "", caption(scene), "caption", seed)
-        for question in questions(scene, random.Random(f"questions {seed}")):
+        rng = random.Random(f"questions {seed}")
+        for question in questions(scene, rng, LEARNED if forms is None else forms):
             yield Example(scene.image, question.text, question.answer, question.form, seed)
 
 
@@ -175,8 +185,10 @@ def _offset(thing: Thing, other: Thing, direction: str) -> float:
     }[direction]
 
 
-def _compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    for direction in rng.sample(DIRECTIONS, len(DIRECTIONS)):
+def _compare(
+    directions: tuple[str, ...], scene: Scene, rng: random.Random
+) -> tuple[str, str] | None:
+    for direction in rng.sample(directions, len(directions)):
         for thing in rng.sample(scene.objects, len(scene.objects)):
             for other in rng.sample(scene.objects, len(scene.objects)):
                 offset = _offset(thing, other, direction)
@@ -188,8 +200,10 @@ def _compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return None
 
 
-def _beside(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    for direction in rng.sample(DIRECTIONS, len(DIRECTIONS)):
+def _beside(
+    directions: tuple[str, ...], scene: Scene, rng: random.Random
+) -> tuple[str, str] | None:
+    for direction in rng.sample(directions, len(directions)):
         for thing in rng.sample(scene.objects, len(scene.objects)):
             others = [(o, _offset(o, thing, direction)) for o in scene.objects if o is not thing]
             there = [other for other, offset in others if offset > 0]
@@ -207,13 +221,17 @@ def _pattern(scene: Scene, _rng: random.Random) -> tuple[str, str]:
     return "What pattern is the background?", scene.background
 
 
-FORMS = {
-    "colour": lambda scene, rng: _attribute("colour", scene, rng),
-    "shape": lambda scene, rng: _attribute("shape", scene, rng),
-    "size": lambda scene, rng: _attribute("size", scene, rng),
+FORMS: dict[str, Callable[[Scene, random.Random], tuple[str, str] | None]] = {
+    "colour": partial(_attribute, "colour"),
+    "shape": partial(_attribute, "shape"),
+    "size": partial(_attribute, "size"),
     "count": _count,
     "exists": _exists,
-    "compare": _compare,
-    "beside": _beside,
+    "is_beside": partial(_compare, BESIDE),
+    "what_beside": partial(_beside, BESIDE),
+    "is_above": partial(_compare, ABOVE),
+    "what_above": partial(_beside, ABOVE),
     "background": _pattern,
 }
+RELATIONS = ("is_beside", "what_beside", "is_above", "what_above")
+LEARNED = tuple(form for form in FORMS if form not in ("is_above", "what_above"))

@@ -13,14 +13,19 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file rather than with -m
     sys.path.insert(0, str(ROOT))
 
 from blip2 import cli  # noqa: E402
+from blip2.artifacts import UserError  # noqa: E402
 from demo.examples import (  # noqa: E402
+    Batch,
     build_tokenizer,
     start_worker,
     worker_evaluation_batch,
@@ -36,8 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Train the demo checkpoint from nothing, on one GPU.")
     add, whole = parser.add_argument, cli.positive_int
     add("--output_dir", type=Path, default=ROOT / "demo" / "checkpoint", help="the checkpoint")
+    add("--init_from", type=Path, help="a checkpoint to go on from, with its tokenizer")
+    add("--evaluate_only", action="store_true", help="only judge what --output_dir holds")
     add("--minutes", type=cli.positive_float, default=8.5, help="from the start to the last step")
-    add("--scenes", type=whole, default=1_200_000, help="pictures to draw at most")
+    add("--scenes", type=whole, default=500_000, help="pictures to draw at most")
     add("--first_scenes", type=whole, default=30_000, help="drawn before the second step")
     add("--evaluation_scenes", type=whole, default=4000, help="unseen ones to be judged by")
     add("--images_per_step", type=whole, default=256, help="each with eight texts")
@@ -60,52 +67,77 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
         print(f"{form:<12}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
 
 
+def open_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    """The tokenizer of the checkpoint to judge or to go on from, else a new one."""
+    source = arguments.output_dir if arguments.evaluate_only else arguments.init_from
+    if source is None:
+        return build_tokenizer()
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(f"{source} holds no tokenizer.json; name a directory that train.py wrote")
+    return Tokenizer.from_file(str(source / "tokenizer.json"))
+
+
 def main() -> None:
     """Draw, train, save, judge."""
     arguments = parse_arguments()
     begun = time.monotonic()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes below are forked
-    tokenizer = build_tokenizer()
+    tokenizer = open_tokenizer(arguments)
     context = multiprocessing.get_context("fork")  # before torch: a child must not hold a GPU
     with context.Pool(arguments.workers, start_worker, (tokenizer.to_str(),)) as pool:
         unseen = pool.map_async(
             worker_evaluation_batch, chunks(EVALUATION_SEED, arguments.evaluation_scenes), 1
         )
-        drawn = pool.imap_unordered(worker_training_batch, chunks(0, arguments.scenes))
+        if not arguments.evaluate_only:
+            drawn = pool.imap_unordered(worker_training_batch, chunks(0, arguments.scenes))
+            train(arguments, tokenizer, drawn, begun)
 
         import torch
 
-        from demo import training
+        from demo.training import evaluate
 
-        torch.manual_seed(0)
-        torch.set_float32_matmul_precision("high")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = training.build_model(training.build_config(tokenizer)).to(device)
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{size:,} parameters on {device}; {time.monotonic() - begun:.0f} s", flush=True)
-        pictures = training.Pictures(arguments.scenes, device)
-        pictures.fill_from(drawn)
-        pictures.wait_for(1)
-
-        schedule = training.Schedule(
-            begun + 60 * arguments.minutes,
-            min(arguments.first_scenes, arguments.scenes),
-            arguments.images_per_step,
-            arguments.learning_rate,
-        )
-        saved = time.monotonic()
-        for line in training.train(model, pictures, schedule, not arguments.no_compile):
-            print(" ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
-            if time.monotonic() - saved > training.SAVE_SECONDS:
-                training.save(model, tokenizer, arguments.output_dir)
-                saved = time.monotonic()
-        training.save(model, tokenizer, arguments.output_dir)
-        print(f"trained and saved; {time.monotonic() - begun:.0f} s", flush=True)
-        table = training.evaluate(arguments.output_dir, unseen.get(), device)
+        table = evaluate(arguments.output_dir, unseen.get(), device)
     print_table(table)
     metrics = {"scenes": arguments.evaluation_scenes, "first_seed": EVALUATION_SEED, "exact": table}
     (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{time.monotonic() - begun:.0f} s in all", flush=True)
+
+
+def train(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, drawn: Iterable[Batch], begun: float
+) -> None:
+    """Train on the pictures of `drawn` until the time is up; save now and then, and at the end."""
+    import torch
+
+    from demo import training
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.init_from:
+        model = training.open_model(arguments.init_from).to(device)
+    else:
+        model = training.build_model(training.build_config(tokenizer)).to(device)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters on {device}; {time.monotonic() - begun:.0f} s", flush=True)
+    pictures = training.Pictures(arguments.scenes, device)
+    pictures.fill_from(drawn)
+    pictures.wait_for(1)
+    schedule = training.Schedule(
+        begun + 60 * arguments.minutes,
+        min(arguments.first_scenes, arguments.scenes),
+        arguments.images_per_step,
+        arguments.learning_rate,
+    )
+    saved = time.monotonic()
+    for line in training.train(model, pictures, schedule, not arguments.no_compile):
+        print(" ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+        if time.monotonic() - saved > training.SAVE_SECONDS:
+            training.save(model, tokenizer, arguments.output_dir)
+            saved = time.monotonic()
+    training.save(model, tokenizer, arguments.output_dir)
+    print(f"trained and saved; {time.monotonic() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

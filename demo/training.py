@@ -1,5 +1,6 @@
 """The demo model in transformers' own classes: made, trained, saved, judged."""
 
+import copy
 import json
 import math
 import random
@@ -27,6 +28,7 @@ from demo.examples import (
     Batch,
     EvaluationBatch,
 )
+from demo.scenes import LEARNED
 
 QUERY_TOKENS = 16
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -127,6 +129,11 @@ def build_model(config: Blip2Config) -> Blip2ForConditionalGeneration:
             nn.init.normal_(module.weight, std=0.04)
     nn.init.normal_(model.query_tokens, std=0.5)
     return model
+
+
+def open_model(checkpoint: Path) -> Blip2ForConditionalGeneration:
+    """A saved model in fp32, to go on training."""
+    return Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -336,9 +343,7 @@ def save(model: Blip2ForConditionalGeneration, tokenizer: Tokenizer, directory: 
     """Write a Hugging Face checkpoint: weights in fp16, tokenizer, image preprocessing."""
     stage = directory.with_name(directory.name + ".stage")
     shutil.rmtree(stage, ignore_errors=True)
-    copy = Blip2ForConditionalGeneration(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.half().save_pretrained(stage)
+    copy.deepcopy(model).half().save_pretrained(stage)
     tokenizer.save(str(stage / "tokenizer.json"))
     newline = model.config.text_config.eos_token_id
     described = {
@@ -393,31 +398,32 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """form -> {"count", "fp16", "int8", "int4"}: percent exact, from the saved fp16 weights.
 
-    On a GPU everything but the Q-Former, which transformers keeps in fp32, computes in fp16.
+    The row "questions" sums the LEARNED forms. On a GPU everything but the Q-Former, which
+    transformers keeps in fp32, computes in fp16; on a CPU everything computes in fp32.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+    model = model.to(device).eval()
+    features = [
+        image_features(model, normalise(torch.from_numpy(batch.pixels).to(device)).to(dtype))
+        for batch in batches
+    ]
     table: dict[str, dict[str, float]] = {}
     for precision, bits in PRECISIONS.items():
-        model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
-        model = model.to(device).eval()
-        if bits:
-            for name in quantized_names(model.language_model):
-                weight = model.language_model.get_parameter(name)
-                weight.copy_(fake_quantize(weight.float(), bits))
+        language_model = copy.deepcopy(model.language_model)
+        for name in quantized_names(language_model) if bits else ():
+            weight = language_model.get_parameter(name)
+            weight.copy_(fake_quantize(weight.float(), bits))
         right: dict[str, list[bool]] = {}
-        for batch in batches:
-            pixel_values = normalise(torch.from_numpy(batch.pixels).to(device)).to(dtype)
-            features = image_features(model, pixel_values)
+        for batch, seen in zip(batches, features, strict=True):
             owner, ids, targets = (
                 torch.from_numpy(part).to(device).long()
                 for part in (batch.owner, batch.ids, batch.targets)
             )
-            hits = exact(text_logits(model.language_model, features[owner], ids), targets).tolist()
+            hits = exact(text_logits(language_model, seen[owner], ids), targets).tolist()
             for form, hit in zip(batch.forms, hits, strict=True):
                 right.setdefault(form, []).append(hit)
-        right["questions"] = [
-            hit for form, hits in right.items() if form != "caption" for hit in hits
-        ]
+        right["questions"] = [hit for form in LEARNED for hit in right[form]]
         for form, hits in right.items():
             row = table.setdefault(form, {"count": len(hits)})
             row[precision] = round(100 * sum(hits) / len(hits), 2)
