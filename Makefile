@@ -15,9 +15,12 @@ demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
 	$(VENV)/bin/python opt/convert_checkpoint.py --model_dir demo/checkpoint --output_dir $(OUT)/opt/fp16
 	@echo
-	$(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)/opt/fp16 \
-		--input_dir $(OUT)/image.pt --query_tokens $(OUT)/query_tokens.pt \
-		--input_text "Question: What colour is the circle? Answer:"
+	$(ASK) --input_text ""
+	@echo
+	$(ASK) --input_text "Question: What colour is the circle? Answer:"
+
+ASK = $(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)/opt/fp16 \
+	--input_dir $(OUT)/image.pt --query_tokens $(OUT)/query_tokens.pt
 
 # Two test processes, one thread each: more would only wait for one another.
 test: $(VENV)/test-installed .venv-oldest/installed
