@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+# Read when triton is first imported, which torch may do: its interpreter runs kernels on a CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import models
 import numpy as np
 import pytest
