@@ -24,6 +24,8 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 # A cache is made for a multiple of this many tokens, so that few sizes of graph are captured.
 _LENGTH_STEP = 128
 
+_MOST_STEPS = 4  # graphs kept, each with its cache
+
 _INPUTS_MULTIPLE = 64  # inputs of a linear: what the kernel reads at a time with 4 bits
 
 SOURCE = Path(__file__).with_name("linear.cu")
@@ -154,6 +156,7 @@ class CudaModel(OPTModel):
     """OPT whose layers normalise first, for one GPU. Keeps one cache and graph a (rows, length)."""
 
     steps_between_checks = 4
+    max_batch_size = 64  # larger ones are hardly faster a request, and their cache is large
 
     @staticmethod
     def runs(config: OPTCheckpointConfig) -> bool:
@@ -194,6 +197,8 @@ class CudaModel(OPTModel):
         )
         key = (len(lengths) * num_beams, max_len)
         if key not in self._steps:
+            while len(self._steps) >= _MOST_STEPS:
+                del self._steps[next(iter(self._steps))]  # the oldest: its cache may be gigabytes
             self._steps[key] = Step(self.config, self.weights, *key, device=lengths.device)
         cache = self._steps[key].cache
         cache.reset(lengths, num_beams)

@@ -30,6 +30,7 @@ class OPTModel:
     """
 
     steps_between_checks = 1
+    max_batch_size: int | None = None
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         self.config = config

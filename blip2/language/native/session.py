@@ -38,10 +38,13 @@ class NativeSession(LanguageSession):
         self.device = _best_device()
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
+        model_class = _model_class(config, self.device)
         self.limits = Limits(
-            max_total_len=config.max_position_embeddings, max_num_beams=config.vocab_size // 2
+            max_total_len=config.max_position_embeddings,
+            max_batch_size=model_class.max_batch_size,
+            max_num_beams=config.vocab_size // 2,
         )
-        self._model = _model_class(config, self.device).load(directory, config, self.device)
+        self._model = model_class.load(directory, config, self.device)
 
     @torch.inference_mode()
     def _generate(
