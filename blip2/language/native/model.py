@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
-from blip2.language.native.linear import FloatLinear
+from blip2.language.native.linear import FloatLinear, Linear
+from blip2.language.native.nbits import NBitsLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -41,6 +42,8 @@ class OPTModel:
     def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> OPTModel:
         """Read a checkpoint onto a device, to compute in float32.
 
+        On a CPU weights of 8 and 4 bits stay so, and are multiplied with inputs of 8 bits.
+
         Raises:
             UserError: the checkpoint is damaged; see `load_weights`.
         """
@@ -48,9 +51,11 @@ class OPTModel:
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, torch.float32)
 
-        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> FloatLinear:
+        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
             bias = None if bias is None else bias.to(device)
-            return FloatLinear.pack(weight.to(device), bias, bits)
+            on_cpu = device.type == "cpu"
+            linear = NBitsLinear if bits is not None and on_cpu else FloatLinear
+            return linear.pack(weight.to(device), bias, bits)
 
         return cls(config, load_weights(directory, config, place, pack))
 

@@ -1,0 +1,84 @@
+"""Weights in 8 or 4 bits on a CPU, through ONNX Runtime's MatMulNBits.
+
+The fastest of the kernels that exist for it: on two cores without AVX-512, at 10240 x 2560 and one
+row, 4 bits take 0.8 ms against 7.5 for float32 and 2.1 for torch's own int4 kernel. It rounds the
+inputs to 8 bits too, each 128 of them with their own scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from blip2.language.native.linear import Linear, quantize
+
+_BLOCKS = (128, 64, 32)  # inputs that share a scale; the channel's scale is repeated for each
+_INT8_INPUTS = 4  # MatMulNBits' accuracy_level
+
+
+class NBitsLinear(Linear):
+    """A weight of shape out x in, 8 or 4 bits a value, kept by ONNX Runtime in its own order."""
+
+    def __init__(self, session, bias: torch.Tensor | None) -> None:
+        self._session = session
+        self._bias = bias
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> NBitsLinear:
+        values, scales = quantize(weight, bits)
+        model = _model(values, scales.to(weight.dtype).float(), bits)
+        return cls(_session(model), None if bias is None else bias.float())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
+        y = torch.from_numpy(self._session.run(None, {"x": rows})[0])
+        if self._bias is not None:
+            y += self._bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def _model(values: torch.Tensor, scales: torch.Tensor, bits: int) -> bytes:
+    """A graph of one MatMulNBits, x → y."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    channels, inputs = values.shape
+    block = next(size for size in _BLOCKS if inputs % size == 0)
+    unsigned = (values.short() + (1 << (bits - 1))).to(torch.uint8)
+    if bits == 4:
+        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+    packed = unsigned.reshape(channels, inputs // block, block * bits // 8)
+    repeated = scales[:, None].expand(-1, inputs // block)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "packed", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=inputs,
+        N=channels,
+        bits=bits,
+        block_size=block,
+        accuracy_level=_INT8_INPUTS,
+    )
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", channels])],
+        [
+            numpy_helper.from_array(packed.numpy(), "packed"),
+            numpy_helper.from_array(repeated.contiguous().numpy().reshape(-1), "scales"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def _session(model: bytes):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Every linear has a pool of its own: idle ones must not spin on the cores that others need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
