@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from blip2.artifacts import UserError
 from blip2.language.native.linear import Linear, quantize
 
 _BLOCKS = (128, 64, 32)  # inputs that share a scale; the channel's scale is repeated for each
@@ -25,6 +26,19 @@ class NBitsLinear(Linear):
 
     @classmethod
     def pack(cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> NBitsLinear:
+        """As the base class.
+
+        Raises:
+            UserError: onnx or ONNX Runtime is not installed.
+        """
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"INT8 and INT4 on a CPU need {error.name}; install it with: pip install -r"
+                " requirements.txt"
+            ) from None
         values, scales = quantize(weight, bits)
         model = _model(values, scales.to(weight.dtype).float(), bits)
         return cls(_session(model), None if bias is None else bias.float())
