@@ -6,13 +6,13 @@ import json
 
 import models
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 import transformers
 from conftest import run_program
 
-import onnx
 from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
 from blip2.vision import export, open_vision_session
