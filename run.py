@@ -3,6 +3,7 @@
     python run.py --input_text "Question: which city is this? Answer:"
     python run.py --input_dir photo.jpg --input_text ""              # no text: a caption
     python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
+    python run.py --input_dir photos/ --output captions.jsonl        # many pictures, resumable
     mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
 What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans or ONNX files,
@@ -29,15 +30,41 @@ if TYPE_CHECKING:
     from blip2.pipeline import Answer, Pipeline
 
 
+DEFAULT_TEXT = "Question: which city is this? Answer:"
+BATCH_TEMPLATE = "Question: {} Answer:"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Ask BLIP-2 a question about a picture.")
     add = parser.add_argument
     add(
         "--input_text",
-        default="Question: which city is this? Answer:",
-        help="prompt; empty: caption",
+        action="append",
+        help=f"prompt; empty: caption (default: {DEFAULT_TEXT!r}; with --output: a caption, and"
+        " may be given several times)",
     )
-    add("--input_dir", default="image.pt", help="image.pt, or a picture: file or URL")
+    add(
+        "--prompt_template",
+        type=template,
+        metavar="TEMPLATE",
+        help="put texts that have not its form in place of its {} (default: the text as it is;"
+        f" with --output: {BATCH_TEMPLATE!r})",
+    )
+    add(
+        "--input_dir",
+        nargs="+",
+        metavar="PICTURE",
+        help="image.pt, or a picture: file or URL (default: image.pt); with --output any number of"
+        " pictures, folders, 'patterns*', lists.txt, shards.tar",
+    )
+    add("--output", type=Path, metavar="FILE.jsonl", help="a line for each picture and question")
+    add("--html", type=Path, metavar="FILE.html", help="with --output: a page to look through")
+    add("--batch_size", type=cli.positive_int, help="with --output (default: by the engines)")
+    add(
+        "--workers",
+        type=cli.positive_int,
+        help="with --output: processes that decode pictures (default: half of the processors)",
+    )
     add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
     add(
         "--engine_dir",
@@ -70,15 +97,54 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=cli.non_negative_int, default=0, help="of the sampling")
     add("--benchmark", type=cli.positive_int, metavar="N", help="repeat N times, print medians")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    return parser.parse_args()
+    args = parser.parse_args()
+    many = args.output is not None
+    for flag, value in {
+        "--html": args.html,
+        "--batch_size": args.batch_size,
+        "--workers": args.workers,
+    }.items():
+        if value is not None and not many:
+            parser.error(f"{flag} goes with --output")
+    if many and (args.json or args.benchmark):
+        parser.error("--output goes without --json and --benchmark")
+    if many and not args.input_dir:
+        parser.error("with --output give --input_dir the pictures")
+    if not many and len(args.input_text or []) > 1:
+        parser.error("several --input_text need --output")
+    if not many and len(args.input_dir or []) > 1:
+        parser.error("several pictures need --output")
+    args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
+    args.input_dir = args.input_dir or ["image.pt"]
+    return args
 
 
-def main() -> None:
+def template(text: str) -> str:
+    """argparse type: a text with one {} in it."""
+    if text.count("{}") != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has not one {{}} for the text")
+    return text
+
+
+def main() -> int | None:
     args = parse_arguments()
+    if args.output:
+        return answer_many(args)
+    answer_one(args)
+    return None
 
+
+def answer_one(args: argparse.Namespace) -> None:
+    """Print the answer about one picture, or those of one image.pt."""
     # Imported after the arguments are parsed, so that --help does not wait for torch.
+    from blip2 import inputs
     from blip2.pipeline import Stopwatch
+    from blip2.prompts import fill_template
 
+    [source], [text] = args.input_dir, args.input_text
+    text = fill_template(args.prompt_template or "{}", text)
+    if inputs.is_collection(source):
+        raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
     watch = Stopwatch()
     with watch.time("load engines"):
         pipeline = open_engines(args)
@@ -86,11 +152,11 @@ def main() -> None:
         pipeline.language.close()
         return
     with watch.time("load picture"):
-        pixel_values = load_pixel_values(args.input_dir, pipeline)
+        pixel_values = load_pixel_values(source, pipeline)
     options = decoding_options(args, pipeline)
-    check_prompt_length(args.input_text, args.max_txt_len, pipeline)
+    check_prompt_length(text, args.max_txt_len, pipeline)
 
-    texts = [args.input_text] * len(pixel_values)
+    texts = [text] * len(pixel_values)
     if args.benchmark:
         pipeline.answer(pixel_values, texts, options)  # warm up
         runs = [Stopwatch() for _ in range(args.benchmark)]
@@ -107,26 +173,74 @@ def main() -> None:
     if not pipeline.language.is_leader:
         return
     if args.json:
-        print(json.dumps(as_json(args.input_text, answers, stages, args.benchmark)))
+        print(json.dumps(as_json(text, answers, stages, args.benchmark)))
     else:
-        print(as_text(args.input_text, answers, stages, args.benchmark))
+        print(as_text(text, answers, stages, args.benchmark))
+
+
+def answer_many(args: argparse.Namespace) -> int:
+    """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    from blip2 import batch, inputs, report
+    from blip2.decoders import Decoders, default_workers
+    from blip2.journal import Journal, fingerprint
+    from blip2.prompts import fill_template
+
+    entries = inputs.list_entries(args.input_dir)
+    template = args.prompt_template or BATCH_TEMPLATE
+    questions = [batch.Question(text, fill_template(template, text)) for text in args.input_text]
+    with Decoders(args.workers or default_workers()) as decoders:
+        pipeline = open_engines(args)
+        if not pipeline.language.takes_requests:
+            pipeline.language.close()
+            return 0
+        if not pipeline.language.is_leader:
+            raise UserError(
+                "--output cannot write from several processes; leave out mpirun, and use an engine"
+                " for one GPU"
+            )
+        for question in questions:
+            check_prompt_length(question.prompt, args.max_txt_len, pipeline)
+        options = decoding_options(args, pipeline)
+        batch_size = args.batch_size or batch.default_batch_size(pipeline)
+        vision, opt = engine_directories(args)
+        made_with = {
+            "--input_dir": args.input_dir,
+            "--engine_dir": fingerprint(Path(vision)),
+            "--opt_engine_dir": fingerprint(Path(opt)),
+            "--query_tokens": fingerprint(Path(args.query_tokens)),
+            **batch.describe(pipeline, questions, options, batch_size),
+        }
+        with Journal(args.output, len(questions), made_with) as journal:
+            summary = batch.answer_all(
+                pipeline, decoders, entries, questions, options, journal, batch_size
+            )
+            if args.html:
+                report.write_report(args.html, args.output, entries, decoders, len(questions))
+    print(summary)
+    return 1 if summary.failed else 0
 
 
 def open_engines(args: argparse.Namespace) -> Pipeline:
     """The engines that the directories call for, and the tokenizer saved with the query tokens."""
-    from blip2 import language, vision
     from blip2.pipeline import open_pipeline
 
+    vision, opt = engine_directories(args)
     return open_pipeline(
-        engine_dir=args.engine_dir or first_with_engine(vision.holds_engine, "plan", "onnx"),
-        opt_engine_dir=args.opt_engine_dir
-        or first_with_engine(
-            language.holds_engine,
-            "trt_engine/blip-2-opt-2.7b/fp16/1-gpu",
-            "opt/2.7B/trt_ckpt/fp16/1-gpu",
-        ),
+        engine_dir=vision,
+        opt_engine_dir=opt,
         query_tokens=args.query_tokens,
         tokenizer=args.hf_model_location,
+    )
+
+
+def engine_directories(args: argparse.Namespace) -> tuple[str, str]:
+    """Where ViT and Q-Former, and OPT lie: as given, else the default that holds something."""
+    from blip2 import language, vision
+
+    opt_defaults = ("trt_engine/blip-2-opt-2.7b/fp16/1-gpu", "opt/2.7B/trt_ckpt/fp16/1-gpu")
+    return (
+        args.engine_dir or first_with_engine(vision.holds_engine, "plan", "onnx"),
+        args.opt_engine_dir or first_with_engine(language.holds_engine, *opt_defaults),
     )
 
 

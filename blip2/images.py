@@ -97,7 +97,15 @@ def load_image(source: str | Path) -> Image.Image:
         UserError: missing, unreadable, no picture, damaged, too large, or an unsupported format.
     """
     url = str(source).startswith(("http://", "https://"))
-    content = _download(str(source)) if url else _read(Path(source))
+    return decode_image(_download(str(source)) if url else _read(Path(source)), str(source))
+
+
+def decode_image(content: bytes, source: str) -> Image.Image:
+    """As `load_image`, of a picture file's content; `source` names it in messages.
+
+    Raises:
+        UserError: no picture, damaged, too large, or an unsupported format.
+    """
     try:
         with warnings.catch_warnings():
             # Our own limit is stricter and an error; metadata oddities do not change the pixels.

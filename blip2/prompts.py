@@ -115,3 +115,11 @@ def build_input_ids(text_ids: list[int], num_query_tokens: int, vocab_size: int)
     """Put the picture's ids before the text's: 1-D int64, num_query_tokens + len(text_ids)."""
     picture = torch.arange(vocab_size, vocab_size + num_query_tokens)
     return torch.cat([picture, torch.tensor(text_ids, dtype=torch.int64)])
+
+
+def fill_template(template: str, text: str) -> str:
+    """The prompt for a text: put in place of the template's {}, unless it is blank or in it already."""
+    before, after = template.split("{}")
+    if not text.strip() or (text.startswith(before) and text.endswith(after)):
+        return text
+    return f"{before}{text}{after}"

@@ -1,0 +1,154 @@
+"""Pictures decoded by worker processes, ahead of whoever takes them, in the order given.
+
+with Decoders(workers=4) as decoders:
+    for batch in decoders.decode(batches, preprocessing):   # batches of inputs.Picture
+        batch.pixel_values, batch.errors
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from blip2 import images
+from blip2.artifacts import UserError
+from blip2.images import Preprocessing
+from blip2.inputs import Picture
+
+# Batches in flight: one being taken, and enough behind it that the workers never wait for it.
+AHEAD = 3
+THUMBNAIL = 320  # pixels of the longer side
+
+T = TypeVar("T")
+
+
+def default_workers() -> int:
+    """Half of the processors that this process may use, at most 8: the engines need the others."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+class Decoders:
+    """A pool of processes that decode pictures. Use it as a context: leaving it ends them."""
+
+    def __init__(self, workers: int) -> None:
+        # Forked from a server that has only imported this module: a process that runs engines has
+        # threads and a GPU, which no fork of it could use.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        # The server imports while the engines load.
+        self._pool.submit(int)
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def decode(
+        self, batches: Iterable[Sequence[Picture]], preprocessing: Preprocessing
+    ) -> Iterator[tuple[Sequence[Picture], list[np.ndarray | str]]]:
+        """Each batch with, for each picture, its 3 x S x S float32 values or what is wrong with it.
+
+        Raises:
+            UserError: a worker was killed.
+        """
+        return self._map(batches, _pixel_values, preprocessing)
+
+    def thumbnails(
+        self, batches: Iterable[Sequence[Picture]]
+    ) -> Iterator[tuple[Sequence[Picture], list[str | None]]]:
+        """Each batch with a small JPEG of each picture as a data URL; None where it has none.
+
+        Raises:
+            UserError: a worker was killed.
+        """
+        return self._map(batches, _thumbnail)
+
+    def _map(
+        self, batches: Iterable[Sequence[Picture]], function: Callable[..., T], *arguments: object
+    ) -> Iterator[tuple[Sequence[Picture], list[T]]]:
+        waiting: collections.deque[tuple[Sequence[Picture], list[Future[T]]]] = collections.deque()
+        source = iter(batches)
+        while True:
+            for batch in itertools.islice(source, AHEAD - len(waiting)):
+                futures = [self._submit(function, picture, *arguments) for picture in batch]
+                waiting.append((batch, futures))
+            if not waiting:
+                return
+            batch, futures = waiting.popleft()
+            yield batch, [self._result(future) for future in futures]
+
+    def _submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        try:
+            return self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            raise _worker_killed() from None
+
+    @staticmethod
+    def _result(future: Future[T]) -> T:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise _worker_killed() from None
+
+
+def _worker_killed() -> UserError:
+    return UserError(
+        "a process that decodes pictures was killed, perhaps for want of memory; give the same"
+        " command again to go on, with fewer --workers"
+    )
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even where it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _load(picture: Picture) -> Image.Image:
+    if picture.error:
+        raise UserError(picture.error)
+    if picture.content is None:
+        return images.load_image(picture.path)
+    name = f"{picture.path}/{picture.key}"
+    if not picture.content:
+        raise UserError(f"{name} is empty; replace the file")
+    return images.decode_image(picture.content, name)
+
+
+def _pixel_values(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
+    try:
+        return images.pixel_values(_load(picture), preprocessing).numpy()
+    except (UserError, MemoryError) as error:
+        return str(error) or "not enough memory for this picture"
+
+
+def _thumbnail(picture: Picture) -> str | None:
+    try:
+        image = _load(picture)
+    except (UserError, MemoryError):
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")

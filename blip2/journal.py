@@ -1,0 +1,163 @@
+"""The output of many pictures: a JSON line each, which a killed run can be continued from.
+
+Beside `captions.jsonl` lies `captions.jsonl.options`: what the lines were made with. A run that goes
+on must have the same options, engines and pictures, or the file would hold two different things.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blip2 import artifacts
+from blip2.artifacts import UserError
+
+_SUFFIXES = {".json", ".plan", ".onnx", ".data", ".safetensors", ".engine", ".pt"}
+_READ_WHOLE = 1 << 20  # bytes: descriptions are smaller, weights larger and described by them
+
+
+class Journal:
+    """Lines appended a batch at a time, each batch on disk when `append` returns.
+
+    Every picture has one line with "error", or `questions` lines. After opening, `done` pictures
+    are in the file, `failed` of them with an error; what a killed run left torn is gone.
+    """
+
+    def __init__(self, path: Path, questions: int, options: dict[str, Any]) -> None:
+        """Open or make the file.
+
+        Raises:
+            UserError: it cannot be written, another process writes it, or it was made with other
+                options.
+        """
+        self.path, self.done, self.failed = path, 0, 0
+        self._questions = questions
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"another run is writing {path}; wait for it, or choose another --output"
+            ) from None
+        try:
+            self._check(json.loads(json.dumps(options)))
+            self._drop_torn()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _check(self, options: dict[str, Any]) -> None:
+        sidecar = self.path.with_name(self.path.name + ".options")
+        if not os.path.getsize(self.path):
+            # Nothing is lost yet, so that the options may still change.
+            with artifacts.staging(self.path.parent) as stage:
+                (stage / sidecar.name).write_text(json.dumps(options, indent=2) + "\n")
+            return
+        if not sidecar.is_file():
+            raise UserError(
+                f"{self.path} exists and has no {sidecar.name} beside it, so no run can go on with"
+                " it; remove it, or choose another --output"
+            )
+        before = artifacts.read_json(sidecar, "removing it and the output, and running again")
+        for name in {**before, **options}:
+            if before.get(name) != options.get(name):
+                raise UserError(
+                    f"{self.path} was begun with another {name}; give the same again, remove the"
+                    " file, or choose another --output"
+                )
+
+    def _drop_torn(self) -> None:
+        """Cut the file behind the last picture all of whose lines are whole."""
+        end = 0
+        for _, whole, failed in self._pictures():
+            end = whole
+            self.done += 1
+            self.failed += failed
+        os.truncate(self.path, end)
+
+    def _pictures(self) -> Iterator[tuple[dict[str, str], int, bool]]:
+        """Name, end in the file and failure of every picture whose lines are whole."""
+        with open(self.path, "rb") as file:
+            lines, end = 0, 0
+            for line in file:
+                end += len(line)
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    fields = json.loads(line)
+                    name = {key: fields[key] for key in ("path", "key") if key in fields}
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(
+                        f"{self.path} has a damaged line before its end (byte {end - len(line)});"
+                        " cut it there, or choose another --output"
+                    ) from None
+                lines += 1
+                failed = "error" in fields
+                if failed or lines == self._questions:
+                    lines = 0
+                    yield name, end, failed
+
+    def names(self) -> Iterator[dict[str, str]]:
+        """The name of every picture that was done when the file was opened, in order."""
+        for number, (name, _, _) in enumerate(self._pictures()):
+            if number == self.done:
+                return
+            yield name
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Write lines and wait until they are on disk.
+
+        Raises:
+            UserError: the disk is full, or cannot be written.
+        """
+        # Names that are no UTF-8 are escaped, so that any reader takes the file.
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")
+        try:
+            _write(self._file, content)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; mend that and give the same command again"
+        " to go on, or choose another --output"
+    )
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 that changes with the engine in `directory`, or with the one file given.
+
+    Reads descriptions whole and of weights only name and size: gigabytes would take minutes, and
+    their descriptions hold their hashes.
+    """
+    found = directory.rglob("*") if directory.is_dir() else [directory]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in found if path.suffix in _SUFFIXES and path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode(errors="replace"))
+        if size <= _READ_WHOLE:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,458 @@
+"""Many pictures: right lines in the input's order, and nothing lost or doubled however a run ends."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_program
+from PIL import Image
+
+from blip2 import inputs, report
+from blip2.artifacts import UserError
+from blip2.batch import Question, Summary, answer_all, flags
+from blip2.decoders import Decoders
+from blip2.images import Preprocessing, load_image, pixel_values
+from blip2.journal import Journal, fingerprint
+from blip2.language import GenerationOptions
+from blip2.pipeline import Answer
+from blip2.prompts import fill_template
+from demo import scenes
+
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+COUNT = "How many objects are there?"
+NASTY = "<img src=x onerror=alert(1)>.png"
+SCENES = 9
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("demo_opt")
+    done = run_program(
+        *("opt/convert_checkpoint.py", "--model_dir", CHECKPOINT, "--output_dir", directory)
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Nine scenes in two folders, named in the order of their seeds."""
+    directory = tmp_path_factory.mktemp("photos")
+    (directory / "b").mkdir()
+    for number in range(SCENES):
+        folder = directory / "b" if number < 5 else directory / "c" / "d"
+        folder.mkdir(parents=True, exist_ok=True)
+        scene(number).image.save(folder / f"{number}.{'png' if number % 2 else 'PNG'}")
+    (directory / "b" / "notes.md").write_text("no picture")
+    return directory
+
+
+def scene(number: int):
+    """A scene that the demo checkpoint was not trained on."""
+    return scenes.draw(scenes.EVALUATION_SEED + number)
+
+
+def command(opt: Path, output: Path, *arguments: object) -> list[str]:
+    return [
+        "run.py",
+        *("--engine_dir", str(CHECKPOINT), "--opt_engine_dir", str(opt), "--workers", "2"),
+        *("--max_output_len", "40", "--output", str(output), *map(str, arguments)),
+    ]
+
+
+def read(output: Path) -> list[dict]:
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_each_picture_and_question_has_its_line(opt, photos, tmp_path):
+    """The truth is what was drawn; the pictures come as a folder, a list, a shard and a pattern."""
+    wds = pytest.importorskip("webdataset")
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "b" / "2a.jpg").write_text("<html>")
+    (folder / "b" / NASTY).write_bytes((folder / "c" / "d" / "7.png").read_bytes())
+    with wds.TarWriter(str(tmp_path / "shard.tar")) as shard:
+        shard.write({"__key__": "x/1", "png": (folder / "b" / "1.png").read_bytes(), "cls": "1"})
+    missing = tmp_path / "missing.png"
+    (tmp_path / "list.txt").write_text(f"{folder}/c/d/6.PNG\n\n{missing}\n")
+    output, page = tmp_path / "new" / "out.jsonl", tmp_path / "page.html"
+    sources = [folder, tmp_path / "list.txt", tmp_path / "shard.tar", folder / "b" / "[3-4].*"]
+    done = run_program(
+        *command(opt, output, "--input_dir", *sources, "--html", page, "--batch_size", 4),
+        *("--input_text", "", "--input_text", COUNT, "--input_text", f"Question: {COUNT} Answer:"),
+        *("--num_beams", "2"),
+    )
+    assert done.returncode == 1, done.stderr
+    lines = read(output)
+    expected = []
+    order = [0, 1, 2, None, 3, 4, 7, 5, 6, 7, 8, 6, None, 1, 3, 4]
+    for number in order:
+        if number is None:
+            expected.append((None, "error"))
+            continue
+        truth = scene(number)
+        expected.append(("", scenes.caption(truth)))
+        expected += [(COUNT, str(len(truth.objects)))]
+        expected += [(f"Question: {COUNT} Answer:", str(len(truth.objects)))]
+    found = [(line.get("question"), line.get("answer", "error")) for line in lines]
+    assert found == expected
+    names = [Path(line.get("key", line["path"])).name for line in lines[::3]]
+    assert names[0] == "0.PNG"
+    bad = [line for line in lines if "error" in line]
+    assert [set(line) for line in bad] == [{"path", "error"}] * 2
+    assert "2a.jpg is no picture" in bad[0]["error"]
+    assert "missing.png does not exist" in bad[1]["error"]
+    [shard_line, *_] = [line for line in lines if "key" in line]
+    assert (shard_line["path"], shard_line["key"]) == (str(tmp_path / "shard.tar"), "x/1.png")
+    for line in lines:
+        if "error" not in line:
+            assert len(line["beams"]) == 2
+            assert line["beams"][0]["text"] == line["answer"]
+            assert line["beams"][0]["score"] >= line["beams"][1]["score"]
+            assert line["flags"] == []
+    assert "16 pictures done, 2 of them failed; 16 in this run" in done.stdout
+    assert "16/16" in done.stderr
+    check_page(page, pictures=14, texts=[scenes.caption(scene(8)), NASTY, "2a.jpg is no picture"])
+
+
+class Page(html.parser.HTMLParser):
+    """The thumbnails and the texts of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.tags, self.text = [], set(), ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check_page(path: Path, pictures: int, texts: list[str]) -> None:
+    page = Page()
+    page.feed(path.read_text())
+    assert len(page.images) == pictures
+    for image in page.images:
+        assert set(image) == {"src", "alt", "loading"}
+        kind, content = image["src"].split(",")
+        assert kind == "data:image/jpeg;base64"
+        assert max(Image.open(io.BytesIO(base64.b64decode(content))).size) <= 320
+    assert "script" not in page.tags
+    for text in texts:
+        assert text in page.text
+
+
+def processes_of(marker: str) -> list[int]:
+    """The processes that have `marker` in their environment, other than zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return met
+
+
+def test_runs_that_are_killed_go_on(opt, photos, tmp_path):
+    """kill -9, Ctrl-C and SIGTERM at random moments, in a sampled run, where batches show."""
+    sampling = ("--top_p", 0.9, "--temperature", 3.0, "--seed", 3, "--batch_size", 2)
+    arguments = ("--input_dir", photos, photos, photos, *sampling)
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    done = run_program(*command(opt, whole, *arguments))
+    assert done.returncode == 0, done.stderr
+    expected = whole.read_bytes()
+    answers = [line["answer"] for line in read(whole)]
+    assert len(answers) == 3 * SCENES
+    assert len(set(answers)) > 2 * SCENES  # no batch draws as another does
+
+    marker = f"BATCH_TEST={os.getpid()}-{random.random()}"
+    for sent, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)):
+        before = output.read_bytes() if output.exists() else b""
+        target = before.count(b"\n") + random.choice((1, 3))
+        process = subprocess.Popen(
+            [sys.executable, *command(opt, output, *arguments)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **dict([marker.split("=")])},
+        )
+        assert wait_for(
+            lambda n=target: output.exists() and output.read_bytes().count(b"\n") >= n, 60
+        )
+        time.sleep(random.random() * 0.02)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors.decode()
+        assert b"Traceback" not in errors
+        written = output.read_bytes()
+        assert expected.startswith(written)
+        assert len(written) > len(before)
+        assert written != expected
+        assert wait_for(lambda: not processes_of(marker), 10)
+        with open(output, "ab") as file:
+            file.write(expected[len(written) :][: random.randint(1, 60)])  # a torn line
+    done = run_program(*command(opt, output, *arguments))
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == expected
+
+
+def journal(path: Path, **options) -> Journal:
+    return Journal(path, 2, {"--num_beams": 1, **options})
+
+
+def lines_of(name: str) -> list[dict]:
+    return [{"path": name, "question": q, "answer": "a"} for q in "xy"]
+
+
+def test_a_journal_is_continued_behind_its_last_whole_picture(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with journal(path) as first:
+        first.append([*lines_of("a"), {"path": "bad\udcff", "error": "e"}, *lines_of("c")])
+    whole = path.read_bytes()
+    # Half a picture, half a line, and both.
+    half = json.dumps(lines_of("d")[0]).encode()
+    for torn in (half + b"\n", half[:9], half + b"\n" + half[:9]):
+        path.write_bytes(whole + torn)
+        with journal(path) as again:
+            assert (again.done, again.failed) == (3, 1)
+            assert [name["path"] for name in again.names()] == ["a", "bad\udcff", "c"]
+        assert path.read_bytes() == whole
+
+
+def test_a_journal_refuses_what_would_mix(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with journal(path) as first:
+        with pytest.raises(UserError, match="another run is writing"):
+            journal(path)
+        first.append(lines_of("a"))
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="begun with another --num_beams"):
+        journal(path, **{"--num_beams": 2})
+    path.write_bytes(b"garbage\n" + content)
+    with pytest.raises(UserError, match=r"damaged line before its end \(byte 0\)"):
+        journal(path)
+    assert path.read_bytes() == b"garbage\n" + content
+    (tmp_path / "out.jsonl.options").unlink()
+    with pytest.raises(UserError, match=r"no out\.jsonl\.options beside it"):
+        journal(path)
+
+
+class FakePipeline:
+    """Answers with the first value that it sees of a picture; notes every look and question."""
+
+    def __init__(self) -> None:
+        self.vision = SimpleNamespace(preprocessing=Preprocessing(4, 4))
+        self.looks: list[int] = []
+        self.asked: list[tuple[list[str], int]] = []
+
+    def look(self, pixel_values, _stopwatch):
+        self.looks.append(len(pixel_values))
+        return pixel_values[:, :1, 0, 0]
+
+    def ask(self, query_output, texts, options):
+        self.asked.append((texts, options.seed))
+        return [[Answer(f"{value:.3f}")] for [value] in query_output.tolist()]
+
+
+@pytest.fixture
+def fake_run(tmp_path):
+    """Two questions about each of the files given, in batches of three, into one journal."""
+
+    def run(files: list[str]) -> tuple[FakePipeline, Summary]:
+        pipeline = FakePipeline()
+        questions = [Question("", ""), Question("q", "Question: q Answer:")]
+        with Decoders(2) as decoders, journal(tmp_path / "out.jsonl") as lines:
+            options = GenerationOptions(end_id=0)
+            return pipeline, answer_all(pipeline, decoders, files, questions, options, lines, 3)
+
+    return run
+
+
+def gray(directory: Path, count: int) -> list[str]:
+    files = [str(directory / f"{number}.png") for number in range(count)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (5, 5), (20 * number,) * 3).save(file)
+    return files
+
+
+def test_each_picture_is_looked_at_once_and_batches_stay_the_same(fake_run, tmp_path):
+    files, output = gray(tmp_path, 7), tmp_path / "out.jsonl"
+    Path(files[4]).write_text("no picture")
+    pipeline, summary = fake_run(files)
+    assert pipeline.looks == [3, 2, 1]
+    assert [len(texts) for texts, _ in pipeline.asked] == [3, 3, 2, 2, 1, 1]
+    assert len({seed for _, seed in pipeline.asked}) == 6
+    assert (summary.done, summary.failed, summary.new) == (7, 1, 7)
+    for file, lines in zip(files, report._answers(iter(read(output)), 2), strict=True):
+        if file == files[4]:
+            assert list(lines[0]) == ["path", "error"]
+            continue
+        value = pixel_values(load_image(file), Preprocessing(4, 4))[0, 0, 0]
+        assert [line["path"] for line in lines] == [file] * 2
+        assert [line["answer"] for line in lines] == [f"{value:.3f}"] * 2
+
+    content = output.read_bytes()
+    pipeline, summary = fake_run(files)  # nothing is left to do
+    assert pipeline.looks == []
+    assert (summary.done, summary.failed, summary.new) == (7, 1, 0)
+    # Four pictures and a bit: the batch of the fourth is computed as before, and written in part.
+    output.write_bytes(b"".join(content.splitlines(keepends=True)[:8]) + content[-20:-5])
+    pipeline, summary = fake_run(files)
+    assert pipeline.looks == [2, 1]
+    assert (summary.done, summary.failed, summary.new) == (7, 1, 3)
+    assert output.read_bytes() == content
+
+
+def test_other_pictures_are_refused(fake_run, tmp_path):
+    files, output = gray(tmp_path, 4), tmp_path / "out.jsonl"
+    fake_run(files)
+    content = output.read_bytes()
+    for others in (files[1:], files[:3], [files[0], *files]):
+        with pytest.raises(UserError, match=r"png, which is no longer there"):
+            fake_run(others)
+        assert output.read_bytes() == content
+    fake_run([*files, files[0]])  # more of them behind the others
+    assert output.read_bytes() == content + b"".join(content.splitlines(keepends=True)[:2])
+
+
+def test_full_disks_are_one_sentence(tmp_path):
+    with journal(tmp_path / "out.jsonl") as full:
+        full._file.close()
+        full._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the journal closes it
+        with pytest.raises(UserError, match="No space left on device; mend that"):
+            full.append(lines_of("a"))
+
+
+def test_decoders_give_the_values_of_each_picture_in_order(photos, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    files = inputs.list_entries([str(photos)])
+    with wds.TarWriter(str(tmp_path / "s.tar")) as writer:
+        for number, file in enumerate(files):
+            writer.write({"__key__": f"{number}", "png": Path(file).read_bytes()})
+    preprocessing = Preprocessing(96, 96)
+    for entries in (files, [str(tmp_path / "s.tar")]):
+        pictures = list(inputs.read_pictures(entries))
+        assert inputs.count_pictures(entries) == len(pictures) == SCENES
+        batches = [pictures[start : start + 2] for start in range(0, SCENES, 2)]
+        with Decoders(2) as decoders:
+            decoded = list(decoders.decode(batches, preprocessing))
+        assert [batch for batch, _ in decoded] == batches
+        for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
+            assert np.array_equal(values, pixel_values(load_image(file), preprocessing).numpy())
+
+
+def test_a_broken_shard_gives_what_it_has_and_one_error(photos, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    shard = tmp_path / "s.tar"
+    with wds.TarWriter(str(shard)) as writer:
+        for key in "abc":
+            writer.write({"__key__": key, "png": (photos / "b" / "1.png").read_bytes()})
+    with tarfile.open(shard) as whole:
+        last_content = whole.getmembers()[2].offset_data
+    os.truncate(shard, last_content + 100)
+    (tmp_path / "t.tar").write_text("no tar")
+    names = [str(shard), str(tmp_path / "t.tar"), "next.png"]
+    *good, broken, bad, last = inputs.read_pictures(names)
+    assert [picture.key for picture in good] == ["a.png", "b.png"]
+    assert [broken.path, bad.path, last.path] == names
+    assert "damaged" in broken.error
+    assert "damaged" in bad.error
+    assert last.error is None
+
+
+def test_sources_without_pictures_are_refused(tmp_path):
+    (tmp_path / "a.md").touch()
+    (tmp_path / "empty.txt").touch()
+    for source, message in {
+        "": "holds no picture",
+        "none": "does not exist",
+        "*.jpg": "holds no picture",
+        "empty.txt": "holds no picture",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            inputs.list_entries([str(tmp_path / source)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("", ["empty"]),
+        ("a red circle and a red square", []),
+        ("no no", []),
+        ("a cat on a mat on a mat on a mat on", ["loop"]),
+        ("so very very very", ["loop"]),
+        ("very very very good", []),
+    ],
+)
+def test_flags(answer, expected):
+    assert flags(answer) == expected
+
+
+def test_templates_wrap_bare_questions_only():
+    template = "Question: {} Answer:"
+    assert fill_template(template, "why?") == "Question: why? Answer:"
+    assert fill_template(template, "Question: why? Answer:") == "Question: why? Answer:"
+    assert fill_template(template, "") == ""
+    assert fill_template("{}", "why?") == "why?"
+    assert fill_template("{}!", "{0} {}") == "{0} {}!"
+
+
+def test_fingerprints_change_with_the_engine(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.onnx").write_bytes(b"1")
+    first = fingerprint(tmp_path)
+    (tmp_path / ".gitkeep").touch()
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "a.onnx").write_bytes(b"2")
+    assert fingerprint(tmp_path) != first
+
+
+REFUSED = {
+    "no pictures": (["--output", "o"], "give --input_dir the pictures"),
+    "benchmark": (
+        ["--output", "o", "--input_dir", "p", "--benchmark", "2"],
+        "--output goes without",
+    ),
+    "page alone": (["--html", "p.html"], "--html goes with --output"),
+    "two texts": (["--input_text", "a", "--input_text", "b"], "several --input_text need --output"),
+    "a folder": (["--input_dir", "tests"], "tests stands for several pictures; add --output"),
+    "two pictures": (["--input_dir", "a", "b"], "several pictures need --output"),
+    "template": (["--prompt_template", "Q:"], "'Q:' has not one {}"),
+    "tensor": (["--output", "o", "--input_dir", "none.pt"], "none.pt does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refusals_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments, message = REFUSED[case]
+    arguments = [str(tmp_path / "o") if a == "o" else a for a in arguments]
+    done = run_program("run.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
