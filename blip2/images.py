@@ -140,6 +140,8 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path} is a directory; give one picture") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    except ValueError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error}; check the path") from None
     if not content:
         raise UserError(f"{path} is empty; replace the file")
     return content
