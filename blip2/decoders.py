@@ -44,13 +44,13 @@ class Decoders:
     """A pool of processes that decode pictures. Use it as a context: leaving it ends them."""
 
     def __init__(self, workers: int) -> None:
-        # Forked from a server that has only imported this module: a process that runs engines has
-        # threads and a GPU, which no fork of it could use.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # Not forked: a process that runs engines has threads and a GPU, which no fork could use.
+        # Nor forked from a server: that one imports from the current directory, not from ours.
+        context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-        # The server imports while the engines load.
-        self._pool.submit(int)
+        # They start and import while the engines load.
+        for _ in range(workers):
+            self._pool.submit(int)
 
     def __enter__(self) -> Decoders:
         return self
