@@ -284,14 +284,20 @@ class FakePipeline:
         return [[Answer(f"{value:.3f}")] for [value] in query_output.tolist()]
 
 
+@pytest.fixture(scope="module")
+def decoders():
+    with Decoders(2) as pool:
+        yield pool
+
+
 @pytest.fixture
-def fake_run(tmp_path):
+def fake_run(decoders, tmp_path):
     """Two questions about each of the files given, in batches of three, into one journal."""
 
     def run(files: list[str]) -> tuple[FakePipeline, Summary]:
         pipeline = FakePipeline()
         questions = [Question("", ""), Question("q", "Question: q Answer:")]
-        with Decoders(2) as decoders, journal(tmp_path / "out.jsonl") as lines:
+        with journal(tmp_path / "out.jsonl") as lines:
             options = GenerationOptions(end_id=0)
             return pipeline, answer_all(pipeline, decoders, files, questions, options, lines, 3)
 
@@ -353,7 +359,7 @@ def test_full_disks_are_one_sentence(tmp_path):
             full.append(lines_of("a"))
 
 
-def test_decoders_give_the_values_of_each_picture_in_order(photos, tmp_path):
+def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp_path):
     wds = pytest.importorskip("webdataset")
     files = inputs.list_entries([str(photos)])
     with wds.TarWriter(str(tmp_path / "s.tar")) as writer:
@@ -364,8 +370,7 @@ def test_decoders_give_the_values_of_each_picture_in_order(photos, tmp_path):
         pictures = list(inputs.read_pictures(entries))
         assert inputs.count_pictures(entries) == len(pictures) == SCENES
         batches = [pictures[start : start + 2] for start in range(0, SCENES, 2)]
-        with Decoders(2) as decoders:
-            decoded = list(decoders.decode(batches, preprocessing))
+        decoded = list(decoders.decode(batches, preprocessing))
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
             assert np.array_equal(values, pixel_values(load_image(file), preprocessing).numpy())
