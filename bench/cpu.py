@@ -25,13 +25,13 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 WIDTH, HEADS, VOCABULARY, POSITIONS = 2560, 32, 50272, 2048
 CONTEXT = 40  # tokens before the step
-ROWS = (1, 5, 8, 40)
 
 
 def main() -> None:
     parser = cli.ArgumentParser("Time decoding steps of OPT on a CPU.")
     parser.add_argument("--layers", type=cli.positive_int, default=32, help="of OPT-2.7B's 32")
     parser.add_argument("--repeats", type=cli.positive_int, default=5, help="to take the median of")
+    parser.add_argument("--rows", type=cli.positive_int, nargs="+", default=[1, 5, 8, 40])
     args = parser.parse_args()
     limit = memory_bandwidth()
     print(f"{torch.get_num_threads()} threads, {limit / 1e9:.1f} GB/s; {args.layers} layers")
@@ -44,7 +44,7 @@ def main() -> None:
         "native INT4": lambda: native_step(args.layers, 4),
     }.items():
         step, weight_bytes = make()
-        for rows in ROWS:
+        for rows in args.rows:
             seconds = median_seconds(step(rows), args.repeats)
             reference.setdefault(rows, seconds)
             rate = weight_bytes / seconds
