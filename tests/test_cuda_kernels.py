@@ -8,9 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
-from blip2.language.native.cuda import SOURCE, CudaModel, PackedLinear
+from blip2.language.native.cuda import CudaModel
+from blip2.language.native.layers import SOURCE
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 from blip2.language.native.model import OPTModel
+from blip2.language.native.packing import PackedLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 CONFIG = OPTCheckpointConfig(

@@ -22,25 +22,43 @@ class CompiledKernel:
         self._library = _check(driver.cuModuleLoadData(cubin))
         self._function = _check(driver.cuModuleGetFunction(self._library, name.encode()))
         self._dependent = torch.cuda.get_device_capability()[0] >= 9
+        self._shared_bytes = 48 << 10  # more has to be asked for
 
-    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        *arguments: Any,
+        shared_bytes: int = 0,
+        together: bool = False,
+    ) -> None:
         """Launch, dependent on the kernel before where the GPU can (PDL, Hopper and later).
 
-        Tensors go as their addresses, None as a null pointer, int and float as 32 bits.
+        Tensors go as their addresses, None as a null pointer, int and float as 32 bits. Blocks
+        that wait for one another have to run `together` (a cooperative launch), and such a launch
+        waits for the kernel before as usual.
         """
         config = driver.CUlaunchConfig()
+        config.sharedMemBytes = shared_bytes
         config.gridDimX, config.gridDimY = grid
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
         config.hStream = torch.cuda.current_stream().cuda_stream
-        if self._dependent:
+        kinds = driver.CUlaunchAttributeID
+        if together or self._dependent:
             attribute = driver.CUlaunchAttribute()
-            attribute.id = (
-                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            )
-            attribute.value.programmaticStreamSerializationAllowed = 1
+            if together:
+                attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+                attribute.value.cooperative = 1
+            else:
+                attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
+        if shared_bytes > self._shared_bytes:
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+            self._shared_bytes = shared_bytes
         values, types = zip(*map(_as_argument, arguments), strict=True)
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
@@ -56,10 +74,21 @@ def _as_argument(argument: Any) -> tuple[Any, Any]:
 def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """Compile a .cu file for an architecture such as sm_90; the result is a cubin.
 
+    It may include the .cuh files beside it.
+
     Raises:
         RuntimeError: the source does not compile; holds the compiler's log.
     """
-    program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []))
+    headers = sorted(path.parent.glob("*.cuh"))
+    program = _check(
+        nvrtc.nvrtcCreateProgram(
+            path.read_bytes(),
+            path.name.encode(),
+            len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
+        )
+    )
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in macros]
     (status,) = nvrtc.nvrtcCompileProgram(

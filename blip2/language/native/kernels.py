@@ -37,39 +37,39 @@ def embed_kernel(
 
 
 @triton.jit
-def _row_statistics(x, width, eps, BLOCK: tl.constexpr):
-    """Mean and 1 / standard deviation of one row of `width` float32 values."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    values = tl.load(x + columns, mask=inside, other=0.0)
-    mean = tl.sum(values, axis=0) / width
-    centred = tl.where(inside, values - mean, 0.0)
-    return mean, tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-
-
-@triton.jit
 def norm_kernel(
     x,  # rows x width, float32
+    product,  # rows x width, and width: what is still to be added to x, where ADD
+    product_bias,
     weight,
     bias,
     out,  # rows x width
     width,
     eps,
+    ADD: tl.constexpr,
+    ADD_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """LayerNorm of each row, accumulated in float32."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    mean, scale = _row_statistics(x + row * width, width, eps, BLOCK)
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0)
-    values = (values - mean) * scale * tl.load(weight + columns, mask=inside, other=0.0)
-    values += tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(out + row * width + columns, values, mask=inside)
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    values = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        values += tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD_BIAS:
+            values += tl.load(product_bias + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x + at, values, mask=inside)
+    mean = tl.sum(values, axis=0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    tl.store(out + at, normed * scale + shift, mask=inside)
 
 
 @triton.jit
@@ -158,3 +158,56 @@ def attention_kernel(
         )
         highest, norm, mixed = _attend_slots(query, k, v, there, highest, norm, mixed)
     tl.store(out + (row * heads + head) * D + depth, mixed / norm, mask=deep)
+
+
+@triton.jit
+def prompt_attention_kernel(
+    qkv,  # requests x length x 3 x heads x D, float16
+    keys,  # cache rows x heads x max_len x D, this layer's
+    values,
+    out,  # requests x length x heads x D, float16
+    length,
+    num_beams,  # cache rows a request: the first keeps the prompt
+    max_len,
+    softmax_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Causal attention of prompts, whose keys and values go to the cache."""
+    block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    depth = tl.arange(0, BLOCK_D)
+    own = block * BLOCK + tl.arange(0, BLOCK)
+    at = ((request * length + own) * 3 * heads + head).to(tl.int64)[:, None] * D + depth[None, :]
+    there = (own < length)[:, None] & (depth < D)[None, :]
+    query = tl.load(qkv + at, mask=there, other=0.0)
+    row = (request * num_beams * heads + head).to(tl.int64) * max_len
+    slots = (row + own)[:, None] * D + depth[None, :]
+    tl.store(keys + slots, tl.load(qkv + at + heads * D, mask=there, other=0.0), mask=there)
+    tl.store(values + slots, tl.load(qkv + at + 2 * heads * D, mask=there, other=0.0), mask=there)
+
+    highest = tl.full((BLOCK,), -1e30, tl.float32)
+    norm = tl.zeros((BLOCK,), tl.float32)
+    mixed = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for start in range(0, (block + 1) * BLOCK, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        at = ((request * length + other) * 3 * heads + head).to(tl.int64)[:, None] * D
+        at += depth[None, :]
+        there_too = (other < length)[:, None] & (depth < D)[None, :]
+        key = tl.load(qkv + at + heads * D, mask=there_too, other=0.0)
+        value = tl.load(qkv + at + 2 * heads * D, mask=there_too, other=0.0)
+        scores = tl.dot(query, tl.trans(key)) * softmax_scale
+        scores = tl.where(other[None, :] <= own[:, None], scores, -1e30)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(highest - higher)
+        norm = norm * fade + tl.sum(weights, axis=1)
+        mixed = mixed * fade[:, None] + tl.dot(weights.to(tl.float16), value)
+        highest = higher
+    at = ((request * length + own) * heads + head).to(tl.int64)[:, None] * D + depth[None, :]
+    tl.store(out + at, mixed / norm[:, None], mask=there)

@@ -1,0 +1,45 @@
+"""The GPU's key-value cache."""
+
+from __future__ import annotations
+
+import torch
+
+from blip2.language.trtllm_format import OPTCheckpointConfig
+
+
+class CudaCache:
+    """Keys and values, layers x rows x heads x max_len x D in float16, and who shares what.
+
+    `sources[row, slot]` is the cache row in which that slot of a row lies: a request's beams share
+    the prompt of their first row, and a beam that continues another one only changes this table.
+    """
+
+    def __init__(self, config: OPTCheckpointConfig, rows: int, max_len: int, device) -> None:
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        shape = (layers, rows, heads, max_len, config.hidden_size // heads)
+        self.keys = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.sources = torch.zeros((rows, max_len), dtype=torch.int32, device=device)
+        self._slots = torch.arange(max_len, device=device)
+        self._own = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_len(self) -> int:
+        return self.keys.shape[3]
+
+    def reset(self, prompt_lengths: torch.Tensor, num_beams: int) -> None:
+        """Start over with prompts of these lengths (requests)."""
+        self.lengths.copy_(prompt_lengths.repeat_interleave(num_beams))
+        first = self._own // num_beams * num_beams
+        self.sources.copy_(torch.where(self._slots < self.lengths[:, None], first, self._own))
+
+    def reorder(self, source_rows: torch.Tensor) -> None:
+        """Let each row continue another row of the same request."""
+        inherited = self.sources.index_select(0, source_rows)
+        answered = self._slots < self.lengths[:, None]
+        self.sources.copy_(torch.where(answered, inherited, self._own))

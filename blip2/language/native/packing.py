@@ -1,0 +1,99 @@
+"""Linear layers in 16, 8 or 4 bits, laid out as the GPU's kernels read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from blip2.language.native.linear import Linear, quantize
+
+CHANNELS = 16  # of a block of packed weights
+INPUTS_MULTIPLE = 64  # a linear has a multiple of so many inputs: those of a block with 4 bits
+
+SOURCE = Path(__file__).with_name("unpack.cu")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLinear(Linear):
+    """A weight in 16, 8 or 4 bits, for the kernels of fragments.cuh.
+
+    16 bits: N x K float16, as it comes. Fewer: uint8, blocks of 512 bytes for each 16 channels and
+    32 (64 where 4 bits) inputs, in which every thread finds its 16 bytes in a row. Values
+    are biased by half their range, so that they are unsigned.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None
+    bits: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def pack(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None
+    ) -> PackedLinear:
+        shape = tuple(weight.shape)
+        if bits is None:
+            return cls(weight.half().contiguous(), None, bias, 16, shape)
+        values, scales = quantize(weight, bits)
+        unsigned = (values.short() + (1 << (bits - 1))).to(torch.uint8)
+        unsigned = functional.pad(unsigned, (0, 0, 0, -shape[0] % CHANNELS))
+        return cls(_PACKED[bits](unsigned), scales.half(), bias, bits, shape)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Through cuBLAS, for the many rows of a prompt."""
+        return functional.linear(x, self.unpacked(), self.bias)
+
+    def unpacked(self) -> torch.Tensor:
+        """The float16 weight, N x K, that the stored one stands for."""
+        if self.scales is None:
+            return self.weight
+        if self.weight.is_cuda:
+            return self._unpacked_by_kernel()
+        channels, inputs = self.shape
+        unsigned = _UNPACKED[self.bits](self.weight, inputs)[:channels]
+        values = unsigned.half() - (1 << (self.bits - 1))
+        return values * self.scales[:, None]
+
+    def _unpacked_by_kernel(self) -> torch.Tensor:
+        from blip2.language.native.compiled import load_kernel
+
+        weight = torch.empty(self.shape, dtype=torch.float16, device=self.weight.device)
+        kernel = load_kernel(SOURCE, "unpack_weight", (("BITS", self.bits),))
+        threads, blocks = 256, self.weight.numel() // 512
+        grid = (-(-blocks * 32 // threads), 1)
+        kernel(grid, threads, self.weight, self.scales, weight, *self.shape)
+        return weight
+
+
+# A block's 512 bytes by thread: lane = 4 g + t holds, of channels g and g + 8, inputs 8t .. 8t + 7.
+# 8 bits: 16 bytes, channel g first. 4 bits: two such groups of inputs, 8 inputs in 4 bytes.
+
+
+def _pack8(unsigned: torch.Tensor) -> torch.Tensor:
+    blocks = unsigned.unflatten(1, (-1, 4, 8)).unflatten(0, (-1, 2, 8))
+    return blocks.permute(0, 3, 2, 4, 1, 5).contiguous()  # tile, group, g, t, near/far, input
+
+
+def _unpack8(packed: torch.Tensor, inputs: int) -> torch.Tensor:
+    return packed.permute(0, 4, 2, 1, 3, 5).reshape(-1, inputs)
+
+
+def _pack4(unsigned: torch.Tensor) -> torch.Tensor:
+    blocks = unsigned.unflatten(1, (-1, 2, 4, 4, 2)).unflatten(0, (-1, 2, 8))
+    # tile, near/far, g, group, half, t, pair, which of the pair: nibbles 0-3 are the firsts of the
+    # four pairs, nibbles 4-7 the seconds; byte b holds nibbles 2b (low) and 2b + 1 (high).
+    nibbles = blocks.permute(0, 3, 2, 5, 4, 1, 7, 6).flatten(6).unflatten(6, (4, 2))
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous()
+
+
+def _unpack4(packed: torch.Tensor, inputs: int) -> torch.Tensor:
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(6).unflatten(6, (2, 4))
+    return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 6).reshape(-1, inputs)
+
+
+_PACKED = {8: _pack8, 4: _pack4}
+_UNPACKED = {8: _unpack8, 4: _unpack4}

@@ -1,0 +1,84 @@
+"""Whole prompts on a GPU, read into the cache of the steps that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+
+from blip2.language.native import kernels
+from blip2.language.native.checkpoint import OPTWeights
+from blip2.language.native.cuda_cache import CudaCache
+from blip2.language.native.graphs import capture
+from blip2.language.native.layers import Layers
+from blip2.language.trtllm_format import OPTCheckpointConfig
+
+Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Prompt:
+    """B prompts of up to T tokens, their image features n rows each, over static buffers."""
+
+    def __init__(
+        self,
+        config: OPTCheckpointConfig,
+        weights: OPTWeights,
+        cache: CudaCache,
+        embed: Embed,
+        shape: tuple[int, int, int],
+    ) -> None:
+        """Make buffers for `shape` (B, T, n) and capture the graph.
+
+        `embed(input_ids, prompt_table)` yields B x T x hidden_size, without positions.
+        """
+        requests, length, image_rows = shape
+        device, width = cache.keys.device, config.hidden_size
+        self._config, self._weights, self._cache, self._embed = config, weights, cache, embed
+        self._input_ids = torch.zeros((requests, length), dtype=torch.int64, device=device)
+        self._last = torch.zeros(requests, dtype=torch.int64, device=device)
+        self._table = torch.zeros(
+            (requests, image_rows, width), dtype=weights.embedding.dtype, device=device
+        )
+        self._starts = torch.arange(requests, device=device) * length
+        self._layers = Layers(config, weights, requests * length, device)
+        self._last_layers = Layers(config, weights, requests, device)
+        self._logits = torch.empty((requests, config.vocab_size), device=device)
+        self._run = capture(self._launch, device)
+
+    def __call__(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_table: torch.Tensor
+    ) -> torch.Tensor:
+        """As `OPTModel.prefill`, for at most T tokens; the next call overwrites the logits."""
+        self._input_ids[:, : input_ids.shape[1]] = input_ids
+        self._table.copy_(prompt_table)
+        torch.add(self._starts, lengths - 1, out=self._last)
+        self._run()
+        return self._logits
+
+    def _launch(self) -> None:
+        x = self._embed(self._input_ids, self._table)
+        x = x + self._weights.positions[: self._input_ids.shape[1]]
+        self._layers.x.copy_(x.flatten(0, 1))
+        self._layers.run(self._attend)
+        self._layers.last_logits(self._last, self._last_layers, self._logits)
+
+    def _attend(self, layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
+        heads, cache = self._config.num_attention_heads, self._cache
+        head_size = self._config.hidden_size // heads
+        requests, length = self._input_ids.shape
+        block = min(64, max(16, triton.next_power_of_2(length)))
+        kernels.prompt_attention_kernel[(triton.cdiv(length, block), heads, requests)](
+            qkv,
+            cache.keys[layer],
+            cache.values[layer],
+            attended,
+            length,
+            cache.rows // requests,
+            cache.max_len,
+            head_size**-0.5,
+            D=head_size,
+            BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+            BLOCK=block,
+            **self._layers.pdl_options,
+        )
