@@ -18,6 +18,8 @@ from blip2.images import Preprocessing
 from blip2.vision import modules
 from blip2.vision.session import VisionSession
 
+Stage = Callable[[torch.Tensor], torch.Tensor]
+
 MAX_BATCH_SIZE = 64  # larger ones are no faster a picture, and take memory
 
 
@@ -46,22 +48,49 @@ class TorchSession(VisionSession):
         self._image_size = (3, self.preprocessing.height, self.preprocessing.width)
         vit = modules.load_vision_transformer(checkpoint, self.dtype).to(self.device)
         qformer = modules.load_qformer(checkpoint, torch.float32).to(self.device)
-
-        def look(image_embeds: torch.Tensor) -> torch.Tensor:
-            queries = query_tokens.expand(len(image_embeds), -1, -1)
-            return qformer(queries, image_embeds, None)
-
-        self._stages = {"vit": vit, "qformer": look}
-        if on_gpu:
-            self._stages = {name: Graphs(stage) for name, stage in self._stages.items()}
+        self._stages = (gpu_stages if on_gpu else cpu_stages)(vit, qformer, query_tokens)
 
     @torch.inference_mode()
     def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._stages["vit"](pixel_values)
+        return self._stages.vit(pixel_values)
 
     @torch.inference_mode()
     def _qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
-        return self._stages["qformer"](image_embeds)
+        return self._stages.qformer(image_embeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """pixel_values → image_embeds and image_embeds → query_output, as `VisionSession` has them."""
+
+    vit: Stage
+    qformer: Stage
+
+
+def cpu_stages(
+    vit: modules.VisionTransformer, qformer: modules.QFormer, query_tokens: torch.Tensor
+) -> Stages:
+    """The modules themselves; query_tokens: 1 x n x H_q."""
+
+    def look(image_embeds: torch.Tensor) -> torch.Tensor:
+        return qformer(query_tokens.expand(len(image_embeds), -1, -1), image_embeds, None)
+
+    return Stages(vit, look)
+
+
+def gpu_stages(
+    vit: modules.VisionTransformer, qformer: modules.QFormer, query_tokens: torch.Tensor
+) -> Stages:
+    """CUDA graphs of a float16 ViT's and a float32 Q-Former's fast versions.
+
+    Results lie in a graph's memory: see `Graphs`.
+    """
+    from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer  # a CPU needs no Triton
+
+    return Stages(
+        Graphs(CudaVisionTransformer(vit)),
+        Graphs(CudaQFormer(qformer, query_tokens)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +103,7 @@ class _Captured:
 class Graphs:
     """A function of one tensor on the GPU, as a CUDA graph for each shape it is called with."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Stage) -> None:
         self._function = function
         self._captured: dict[torch.Size, _Captured] = {}
 

@@ -1,0 +1,411 @@
+"""The ViT and the Q-Former on an NVIDIA GPU: what `modules.py` computes, in fewer and faster kernels.
+
+Built from the loaded modules. cuBLAS multiplies; the Triton kernels of `kernels.py` do the rest and
+the Q-Former's products of few rows. Biases and all else that is known when the weights are is folded
+in there and then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import nn
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from blip2.vision import kernels, modules
+
+_LOG2_E = math.log2(math.e)
+_ALIGNMENT = 8  # columns: cuBLAS is slow where a row of float16 is no multiple of 16 bytes
+_MANY_ROWS = 4096  # from here on a program normalises several rows
+_FEW_ROWS = 64  # up to here the Q-Former's weights are read by few_rows_linear_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    """LayerNorm of x + shift."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    shift: torch.Tensor  # float32
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm, shift: torch.Tensor) -> _Norm:
+        return cls(norm.weight, norm.bias, norm.eps, shift)
+
+    def __call__(self, x: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
+        """x: rows x width; parts: n x rows x width, float32, to add to it."""
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        rows_each = 1 if rows < _MANY_ROWS else 4
+        kernels.norm_kernel[(triton.cdiv(rows, rows_each),)](
+            x,
+            x if parts is None else parts,
+            self.shift,
+            self.weight,
+            self.bias,
+            out,
+            rows,
+            width,
+            self.eps,
+            ROWS=rows_each,
+            BLOCK=triton.next_power_of_2(width),
+            PARTS=0 if parts is None else len(parts),
+            **_launch_options(x),
+        )
+        return out
+
+
+def _launch_options(x: torch.Tensor) -> dict[str, bool]:
+    """Dependent launches exist from Hopper on; Triton's interpreter has no devices at all."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class _VisionLayer:
+    norm1: _Norm
+    qkv: nn.Linear
+    projection: torch.Tensor
+    norm2: _Norm
+    fc1: nn.Linear
+    fc2: torch.Tensor
+
+
+class CudaVisionTransformer:
+    """`modules.VisionTransformer`: pixel_values B x 3 x S x S → image_embeds B x T x hidden_size.
+
+    The residual stream leaves out the biases of the linears that are added to it, so that cuBLAS
+    adds their products in place: the sum of those so far is the same for every token, and the next
+    LayerNorm adds it as it reads.
+    """
+
+    def __init__(self, module: modules.VisionTransformer) -> None:
+        """Takes over the module's weights, where they are and in their dtype."""
+        embeddings, layers = module.embeddings, module.encoder.layers
+        convolution = embeddings.patch_embedding
+        width = convolution.out_channels
+        self._patch = convolution.kernel_size[0]
+        weight = convolution.weight.detach().flatten(1)
+        self._patch_weight = F.pad(weight, (0, -weight.shape[1] % _ALIGNMENT))
+        start = embeddings.position_embedding[0].detach().float().clone()
+        start[0] += embeddings.class_embedding[0, 0].float()
+        start[1:] += convolution.bias.float()
+        self._start = start.to(weight.dtype)
+        self._heads, self._activation = layers[0].num_heads, layers[0].activation
+        shift = torch.zeros(width, device=weight.device)
+        self._layers = []
+        for layer in layers:
+            norm1 = _Norm.of(layer.layer_norm1, shift)
+            shift = shift + layer.self_attn.projection.bias.float()
+            norm2 = _Norm.of(layer.layer_norm2, shift)
+            shift = shift + layer.mlp.fc2.bias.float()
+            self._layers.append(
+                _VisionLayer(
+                    norm1,
+                    layer.self_attn.qkv,
+                    layer.self_attn.projection.weight,
+                    norm2,
+                    layer.mlp.fc1,
+                    layer.mlp.fc2.weight,
+                )
+            )
+        self._norm = _Norm.of(module.post_layernorm, shift)
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        images = len(pixel_values)
+        hidden = self._embed(pixel_values)
+        for layer in self._layers:
+            qkv = layer.qkv(layer.norm1(hidden))
+            hidden.addmm_(self._attend(qkv, images), layer.projection.T)
+            hidden.addmm_(self._expand(layer.norm2(hidden), layer.fc1), layer.fc2.T)
+        return self._norm(hidden).unflatten(0, (images, -1))
+
+    def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The patches' embeddings, less what `_norm`s add: B · T x hidden_size."""
+        pixel_values = pixel_values.contiguous()
+        (tokens, width), padded = self._start.shape, self._patch_weight.shape[1]
+        images = len(pixel_values)
+        patches = pixel_values.new_empty(images * tokens, padded)
+        hidden = pixel_values.new_empty(images * tokens, width)
+        kernels.patches_kernel[(tokens, images)](
+            pixel_values,
+            self._start,
+            patches,
+            hidden,
+            pixel_values.shape[-1],
+            width,
+            padded,
+            PATCH=self._patch,
+            BLOCK=triton.next_power_of_2(padded),
+            BLOCK_WIDTH=triton.next_power_of_2(width),
+            **_launch_options(hidden),
+        )
+        return hidden.addmm_(patches, self._patch_weight.T)
+
+    def _attend(self, qkv: torch.Tensor, images: int) -> torch.Tensor:
+        """qkv: B · T x 3 · hidden_size → B · T x hidden_size."""
+        heads = self._heads
+        rows, width = qkv.shape[0], qkv.shape[1] // 3
+        head_size, tokens = width // heads, rows // images
+        # A head's columns as two powers of two: 88 = 64 + 24 takes 64 + 32, not 128.
+        low = max(16, 1 << ((head_size - 1).bit_length() - 1))
+        high = max(16, triton.next_power_of_2(max(1, head_size - low)))
+        block = 64
+        by_head = qkv.view(rows, 3 * heads, head_size)
+        out = qkv.new_empty(rows, width)
+        kernels.attention_kernel[(triton.cdiv(tokens, block), heads, images)](
+            TensorDescriptor.from_tensor(by_head, [block, 1, low]),
+            TensorDescriptor.from_tensor(by_head, [block, 1, high]),
+            qkv,
+            out,
+            tokens,
+            head_size**-0.5 * _LOG2_E,
+            D=head_size,
+            D_LOW=low,
+            D_HIGH=high,
+            BLOCK_M=block,
+            BLOCK_N=block,
+            EVEN=(tokens - 1) % block == 0,
+            num_stages=2,
+            **_launch_options(qkv),
+        )
+        return out
+
+    def _expand(self, x: torch.Tensor, fc1: nn.Linear) -> torch.Tensor:
+        """activation(fc1(x))"""
+        if self._activation is not F.gelu:
+            return self._activation(fc1(x))
+        # cuBLAS has GELU's tanh approximation as an epilogue: a tenth of what float16 rounds.
+        return torch._addmm_activation(fc1.bias, x, fc1.weight.T, use_gelu=True)
+
+
+class _QFormerLinear:
+    """A product in TF32. Few rows read a float16 weight where it is finite: TF32 keeps no more."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: channels x inputs, float32."""
+        self.weight = weight
+        self._few_rows_weight = _half_if_finite(weight)
+
+    def parts(self, x: torch.Tensor, gelu_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ as n x rows x channels, float32, to be added up.
+
+        Args:
+            x: m x rows x inputs, float32, to be added up.
+            gelu_bias: where given, the input is GELU(x + gelu_bias).
+        """
+        if _are_few(x):
+            return self._few_rows(x, gelu_bias, None, splits=triton.cdiv(x.shape[2], _BLOCK_K))
+        x = _sum(x)
+        if gelu_bias is not None:
+            x = F.gelu(x + gelu_bias)
+        return F.linear(x, self.weight)[None]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x Wᵀ + bias in `dtype`, rows x channels; x: rows x inputs, float32."""
+        if _are_few(x[None]):
+            return self._few_rows(x[None], None, bias, splits=1, dtype=dtype)[0]
+        return F.linear(x, self.weight, bias).to(dtype)
+
+    def _few_rows(
+        self,
+        x: torch.Tensor,
+        gelu_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        splits: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        parts, rows, inputs = x.shape
+        channels = len(self.weight)
+        out = x.new_empty(splits, rows, channels, dtype=dtype)
+        grid = (triton.cdiv(channels, _BLOCK_N), splits, triton.cdiv(rows, _BLOCK_M))
+        kernels.few_rows_linear_kernel[grid](
+            x,
+            x if gelu_bias is None else gelu_bias,
+            self._few_rows_weight,
+            x if bias is None else bias,
+            out,
+            rows,
+            channels,
+            inputs,
+            PARTS=parts,
+            GELU=gelu_bias is not None,
+            BIAS=bias is not None,
+            STEPS=triton.cdiv(triton.cdiv(inputs, _BLOCK_K), splits),
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_K=_BLOCK_K,
+            num_warps=8,
+            **_launch_options(x),
+        )
+        return out
+
+
+# What a program of few_rows_linear_kernel multiplies.
+_BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 64, 256
+
+
+def _are_few(x: torch.Tensor) -> bool:
+    return x.shape[1] <= _FEW_ROWS
+
+
+def _sum(parts: torch.Tensor) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _half_if_finite(weight: torch.Tensor) -> torch.Tensor:
+    half = weight.half()
+    return half if torch.isfinite(half).all() else weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _QFormerAttention:
+    """`input` yields queries, and in self-attention keys and values behind them.
+
+    Neither keys nor values have a bias: softmax does not see that of the keys, and that of the
+    values reaches every output alike, so `norm` adds it with the output's.
+    """
+
+    input: _QFormerLinear
+    query_bias: torch.Tensor
+    output: _QFormerLinear
+    norm: _Norm
+
+    @classmethod
+    def of(cls, module: modules.QFormerAttention, *, crosses: bool) -> _QFormerAttention:
+        inner, dense = module.attention, module.output.dense
+        weights = (inner.query,) if crosses else (inner.query, inner.key, inner.value)
+        return cls(
+            _QFormerLinear(torch.cat([linear.weight for linear in weights])),
+            inner.query.bias,
+            _QFormerLinear(dense.weight),
+            _Norm.of(module.output.LayerNorm, dense.bias + dense.weight @ inner.value.bias),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _QFormerLayer:
+    attention: _QFormerAttention
+    crossattention: _QFormerAttention | None
+    fc1: _QFormerLinear
+    fc1_bias: torch.Tensor
+    fc2: _QFormerLinear
+    norm: _Norm
+
+
+class CudaQFormer:
+    """`modules.QFormer` for its own query tokens: image_embeds B x T x H_v → B x n x H_lm.
+
+    Computes in TF32 with float32 sums, LayerNorms and residuals, and yields the dtype of
+    image_embeds. What precedes the first look at the picture is computed once, beforehand.
+    """
+
+    def __init__(self, module: modules.QFormer, query_tokens: torch.Tensor) -> None:
+        """Takes over the module's float32 weights, where they are; query_tokens: 1 x n x H_q."""
+        layers = module.qformer.encoder.layer
+        self._heads = layers[0].attention.num_heads
+        self._activation = layers[0].activation
+        with torch.inference_mode():
+            hidden = module.qformer.layernorm(query_tokens.float())
+            self._start = layers[0].attention(hidden, hidden)[0]
+            self._layers = [
+                _QFormerLayer(
+                    _QFormerAttention.of(layer.attention, crosses=False),
+                    layer.crossattention
+                    and _QFormerAttention.of(layer.crossattention, crosses=True),
+                    _QFormerLinear(layer.intermediate_query.dense.weight),
+                    layer.intermediate_query.dense.bias,
+                    _QFormerLinear(layer.output_query.dense.weight),
+                    _Norm.of(layer.output_query.LayerNorm, layer.output_query.dense.bias),
+                )
+                for layer in layers
+            ]
+            seen = [layer.crossattention.attention for layer in layers if layer.crossattention]
+            weights = [linear.weight for inner in seen for linear in (inner.key, inner.value)]
+            weight = torch.cat(weights)
+            self._image_weight = _half_if_finite(weight) if weight.is_cuda else weight
+            self._projection = _QFormerLinear(module.language_projection.weight)
+            self._projection_bias = module.language_projection.bias
+
+    @torch.inference_mode()
+    def __call__(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        images, tokens, _ = image_embeds.shape
+        hidden = self._start.repeat(images, 1)
+        width = hidden.shape[1]
+        # Keys and values of all layers at once, each layer's side by side.
+        seen = iter(self._look(image_embeds.flatten(0, 1)).split(2 * width, dim=1))
+        for index, layer in enumerate(self._layers):
+            if index > 0:
+                attention = layer.attention
+                qkv = attention.input.parts(hidden[None])
+                queries = len(self._start)
+                mixed = self._attend(qkv, attention.query_bias, qkv[:, :, width:], queries)
+                hidden = attention.norm(hidden, attention.output.parts(mixed[None]))
+            if layer.crossattention is not None:
+                attention = layer.crossattention
+                query = attention.input.parts(hidden[None])
+                mixed = self._attend(query, attention.query_bias, next(seen)[None], tokens)
+                hidden = attention.norm(hidden, attention.output.parts(mixed[None]))
+            hidden = layer.norm(hidden, self._feed_forward(layer, hidden))
+        out = self._projection(hidden, self._projection_bias, image_embeds.dtype)
+        return out.unflatten(0, (images, -1))
+
+    def _look(self, image: torch.Tensor) -> torch.Tensor:
+        """Every layer's keys and values of the pictures: B · T x …, float32."""
+        weight = self._image_weight
+        if weight.dtype == image.dtype == torch.float16:
+            return torch.mm(image, weight.T, out_dtype=torch.float32)
+        return image.float() @ weight.float().T
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        query_bias: torch.Tensor,
+        keys_values: torch.Tensor,
+        tokens: int,
+    ) -> torch.Tensor:
+        """B · n x hidden_size.
+
+        Args:
+            query: parts x B · n x at least hidden_size.
+            query_bias: hidden_size.
+            keys_values: parts x B · tokens x 2 · hidden_size, rows a view of wider ones.
+            tokens: keys of each picture.
+        """
+        rows, width = query.shape[1], len(query_bias)
+        queries = len(self._start)
+        head_size = width // self._heads
+        out = query.new_empty(rows, width)
+        kernels.query_attention_kernel[(self._heads, rows // queries)](
+            query,
+            query_bias,
+            keys_values,
+            keys_values[:, :, width:],
+            out,
+            queries,
+            tokens,
+            query.stride(1),
+            keys_values.stride(1),
+            head_size**-0.5 * _LOG2_E,
+            QUERY_PARTS=len(query),
+            KEY_PARTS=len(keys_values),
+            D=head_size,
+            BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+            BLOCK_M=max(16, triton.next_power_of_2(queries)),
+            BLOCK_N=32 if tokens <= 32 else 64,
+            **_launch_options(query),
+        )
+        return out
+
+    def _feed_forward(self, layer: _QFormerLayer, hidden: torch.Tensor) -> torch.Tensor:
+        inner = layer.fc1.parts(hidden[None])
+        if self._activation is F.gelu:
+            return layer.fc2.parts(inner, gelu_bias=layer.fc1_bias)
+        return layer.fc2.parts(self._activation(_sum(inner) + layer.fc1_bias)[None])
