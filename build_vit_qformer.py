@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="X.Y",
         help="GPUs to build for without having one, e.g. 8.9 12.0 (TensorRT-RTX only)",
     )
+    add("--no_verify", action="store_true", help="do not compare large files with their hashes")
     add("--verbose", action="store_true", help="print everything TensorRT says")
     args = parser.parse_args()
     if not args.min_batch_size <= args.opt_batch_size <= args.max_batch_size:
@@ -79,16 +80,22 @@ def main() -> None:
         workspace_gb=args.workspace_gb,
         timing_cache=Path(args.timing_cache) if args.timing_cache else None,
         compute_capabilities=args.compute_capability,
+        verify=not args.no_verify,
     )
     stages = {"0": tensorrt_plans.VIT, "1": tensorrt_plans.QFORMER}
-    for stage in [stages[args.network]] if args.network in stages else stages.values():
-        bar = ProgressBar(stage.label)
-        try:
-            facts, seconds = tensorrt_build.build_plan(
-                trt, stage, Path(args.onnx_dir), Path(args.plan_dir), options, bar.show
-            )
-        finally:
-            bar.clear()
+    bar = ProgressBar("TensorRT")
+    try:
+        built = tensorrt_build.build_plans(
+            trt,
+            [stages[args.network]] if args.network in stages else list(stages.values()),
+            Path(args.onnx_dir),
+            Path(args.plan_dir),
+            options,
+            bar.show,
+        )
+    finally:
+        bar.clear()
+    for facts, seconds in built:
         print(summary(facts, seconds))
 
 

@@ -59,10 +59,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--output", type=Path, metavar="FILE.jsonl", help="a line for each picture and question")
     add("--html", type=Path, metavar="FILE.html", help="with --output: a page to look through")
-    add("--batch_size", type=cli.positive_int, help="with --output (default: by the engines)")
+    add(
+        "--batch_size",
+        type=cli.int_between(1, 4096),
+        help="with --output (default: by the engines)",
+    )
     add(
         "--workers",
-        type=cli.positive_int,
+        type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors)",
     )
     add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
@@ -94,7 +98,8 @@ def parse_arguments() -> argparse.Namespace:
         help="sample among probability p",
     )
     add("--temperature", type=cli.positive_float, help="sample: flatten")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the sampling")
+    add("--seed", type=cli.int_between(0, 2**63 - 1), default=0, help="of the sampling")
+    add("--no_verify", action="store_true", help="do not compare large files with their hashes")
     add("--benchmark", type=cli.positive_int, metavar="N", help="repeat N times, print medians")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
@@ -201,6 +206,7 @@ def answer_many(args: argparse.Namespace) -> int:
         for question in questions:
             check_prompt_length(question.prompt, args.max_txt_len, pipeline)
         options = decoding_options(args, pipeline)
+        pipeline.check([question.prompt for question in questions], options)
         batch_size = args.batch_size or batch.default_batch_size(pipeline)
         vision, opt = engine_directories(args)
         made_with = {
@@ -230,6 +236,7 @@ def open_engines(args: argparse.Namespace) -> Pipeline:
         opt_engine_dir=opt,
         query_tokens=args.query_tokens,
         tokenizer=args.hf_model_location,
+        verify=not args.no_verify,
     )
 
 
@@ -251,12 +258,27 @@ def first_with_engine(holds_engine: Callable[[Path], bool], *directories: str) -
 
 def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
     """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
-    from blip2 import artifacts, images
+    from blip2 import images
 
     if source.endswith(".pt"):
-        return artifacts.load_tensor(Path(source), "python onnx_export.py --image PICTURE")
+        return load_saved_picture(Path(source))
     picture = images.load_image(source)
     return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+
+
+def load_saved_picture(path: Path) -> torch.Tensor:
+    """image.pt; compared with its description where it has one, as those of the export do.
+
+    Raises:
+        UserError: missing, damaged, or anything but a tensor.
+    """
+    from blip2 import artifacts
+
+    made_by = "python onnx_export.py --image PICTURE"
+    with artifacts.Verification({path: made_by}) as verification:
+        pixel_values = artifacts.load_tensor(path, made_by)
+        verification.finish()
+    return pixel_values
 
 
 def decoding_options(args: argparse.Namespace, pipeline: Pipeline) -> GenerationOptions:

@@ -20,7 +20,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
     import torch
 
 _STAGE_PREFIX = ".stage-"
+_HASHING_THREADS = 2  # the ViT's weights and OPT's, which are most of the bytes
+_SMALL_BYTES = 16 << 20  # what is hashed in no time is hashed whatever the user says
 _WRITE_FAILURES = {
     errno.EACCES,
     errno.EDQUOT,
     errno.EEXIST,
     errno.EFBIG,
     errno.EIO,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
@@ -46,44 +52,81 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def staging(directory: Path) -> Iterator[Path]:
+def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory whose files move into `directory` when the block succeeds.
 
     On any exception, Ctrl-C included, the temporary directory is removed and `directory` is as it
     was. Every file is flushed to disk before the first one moves. Two processes may stage into the
     same directory: the moves are serialised, so the result is one of the two, whole.
 
+    Args:
+        directory: made if need be.
+        replaces: patterns of files in `directory` that are removed unless this stage has them too:
+            what an older result has and the new one has not.
+
     Raises:
         UserError: the directory cannot be created or written, or the disk is full.
     """
-    stage = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned_stages(directory)
-        stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
-        with _locked(stage):
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory):  # nobody takes the new one for abandoned before it is locked
+                _remove_abandoned_stages(directory)
+                stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
+                stack.callback(shutil.rmtree, stage, ignore_errors=True)
+                stack.enter_context(_locked(stage))
+        except OSError as error:
+            raise _cannot_write(error, error.filename or directory) from error
+        try:
             yield stage
-            files = [path for path in stage.rglob("*") if path.is_file()]
-            for path in files:
-                with path.open("rb") as written:
-                    os.fsync(written.fileno())
-            with _locked(directory):
-                # Descriptions last: a crash between two moves leaves a sidecar that does not match.
-                for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-                    target = directory / path.relative_to(stage)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, target)
-    except OSError as error:
-        if error.errno not in _WRITE_FAILURES:
-            raise
-        where = error.filename or directory
-        raise UserError(
-            f"cannot write {where}: {error.strerror or error}; free space there or choose another"
-            " output directory"
-        ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        except OSError as error:
+            # Some writers say what happened, but not with which number.
+            if error.errno not in _WRITE_FAILURES and error.errno is not None:
+                raise
+            raise _cannot_write(error, _target_of(error.filename, stage, directory)) from error
+        try:
+            _publish(stage, directory, replaces)
+        except OSError as error:
+            raise _cannot_write(
+                error, _target_of(error.filename2 or error.filename, stage, directory)
+            ) from error
+
+
+def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
+    targets = {
+        path: directory / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()
+    }
+    for path in targets:
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+    with _locked(directory):
+        # Whatever can be in the way is found before the first file moves.
+        for target in targets.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        # Descriptions last: a crash between two moves leaves a sidecar that does not match.
+        for path in sorted(targets, key=lambda path: (path.suffix == ".json", path)):
+            os.replace(path, targets[path])
+        for old in {old for pattern in replaces for old in directory.glob(pattern)}:
+            if old not in targets.values():
+                old.unlink()
+
+
+def _target_of(filename: str | None, stage: Path, directory: Path) -> Path:
+    """Where a file was to go that could not be written; some errors do not name it."""
+    if filename is None:
+        files = [path for path in stage.rglob("*") if path.is_file()]
+        filename = max(files, key=lambda path: path.stat().st_mtime_ns, default=stage)
+    path = Path(filename)
+    return directory / path.relative_to(stage) if path.is_relative_to(stage) else path
+
+
+def _cannot_write(error: OSError, where: str | Path) -> UserError:
+    return UserError(
+        f"cannot write {where}: {error.strerror or error}; free space there or choose another"
+        " output directory"
+    )
 
 
 @contextlib.contextmanager
@@ -113,11 +156,13 @@ def sidecar_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+def sha256(path: Path, stopped: threading.Event | None = None) -> str | None:
+    """Hexadecimal SHA-256 of a file; None once `stopped` is set."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
+            if stopped is not None and stopped.is_set():
+                return None
             digest.update(block)
     return digest.hexdigest()
 
@@ -148,14 +193,27 @@ def read_sidecar(path: Path, made_by: str) -> dict[str, Any]:
     return facts
 
 
-def check_size(path: Path, described: dict[str, Any], made_by: str) -> None:
+@contextlib.contextmanager
+def reading_sidecar(path: Path, made_by: str) -> Iterator[None]:
+    """Within, a sidecar of `path` that lacks an entry or has one that makes no sense is a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{sidecar_path(path)} does not describe {path.name} ({type(error).__name__}: {error});"
+            f" make both again with: {made_by}"
+        ) from None
+
+
+def check_size(path: Path, described: Any, made_by: str) -> None:
     """Compare a file's size with its description's (see `describe_file`); UserError if it differs."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: {made_by}")
     size = path.stat().st_size
-    if described.get("size") != size:
+    recorded = described.get("size") if isinstance(described, dict) else None
+    if recorded != size:
         raise UserError(
-            f"{path} has {size} bytes, its description says {described.get('size')}: it is"
+            f"{path} has {size} bytes, its description says {recorded}: it is"
             f" truncated or was replaced; make it again with: {made_by}"
         )
 
@@ -164,14 +222,89 @@ def same_source(made_by: str, described: dict[Path, dict[str, Any]]) -> None:
     """Check that artifacts, given with their sidecars, come from one checkpoint.
 
     Raises:
-        UserError: names two files that do not belong together.
+        UserError: names two files that do not belong together, or one that does not say.
     """
-    (first, facts), *others = described.items()
+    fingerprints = {}
+    for path, facts in described.items():
+        with reading_sidecar(path, made_by):
+            fingerprints[path] = facts["source"]["fingerprint"]
+    (first, fingerprint), *others = fingerprints.items()
     for path, other in others:
-        if other.get("source", {}).get("fingerprint") != facts.get("source", {}).get("fingerprint"):
+        if other != fingerprint:
             raise UserError(
                 f"{first} and {path} come from different checkpoints; make both again with: {made_by}"
             )
+
+
+class Verification:
+    """Compares artifacts with the hashes in their sidecars, in threads, while engines load.
+
+        with Verification({path: "command that makes it"}) as verification:
+            ...                        # something that takes as long
+            verification.finish()      # UserError if a file is not the one described
+
+    Leaving the block without `finish` stops the threads. Artifacts that have no sidecar are left
+    out: whether one is required is for their consumer to say.
+    """
+
+    def __init__(self, made_by: Mapping[Path, str], large_too: bool = True) -> None:
+        """Start.
+
+        Args:
+            made_by: the artifacts, each with the command that makes it.
+            large_too: read also the files that take seconds.
+        """
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(_HASHING_THREADS)
+        self._hashes = [
+            (path, expected, command, self._pool.submit(sha256, path, self._stopped))
+            for artifact, command in made_by.items()
+            for path, expected in _described_files(artifact)
+            if large_too or path.stat().st_size <= _SMALL_BYTES
+        ]
+
+    def __enter__(self) -> Verification:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def finish(self) -> None:
+        """Wait for every file.
+
+        Raises:
+            UserError: names the first that is not the one described.
+        """
+        for path, expected, command, future in self._hashes:
+            try:
+                found = future.result()
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {path}: {error.strerror}; make it again with: {command}"
+                ) from None
+            if found != expected:
+                raise UserError(
+                    f"{path} is not the file that its description was written for: it was damaged or"
+                    f" replaced; make both again with: {command}"
+                )
+
+
+def _described_files(artifact: Path) -> Iterator[tuple[Path, Any]]:
+    """Each file that the sidecar of `artifact` describes, itself and a graph's data, with its hash."""
+    try:
+        facts = json.loads(sidecar_path(artifact).read_text(encoding="utf-8"))
+        described = {artifact: facts, data_path(artifact): facts.get("data")}
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return
+    for path, facts in described.items():
+        if isinstance(facts, dict) and path.is_file():
+            yield path, facts.get("sha256")
+
+
+def data_path(path: Path) -> Path:
+    """Where a graph's weights lie: `visual_encoder.onnx.data` beside `visual_encoder.onnx`."""
+    return path.with_name(path.name + ".data")
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
@@ -180,7 +313,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make it with: {made_by}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; make it again with: {made_by}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; make it again with: {made_by}")
@@ -193,19 +326,31 @@ def load_tensor(path: Path, made_by: str) -> torch.Tensor:
     Raises:
         UserError: missing, damaged, or anything but one plain tensor of finite numbers.
     """
-    import pickle
-
     import torch
 
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with: {made_by}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; make it with: {made_by}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot read {path}: {reason[0]}; make it again with: {made_by}") from None
-    if not isinstance(content, torch.Tensor):
+    if not is_plain(content) or not content.is_floating_point():
         raise UserError(f"{path} holds no plain tensor; make it again with: {made_by}")
     if not torch.isfinite(content).all():
         raise UserError(f"{path} holds NaN or Inf; make it again with: {made_by}")
     return content
+
+
+def is_plain(content: Any) -> bool:
+    """Whether what was unpickled is a tensor whose numbers are all in the file, and nothing more."""
+    import torch
+
+    return (
+        isinstance(content, torch.Tensor)
+        and content.layout == torch.strided
+        and content.device.type == "cpu"
+        and not content.is_quantized
+        # A file of some bytes can describe a tensor of any size, whose rows are all the same.
+        and content.untyped_storage().nbytes() >= content.numel() * content.itemsize
+    )

@@ -169,7 +169,7 @@ def _answer(
     values = [picture for picture in decoded if not isinstance(picture, str)]
     if not values:
         return list(decoded)
-    query_output = pipeline.look(torch.from_numpy(np.stack(values)), watch)
+    look = pipeline.look(torch.from_numpy(np.stack(values)), watch)
     asked = []
     for number, question in enumerate(questions):
         # The seed counts requests over: equal draws in every batch would make them alike.
@@ -177,7 +177,7 @@ def _answer(
         with watch.time("OPT"):
             asked.append(
                 pipeline.ask(
-                    query_output,
+                    look,
                     [question.prompt] * len(values),
                     dataclasses.replace(options, seed=seed),
                 )

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +23,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blip2 import artifacts
+from blip2 import artifacts, memory
 from blip2.artifacts import UserError
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _SMALL_BYTES = 1 << 20
+_CLOSE_OTHERS = "close other programs, or use a machine with more"
+# Far above every model there is: what a damaged file says must not decide how long we compute.
+MAX_IMAGE_SIZE = 4096
+_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_IMAGE_SIZE}
+_LARGEST_SIZE = 1 << 24
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -194,6 +198,8 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; download the checkpoint again")
     entries: dict[str, _Entry] = {}
+    if not all(isinstance(s, str) and Path(s).name == s for s in weight_map.values()):
+        raise UserError(f"{index} names shards that lie elsewhere; download the checkpoint again")
     for shard in sorted(set(weight_map.values())):
         entries |= _entries(index.parent / shard)
     missing = sorted(set(weight_map) - set(entries))
@@ -240,16 +246,18 @@ def _map_pickle(file: Path) -> dict[str, torch.Tensor]:
                 raise
             # Files from before torch 1.6 cannot be mapped, only read.
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise _unreadable(file, error) from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{file} holds no weights by name; download the checkpoint again")
-    return {name: t for name, t in content.items() if isinstance(t, torch.Tensor)}
+    return {name: t for name, t in content.items() if artifacts.is_plain(t)}
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
     if not file.exists():
         return UserError(f"{file} is missing; download the checkpoint again")
+    if kind := memory.exhausted(error):
+        return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
     return UserError(
         f"cannot read {file}: {_first_line(error)}; it is truncated or damaged: download it again"
     )
@@ -389,7 +397,8 @@ def _read_config(cls: Any, fields: Mapping[str, Any], checkpoint: Checkpoint) ->
         kind = type(field.default)
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is int and value < 1):
+        largest = _LARGEST.get(field.name, _LARGEST_SIZE)
+        if type(value) is not kind or (kind is int and not 1 <= value <= largest):
             raise _bad_config(checkpoint, f"{field.name} is {value!r}")
         values[field.name] = value
     if values["hidden_size"] % values["num_attention_heads"]:

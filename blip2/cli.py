@@ -7,6 +7,7 @@ Imports nothing heavy, so that `--help` is immediate.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from blip2 import memory
 from blip2.artifacts import UserError
 
 
@@ -44,24 +46,36 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # A closed descriptor leaves None; what a terminal's encoding lacks is escaped, not fatal.
+    stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout = stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
-        sys.stdout.flush()
+        stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _explain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # The reader of our output went away (`| head`): stop quietly, as other tools do.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         code = 0
-    except Exception:
-        if not _is_one_of_several():
+    except OSError as error:
+        if error.filename is not None or not _is_full(stdout):
             raise
-        traceback.print_exc()
-        code = 1
+        _forget_output()
+        code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
+    except Exception as error:
+        if kind := memory.exhausted(error):
+            code = _explain(f"not enough {kind} memory; free some, or ask for less at a time")
+        elif not _is_one_of_several():
+            raise
+        else:
+            traceback.print_exc()
+            code = 1
     if code and _is_one_of_several():
         # MPI's own end would wait for the other processes, and they for this one, forever. They may
         # be ending this one at the same moment: then it just stops.
@@ -69,6 +83,27 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
+
+
+def _explain(message: str) -> int:
+    """Print an error as one line, whatever the names in it contain, and return its exit code."""
+    one_line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"error: {one_line}", file=sys.stderr)
+    return 2
+
+
+def _is_full(stdout: io.TextIOBase) -> bool:
+    """Whether standard output cannot take what is still to be written to it."""
+    try:
+        stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _forget_output() -> None:
+    """Let what standard output still holds go nowhere, so that the interpreter can end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_one_of_several() -> bool:
@@ -89,6 +124,12 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
     return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def int_between(low: int, high: int) -> Callable[[str], int]:
+    """argparse type: an integer of at least `low` and at most `high`."""
+    wanted = f"a whole number from {low} to {high}"
+    return lambda text: _number(int, text, lambda value: low <= value <= high, wanted)
 
 
 def positive_float(text: str) -> float:

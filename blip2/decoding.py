@@ -148,7 +148,12 @@ class Sampling(Greedy):
         # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
         cumulative = self.probabilities(scores).double().cumsum(dim=-1)
         target = self._uniforms.index_select(1, self._step) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        # Rounding, or NaN in the scores, can put the target behind the last token.
+        return (
+            torch.searchsorted(cumulative, target, right=True)
+            .squeeze(1)
+            .clamp(max=cumulative.shape[1] - 1)
+        )
 
     def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The distribution to draw from: rows x vocab_size, in transformers' order of filters."""

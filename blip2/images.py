@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import stat
 import sys
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from blip2 import artifacts
+from blip2 import artifacts, downloads, memory
 from blip2.artifacts import UserError
-from blip2.checkpoints import Checkpoint, VisionConfig
+from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
-MAX_DOWNLOAD_BYTES = 64 << 20
-DOWNLOAD_TIMEOUT_S = 20
+MAX_FILE_BYTES = 1 << 30  # more than so many pixels take without compression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +50,29 @@ class Preprocessing:
         Raises:
             UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
-        config = _processor_config(checkpoint.directory)
+        side = VisionConfig.of(checkpoint).image_size
+        path, config = _processor_config(checkpoint.directory)
+        try:
+            return cls._from_config(config, side)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} describes no preprocessing that BLIP-2 uses: {error}; take it from the same"
+                " checkpoint as its ViT"
+            ) from None
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], side: int) -> Preprocessing:
         size = config.get("size") or {}
         if isinstance(size, int):
             size = {"height": size, "width": size}
         if "shortest_edge" in size or config.get("do_center_crop"):
-            raise UserError(
-                f"the image processor of {checkpoint.directory} asks for shortest_edge or a centre"
-                " crop, which BLIP-2 does not use; take the files of a BLIP-2 checkpoint"
-            )
-        side = VisionConfig.of(checkpoint).image_size
-        defaults = cls(side, side)
+            raise ValueError("it asks for shortest_edge or a centre crop")
         if (size.get("height", side), size.get("width", side)) != (side, side):
-            raise UserError(
-                f"the image processor of {checkpoint.directory} makes {size}, its ViT takes"
-                f" {side} x {side}; take both files from one checkpoint"
-            )
-        return dataclasses.replace(
-            defaults,
+            raise ValueError(f"it makes {size}, the ViT takes {side} x {side}")
+        defaults = cls(side, side)
+        return cls(
+            side,
+            side,
             mean=tuple(config.get("image_mean") or defaults.mean),
             std=tuple(config.get("image_std") or defaults.std),
             resample=config.get("resample") or defaults.resample,
@@ -77,17 +81,38 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Preprocessing:
-        """The inverse of `dataclasses.asdict` after a trip through JSON."""
+        """The inverse of `dataclasses.asdict` after a trip through JSON.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not.
+        """
         return cls(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
 
+    def __post_init__(self) -> None:
+        sides = (self.height, self.width)
+        statistics = (*self.mean, *self.std, self.rescale_factor)
+        valid = (
+            all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides)
+            and len(self.mean) == len(self.std) == 3
+            and all(isinstance(value, int | float) for value in statistics)
+            and all(math.isfinite(value) for value in statistics)
+            and all(value > 0 for value in self.std)
+            and self.resample in list(Image.Resampling)
+        )
+        if not valid:
+            raise ValueError(f"no preprocessing of pictures has {dataclasses.asdict(self)}")
 
-def _processor_config(directory: Path) -> dict[str, Any]:
+
+def _processor_config(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the image processor is described, and how; an empty description where nowhere."""
     again = "downloading the checkpoint again"
-    if (directory / "preprocessor_config.json").is_file():
-        return artifacts.read_json(directory / "preprocessor_config.json", again)
-    if (directory / "processor_config.json").is_file():
-        return artifacts.read_json(directory / "processor_config.json", again)["image_processor"]
-    return {}
+    path = directory / "preprocessor_config.json"
+    if path.is_file():
+        return path, artifacts.read_json(path, again)
+    path = directory / "processor_config.json"
+    if path.is_file():
+        return path, artifacts.read_json(path, again).get("image_processor", {})
+    return path, {}
 
 
 def load_image(source: str | Path) -> Image.Image:
@@ -96,8 +121,9 @@ def load_image(source: str | Path) -> Image.Image:
     Raises:
         UserError: missing, unreadable, no picture, damaged, too large, or an unsupported format.
     """
-    url = str(source).startswith(("http://", "https://"))
-    return decode_image(_download(str(source)) if url else _read(Path(source)), str(source))
+    name = str(source)
+    content = downloads.download(name) if downloads.is_url(name) else _read(Path(source))
+    return decode_image(content, name)
 
 
 def decode_image(content: bytes, source: str) -> Image.Image:
@@ -107,7 +133,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
         UserError: no picture, damaged, too large, or an unsupported format.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory.needed(f"for {source}", "scale it down first"):
             # Our own limit is stricter and an error; metadata oddities do not change the pixels.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -116,47 +142,46 @@ def decode_image(content: bytes, source: str) -> Image.Image:
                     f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS};"
                     " scale it down first"
                 )
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            if getattr(image, "is_animated", False) and image.format != "MPO":
                 print(f"note: {source} is animated; only its first frame is used", file=sys.stderr)
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
+    except Image.DecompressionBombError:  # of twice as many, before we can look
+        raise UserError(
+            f"{source} has more than {MAX_PIXELS} pixels; scale it down first"
+        ) from None
     except Image.UnidentifiedImageError:
         raise UserError(
             f"{source} is no picture that can be read; give one of {', '.join(FORMATS)}"
         ) from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        raise UserError(f"{source} is damaged: {error}; replace the file") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source} is damaged: {reason}; replace the file") from None
 
 
 def _read(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
+            content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"picture {path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; give one picture") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     except ValueError as error:
         raise UserError(f"cannot read {str(path)!r}: {error}; check the path") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path} is a directory; give one picture")
+    if not stat.S_ISREG(status.st_mode):
+        # A pipe may never end, nor begin.
+        raise UserError(f"{path} is a pipe or a device, not a file; save the picture to a file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file")
     if not content:
         raise UserError(f"{path} is empty; replace the file")
-    return content
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "blip2-suite"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"cannot download {url}: {reason}; give a file with --image") from None
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise UserError(f"{url} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; give a smaller file")
     return content
 
 

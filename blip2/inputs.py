@@ -55,9 +55,13 @@ def is_shard(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
+def _is_url(source: str) -> bool:
+    return source.lower().startswith(_URLS)
+
+
 def is_collection(source: str) -> bool:
     """Whether `source` may stand for several pictures."""
-    if source.startswith(_URLS):
+    if _is_url(source):
         return False
     path = Path(source)
     listed = source.lower().endswith((".tar", ".txt"))
@@ -75,7 +79,7 @@ def list_entries(sources: Sequence[str]) -> list[str]:
 
 def _entries_of(source: str) -> list[str]:
     path = Path(source)
-    if source.startswith(_URLS):
+    if _is_url(source):
         return [source]
     if path.is_dir():
         entries = _entries_in(source)
@@ -128,7 +132,7 @@ def read_pictures(entries: Sequence[str]) -> Iterator[Picture]:
         UserError: there is a shard, but no webdataset to read it with.
     """
     for entry in entries:
-        if is_shard(entry) and not entry.startswith(_URLS):
+        if is_shard(entry) and not _is_url(entry):
             yield from _read_shard(entry)
         else:
             yield Picture(entry)
@@ -161,7 +165,7 @@ def _read_shard(path: str) -> Iterator[Picture]:
 
 def count_pictures(entries: Sequence[str]) -> int:
     """How many pictures there are, by the headers of the shards: for a progress bar, not exact."""
-    return sum(_count_in(e) if is_shard(e) and not e.startswith(_URLS) else 1 for e in entries)
+    return sum(_count_in(e) if is_shard(e) and not _is_url(e) else 1 for e in entries)
 
 
 def _count_in(path: str) -> int:

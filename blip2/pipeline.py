@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from blip2 import artifacts, language, memory, vision
 from blip2.artifacts import UserError
-from blip2.language import GenerationOptions, LanguageSession, open_language_session
+from blip2.language import Generation, GenerationOptions, LanguageSession
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
-from blip2.vision import open_vision_session
 from blip2.vision.session import VisionSession
+
+_LESS_OPT = (
+    "free some, or convert OPT to less with: python opt/convert_checkpoint.py --use_weight_only"
+)
+_LESS_VISION = "free some, or use --dtype float16 and a smaller --max_batch_size for these engines"
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,21 @@ def _synchronize() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Look:
+    """What the ViT and the Q-Former made of pictures.
+
+    `query_output` is B x n x H_lm. `finite` has a flag for each of STAGES, on the device: reading
+    them makes the host wait, so that is done when it waits for an answer anyway.
+    """
+
+    query_output: torch.Tensor
+    finite: torch.Tensor
+
+
+STAGES = ("ViT", "Q-Former")
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """The two sessions and the tokenizer between them.
 
@@ -53,7 +77,7 @@ class Pipeline:
     such a pipeline, it is there to be closed.
 
     Raises:
-        UserError: on construction, when the tokenizer does not fit the OPT.
+        UserError: on construction, when the parts do not fit one another.
     """
 
     vision: VisionSession | None
@@ -66,6 +90,20 @@ class Pipeline:
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, this OPT only"
                 f" {self.language.vocab_size}; use the tokenizer exported with the checkpoint"
             )
+        if self.vision is not None and self.vision.output_size != self.language.hidden_size:
+            raise UserError(
+                f"the Q-Former's output has hidden size {self.vision.output_size}, this OPT has"
+                f" {self.language.hidden_size}; use the OPT that belongs to the BLIP-2 checkpoint"
+            )
+
+    def check(self, texts: Sequence[str], options: GenerationOptions) -> None:
+        """See that the engine can take such questions, before any work.
+
+        Raises:
+            UserError: a text, or what is asked for, exceeds a limit.
+        """
+        rows = (self.vision.num_query_tokens, self.language.hidden_size)
+        self.language.check(self.encode(texts), torch.empty(len(texts), *rows), options)
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """input_ids of each text behind its picture's ids; an empty text asks for a caption."""
@@ -91,36 +129,107 @@ class Pipeline:
             UserError: an input that the engines cannot take, or a stage that yields NaN or Inf.
         """
         watch = stopwatch or Stopwatch()
-        query_output = self.look(pixel_values, watch)
+        look = self.look(pixel_values, watch)
         with watch.time("OPT"):
-            return self.ask(query_output, texts, options)
+            return self.ask(look, texts, options)
 
-    def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> torch.Tensor:
-        """What OPT reads of the pictures: pixel_values B x 3 x S x S → B x n x H_lm.
+    def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
+        """What OPT reads of the pictures, pixel_values B x 3 x S x S.
+
+        A batch for which memory does not suffice is halved, once, for good.
 
         Raises:
-            UserError: pictures of another size, or a stage that yields NaN or Inf.
+            UserError: pictures of another size, or too little memory.
         """
-        with stopwatch.time("ViT"):
-            image_embeds = self.vision.vit(pixel_values)
-        with stopwatch.time("Q-Former"):
-            query_output = self.vision.qformer(image_embeds)
-        _check_finite({"ViT": image_embeds, "Q-Former": query_output})
-        return query_output
+
+        def halve() -> int:
+            largest = min(len(pixel_values), self.vision.max_batch_size or len(pixel_values))
+            self.vision.max_batch_size = max(1, largest // 2)
+            return self.vision.max_batch_size
+
+        def stages() -> tuple[torch.Tensor, torch.Tensor]:
+            with stopwatch.time("ViT"):
+                image_embeds = self.vision.vit(pixel_values)
+            with stopwatch.time("Q-Former"):
+                query_output = self.vision.qformer(image_embeds)
+            outputs = (image_embeds, query_output)
+            return query_output, torch.stack([torch.isfinite(output).all() for output in outputs])
+
+        return Look(*_halving("ViT and Q-Former", len(pixel_values), stages, halve))
 
     def ask(
-        self, query_output: torch.Tensor, texts: Sequence[str], options: GenerationOptions
+        self, look: Look, texts: Sequence[str], options: GenerationOptions
     ) -> list[list[Answer]]:
-        """Ask `texts[i]` of the picture in query_output[i], as `look` returns it.
+        """Ask `texts[i]` of picture i of a look. Memory that does not suffice is met as in `look`.
 
         Raises:
-            UserError: an input that the engine cannot take.
+            UserError: an input that the engine cannot take, too little memory, or a stage that
+                yields NaN or Inf.
         """
-        generations = self.language.generate(self.encode(texts), query_output, options)
+
+        def halve() -> int:
+            limits = self.language.limits
+            largest = min(len(texts), limits.max_batch_size or len(texts))
+            smaller = dataclasses.replace(limits, max_batch_size=max(1, largest // 2))
+            self.language.limits = smaller
+            return smaller.max_batch_size
+
+        def generate() -> list[Generation]:
+            return self.language.generate(self.encode(texts), look.query_output, options)
+
+        try:
+            generations = _halving("OPT", len(texts), generate, halve)
+        except UserError:
+            self._check_finite(look)  # what went wrong before is the better explanation
+            raise
+        self._check_finite(look)
         return [
             [Answer(self.tokenizer.decode(beam.token_ids), beam.score) for beam in generation.beams]
             for generation in generations
         ]
+
+    def _check_finite(self, look: Look) -> None:
+        for stage, finite in zip(STAGES, look.finite.tolist(), strict=True):
+            if finite:
+                continue
+            if self.vision.dtype == torch.float16:
+                raise UserError(
+                    f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is"
+                    " damaged; run it in float32: python onnx_export.py --dtype float32"
+                    " --output_dir float32, then --engine_dir float32/onnx"
+                )
+            raise UserError(
+                f"the {stage} yields NaN or Inf, in float32 too; the checkpoint or the picture's"
+                " values are damaged: download the checkpoint again"
+            )
+
+
+def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[[], int]) -> T:
+    """What `run` returns; where memory does not suffice, once more after `halve`, and said so.
+
+    Args:
+        stage: for the messages.
+        batch_size: of this run; a batch of 1 is not run again.
+        run: the work.
+        halve: makes the batches smaller that `run` works with; returns their size.
+
+    Raises:
+        OutOfMemory: the half is too much too.
+    """
+    advice = "lower --batch_size, --num_beams or --max_output_len, or free some memory"
+    try:
+        with memory.needed(f"for the {stage} on a batch of {batch_size}", advice):
+            return run()
+    except memory.OutOfMemory as error:
+        if batch_size == 1:
+            raise
+        message = str(error).partition(";")[0]
+    # Not in the handler, where the failed run's tensors would still be alive.
+    memory.release()
+    half = halve()
+    print(f"note: {message}; going on with batches of {half}", file=sys.stderr)
+    with memory.needed(f"for the {stage} on a batch of {half}", advice):
+        return run()
 
 
 def open_pipeline(
@@ -128,6 +237,7 @@ def open_pipeline(
     opt_engine_dir: str | Path,
     query_tokens: str | Path,
     tokenizer: str | Path | None = None,
+    verify: bool = True,
 ) -> Pipeline:
     """Open the engines that the artifacts in two directories call for.
 
@@ -137,31 +247,34 @@ def open_pipeline(
         query_tokens: the file query_tokens.pt of the export.
         tokenizer: directory or hub id; None is the checkpoint in `engine_dir`, or else `tokenizer/`
             beside the query tokens.
+        verify: compare large files too with their hashes; small ones always are.
 
     Raises:
         UserError: an artifact is missing, damaged, or does not fit the others.
     """
-    language = open_language_session(Path(opt_engine_dir))
-    pipeline = Pipeline(
-        open_vision_session(Path(engine_dir), Path(query_tokens))
-        if language.takes_requests
-        else None,
-        language,
-        load_tokenizer(tokenizer or _tokenizer_beside(Path(engine_dir), Path(query_tokens))),
-    )
-    language.load()
+    engine_dir, opt_engine_dir = Path(engine_dir), Path(opt_engine_dir)
+    query_tokens = Path(query_tokens)
+    made_by = {
+        **vision.artifacts_of(engine_dir, query_tokens),
+        **language.artifacts_of(opt_engine_dir),
+    }
+    with artifacts.Verification(made_by, verify) as verification:
+        with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
+            opt = language.open_language_session(opt_engine_dir)
+        with memory.needed(f"to load {engine_dir}", _LESS_VISION):
+            pipeline = Pipeline(
+                vision.open_vision_session(engine_dir, query_tokens)
+                if opt.takes_requests
+                else None,
+                opt,
+                load_tokenizer(tokenizer or _tokenizer_beside(engine_dir, query_tokens)),
+            )
+        with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
+            opt.load()
+        verification.finish()
     return pipeline
 
 
 def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:
     is_checkpoint = (engine_dir / "config.json").is_file()
     return engine_dir if is_checkpoint else query_tokens.parent / "tokenizer"
-
-
-def _check_finite(outputs: dict[str, torch.Tensor]) -> None:
-    for stage, output in outputs.items():
-        if not torch.isfinite(output).all():
-            raise UserError(
-                f"the {stage} yields NaN or Inf; export it again with --dtype float32, and check the"
-                " checkpoint"
-            )

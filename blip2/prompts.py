@@ -50,7 +50,15 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """BOS, then the ids of `text`; an empty text is BOS alone and asks for a caption."""
+        """BOS, then the ids of `text`; an empty text is BOS alone and asks for a caption.
+
+        Raises:
+            UserError: the text holds what is no Unicode, as from an argument that is not UTF-8.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"the text {text!r} is not UTF-8; write it in that encoding") from None
         return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
 
     def decode(self, token_ids: list[int]) -> str:

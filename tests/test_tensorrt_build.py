@@ -26,7 +26,7 @@ from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
 from blip2.vision import export, modules, tensorrt_build, tensorrt_plans
-from blip2.vision.tensorrt_build import BuildOptions, build_plan
+from blip2.vision.tensorrt_build import BuildOptions, build_plans
 from blip2.vision.tensorrt_plans import QFORMER, VIT, import_tensorrt, read_plan_sidecar
 
 trt = pytest.importorskip("tensorrt_rtx", reason="plans are built with: pip install tensorrt-rtx")
@@ -45,6 +45,12 @@ def header(plan: Path) -> dict:
         "version": ".".join(map(str, version)),
         "targets": [name for name, bit in TARGET_BITS.items() if targets & bit],
     }
+
+
+def build_plan(trt, stage, *arguments):
+    """One plan's facts and seconds."""
+    [built] = build_plans(trt, [stage], *arguments)
+    return built
 
 
 def options(*compute_capabilities: str, **rest) -> BuildOptions:

@@ -241,7 +241,7 @@ def test_qformer_given_as_vit(faulty, monkeypatch):
 def test_sidecar_that_describes_no_plan(faulty, monkeypatch):
     trt = faulty.double()
     faulty.edit(VIT, tensorrt=None)
-    _one_fault(faulty, monkeypatch, "describes no plan", trt)
+    _one_fault(faulty, monkeypatch, "does not describe visual_encoder_fp16.plan", trt)
     faulty.edit(VIT, tensorrt={"flavour": "torch", "version": "2"})
     _one_fault(faulty, monkeypatch, "built with 'torch'", trt)
 

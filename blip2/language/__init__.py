@@ -13,6 +13,7 @@ from blip2.language.session import (
     LanguageSession,
     Limits,
 )
+from blip2.language.trtllm_format import MADE_BY
 
 __all__ = [
     "Beam",
@@ -20,6 +21,7 @@ __all__ = [
     "GenerationOptions",
     "LanguageSession",
     "Limits",
+    "artifacts_of",
     "holds_engine",
     "open_language_session",
 ]
@@ -28,6 +30,15 @@ __all__ = [
 def holds_engine(directory: Path) -> bool:
     """Whether some engine here can run what `directory` holds."""
     return any((directory / artifact).is_file() for artifact in _ENGINES)
+
+
+def artifacts_of(directory: Path) -> dict[Path, str]:
+    """The files that a session reads and that have sidecars, each with the command that makes it.
+
+    TensorRT-LLM gives its engines none.
+    """
+    files = {directory / name: MADE_BY for name in _ENGINES if name.endswith(".safetensors")}
+    return {path: command for path, command in files.items() if path.is_file()}
 
 
 def open_language_session(directory: Path) -> LanguageSession:

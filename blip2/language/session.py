@@ -133,7 +133,7 @@ class LanguageSession(abc.ABC):
         Raises:
             UserError: something exceeds a limit; raised before any work is done.
         """
-        self._check(input_ids, prompt_table, options)
+        self.check(input_ids, prompt_table, options)
         size = self.limits.max_batch_size or max(len(input_ids), 1)
         generations: list[Generation] = []
         for start in range(0, len(input_ids), size):
@@ -151,12 +151,17 @@ class LanguageSession(abc.ABC):
     ) -> list[Generation]:
         """As `generate`, for one batch within the limits that starts at request `first_request`."""
 
-    def _check(
+    def check(
         self,
         input_ids: Sequence[torch.Tensor],
         prompt_table: torch.Tensor,
         options: GenerationOptions,
     ) -> None:
+        """See that the engine can take what `generate` would; of the table only its shape counts.
+
+        Raises:
+            UserError: something exceeds a limit.
+        """
         limits, rows = self.limits, prompt_table.shape[1]
         if prompt_table.ndim != 3 or prompt_table.shape[0] != len(input_ids):
             raise UserError(

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from blip2 import memory
 from blip2.artifacts import UserError
 from blip2.language.session import Beam, Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_engine import MADE_BY, EngineConfig, check_version
@@ -125,13 +126,13 @@ class TensorRTLLMSession(LanguageSession):
         free = max(torch.cuda.mem_get_info()[0] - weights, 1)
         return min(_MOST_OF_FREE_MEMORY, _KV_CACHE_MARGIN * self._config.kv_cache_bytes / free)
 
-    def _check(
+    def check(
         self,
         input_ids: Sequence[torch.Tensor],
         prompt_table: torch.Tensor,
         options: GenerationOptions,
     ) -> None:
-        super()._check(input_ids, prompt_table, options)
+        super().check(input_ids, prompt_table, options)
         if options.top_k > _MAX_TOP_K:
             raise UserError(
                 f"top_k is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}; lower it, or"
@@ -158,7 +159,8 @@ class TensorRTLLMSession(LanguageSession):
                 **_decoding_arguments(options),
             )
         except RuntimeError as error:
-            raise UserError(
+            kind = memory.OutOfMemory if memory.exhausted(error) else UserError
+            raise kind(
                 f"TensorRT-LLM failed on a batch of {len(input_ids)} ({_first_line(error)}); ask"
                 " less at a time, or with fewer beams"
             ) from error

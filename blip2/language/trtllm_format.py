@@ -18,6 +18,8 @@ from blip2.artifacts import UserError
 MADE_BY = "python opt/convert_checkpoint.py"
 ARCHITECTURE = "OPTForCausalLM"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Far above every model there is: what a damaged file says must not decide how long we compute.
+_LARGEST_SIZE, _MOST_LAYERS = 1 << 24, 1000
 QUANT_BITS = {None: None, "W8A16": 8, "W4A16": 4}
 
 
@@ -80,6 +82,9 @@ class OPTCheckpointConfig:
             UserError: not an OPT checkpoint, or a value that is missing or makes no sense.
         """
         mapping, quantization = fields.get("mapping") or {}, fields.get("quantization") or {}
+        for name, value in (("mapping", mapping), ("quantization", quantization)):
+            if not isinstance(value, dict):
+                raise _bad_config(path, f"{name} is {value!r}")
         values = {
             **fields,
             "tp_size": mapping.get("tp_size", 1),
@@ -95,22 +100,28 @@ class OPTCheckpointConfig:
         sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
         checks = {
             "architecture": fields.get("architecture") == ARCHITECTURE,
-            "dtype": config.dtype in DTYPES,
-            "quantization": config.quant_algo in QUANT_BITS,
+            "dtype": config.dtype in list(DTYPES),
+            "quantization": config.quant_algo in list(QUANT_BITS),
             "mapping": world_size == config.tp_size,
             **{name: _is_size(getattr(config, name)) for name in (*sizes, "tp_size")},
             "max_position_embeddings": _is_size(config.max_position_embeddings),
+            "intermediate_size": config.intermediate_size == 0
+            or _is_size(config.intermediate_size),
+            "hidden_act": isinstance(config.hidden_act, str),
+            "do_layer_norm_before": isinstance(config.do_layer_norm_before, bool),
         }
         for name, valid in checks.items():
             if not valid:
                 raise _bad_config(path, f"{name} is {fields.get(name)!r}")
+        if config.num_hidden_layers > _MOST_LAYERS:
+            raise _bad_config(path, f"num_hidden_layers is {config.num_hidden_layers}")
         if config.hidden_size % config.num_attention_heads:
             raise _bad_config(path, "hidden_size is no multiple of num_attention_heads")
         return config
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= _LARGEST_SIZE
 
 
 def _bad_config(path: Path, what: str) -> UserError:

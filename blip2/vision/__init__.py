@@ -15,20 +15,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What runs an artifact, and the command that makes it."""
+    """What runs an artifact, the command that makes it, and the files with a sidecar."""
 
     module: str
     session: str
     made_by: str
+    files: tuple[str, ...] = ()
 
 
 # By the artifact that calls for it; where a directory holds several, the first wins.
 ENGINES = {
     "visual_encoder/visual_encoder_fp16.plan": Engine(
-        "blip2.vision.tensorrt_session", "TensorRTSession", "python build_vit_qformer.py all"
+        "blip2.vision.tensorrt_session",
+        "TensorRTSession",
+        "python build_vit_qformer.py all",
+        ("visual_encoder/visual_encoder_fp16.plan", "Qformer/Qformer_fp16.plan"),
     ),
     "visual_encoder/visual_encoder.onnx": Engine(
-        "blip2.vision.onnx_runtime", "OnnxRuntimeSession", "python onnx_export.py"
+        "blip2.vision.onnx_runtime",
+        "OnnxRuntimeSession",
+        "python onnx_export.py",
+        ("visual_encoder/visual_encoder.onnx", "Qformer/Qformer.onnx"),
     ),
     "config.json": Engine(
         "blip2.vision.torch_session",
@@ -45,6 +52,15 @@ def _engine_of(engine_dir: Path) -> Engine | None:
 def holds_engine(engine_dir: Path) -> bool:
     """Whether some engine here can run what `engine_dir` holds."""
     return _engine_of(engine_dir) is not None
+
+
+def artifacts_of(engine_dir: Path, query_tokens: Path) -> dict[Path, str]:
+    """The files that a session reads and that have sidecars, each with the command that makes it."""
+    engine = _engine_of(engine_dir)
+    if engine is None or not engine.files:
+        return {}
+    files = {engine_dir / file: engine.made_by for file in engine.files}
+    return {**files, query_tokens: "python onnx_export.py"}
 
 
 def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:

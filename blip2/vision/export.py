@@ -22,7 +22,7 @@ from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint
 from blip2.vision import modules
-from blip2.vision.onnx_runtime import data_path, open_graph, run_graph
+from blip2.vision.onnx_runtime import open_graph, run_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -215,7 +215,7 @@ def write_sidecar(path: Path, **facts: Any) -> None:
     inputs, outputs = (_describe_values(side) for side in (model.graph.input, model.graph.output))
     artifacts.write_sidecar(
         path,
-        data=artifacts.describe_file(data_path(path)),
+        data=artifacts.describe_file(artifacts.data_path(path)),
         opset=next(entry.version for entry in model.opset_import if not entry.domain),
         dtype=next(iter(outputs.values()))["dtype"],
         inputs=inputs,

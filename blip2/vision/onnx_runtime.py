@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2 import artifacts
+from blip2 import artifacts, memory
 from blip2.artifacts import UserError
 from blip2.images import Preprocessing
 from blip2.vision.session import VisionSession
@@ -16,6 +16,8 @@ from blip2.vision.session import VisionSession
 MADE_BY = "python onnx_export.py"
 VIT_FILE = "visual_encoder/visual_encoder.onnx"
 QFORMER_FILE = "Qformer/Qformer.onnx"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_ELEMENTS = {"float16": "float16", "float32": "float", "int64": "int64"}  # ONNX Runtime's names
 
 
 class OnnxRuntimeSession(VisionSession):
@@ -39,12 +41,28 @@ class OnnxRuntimeSession(VisionSession):
             },
         )
         self.device = torch.device("cpu")
-        self.dtype = getattr(torch, vit_facts["dtype"])
-        self.preprocessing = Preprocessing.from_dict(vit_facts["preprocessing"])
-        self._query_tokens = artifacts.load_tensor(query_tokens, MADE_BY).to(self.dtype)
-        self.num_query_tokens = self._query_tokens.shape[1]
-        self._vit_graph = open_graph(engine_dir / VIT_FILE)
-        self._qformer_graph = open_graph(engine_dir / QFORMER_FILE)
+        vit, qformer = engine_dir / VIT_FILE, engine_dir / QFORMER_FILE
+        with artifacts.reading_sidecar(vit, MADE_BY):
+            self.dtype = DTYPES[vit_facts["dtype"]]
+            self.preprocessing = Preprocessing.from_dict(vit_facts["preprocessing"])
+        self._vit_graph = open_graph(vit)
+        self._qformer_graph = open_graph(qformer)
+        sizes = (self.preprocessing.height, self.preprocessing.width)
+        tensors = _tensors(vit, self._vit_graph, vit_facts)
+        foreign = _tensors(qformer, self._qformer_graph, qformer_facts)
+        if tensors["input"][1] != (3, *sizes) or tensors["output"] != foreign["image_embeds"]:
+            raise UserError(
+                f"{vit} and {qformer} do not fit one another; make both again with: {MADE_BY}"
+            )
+        tokens = artifacts.load_tensor(query_tokens, MADE_BY)
+        if tuple(tokens.shape) != (1, *foreign["query_tokens"][1]):
+            raise UserError(
+                f"{query_tokens} has shape {tuple(tokens.shape)}, {qformer} takes"
+                f" {(1, *foreign['query_tokens'][1])}; make both again with: {MADE_BY}"
+            )
+        self._query_tokens = tokens.to(self.dtype)
+        self.num_query_tokens = tokens.shape[1]
+        self.output_size = foreign["query_output"][1][1]
 
     def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return run_graph(self._vit_graph, {"input": pixel_values})
@@ -68,13 +86,8 @@ def read_graph_sidecar(path: Path) -> dict[str, Any]:
         UserError: a file is missing or truncated.
     """
     facts = artifacts.read_sidecar(path, MADE_BY)
-    artifacts.check_size(data_path(path), facts["data"], MADE_BY)
+    artifacts.check_size(artifacts.data_path(path), facts.get("data"), MADE_BY)
     return facts
-
-
-def data_path(path: Path) -> Path:
-    """Where a graph's weights lie: `visual_encoder.onnx.data` beside `visual_encoder.onnx`."""
-    return path.with_name(path.name + ".data")
 
 
 def open_graph(path: Path, optimise: bool = True):
@@ -95,10 +108,36 @@ def open_graph(path: Path, optimise: bool = True):
         # Each weight is converted just before its use; the default order converts all of them first.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with memory.needed(
+            f"to open {path}", "close other programs, or export with --dtype float16"
+        ):
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except UserError:
+        raise
     except Exception as error:  # its exception classes share no public base
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot open {path}: {reason}; make it again with: {MADE_BY}") from None
+
+
+def _tensors(path: Path, graph, facts: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Element type, as ONNX Runtime names it, and shape without the batch of a graph's tensors.
+
+    Raises:
+        UserError: they are not those that the sidecar tells.
+    """
+    sides = {"inputs": graph.get_inputs(), "outputs": graph.get_outputs()}
+    found = {
+        value.name: (value.type, tuple(value.shape)) for side in sides.values() for value in side
+    }
+    with artifacts.reading_sidecar(path, MADE_BY):
+        told = {
+            name: (f"tensor({_ELEMENTS[value['dtype']]})", tuple(value["shape"]))
+            for side in sides
+            for name, value in facts[side].items()
+        }
+        if told != found:
+            raise ValueError(f"the graph has {', '.join(found)} of other types or shapes")
+    return {name: (kind, shape[1:]) for name, (kind, shape) in found.items()}
 
 
 def run_graph(graph, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

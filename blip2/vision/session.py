@@ -23,6 +23,7 @@ class VisionSession(abc.ABC):
     max_batch_size: int | None = None
     preprocessing: Preprocessing
     num_query_tokens: int
+    output_size: int  # H_lm, the hidden size of the OPT that the Q-Former is for
 
     def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values B x 3 x S x S → image_embeds B x T x H_v in the session's dtype.

@@ -16,7 +16,8 @@ from typing import Any
 
 from blip2 import artifacts
 from blip2.artifacts import UserError
-from blip2.vision.onnx_runtime import data_path, read_graph_sidecar
+from blip2.vision.onnx_runtime import MADE_BY as ONNX_MADE_BY
+from blip2.vision.onnx_runtime import read_graph_sidecar
 from blip2.vision.tensorrt_plans import (
     DTYPES,
     INSTALL,
@@ -40,6 +41,7 @@ class BuildOptions:
         batch_sizes: smallest, typical (what TensorRT tunes for) and largest batch.
         workspace_gb: most GPU memory for intermediate results; None: as much as there is.
         timing_cache: file in which measured kernels are kept between builds (not RTX).
+        verify: compare the graphs' weights with their hashes, which takes seconds.
         compute_capabilities: GPUs to build for, as "8.9" (RTX only); empty: this machine's, or
             without a GPU every one the builder knows from 8.0 on.
     """
@@ -47,66 +49,83 @@ class BuildOptions:
     batch_sizes: tuple[int, int, int] = (1, 4, 8)
     workspace_gb: float | None = None
     timing_cache: Path | None = None
+    verify: bool = True
     compute_capabilities: Sequence[str] = ()
 
 
-def build_plan(
+def build_plans(
     trt: ModuleType,
-    stage: Stage,
+    stages: Sequence[Stage],
     onnx_dir: Path,
     plan_dir: Path,
     options: BuildOptions,
     report_progress: ProgressReport = lambda _fraction, _phase: None,
-) -> tuple[PlanFacts, float]:
-    """Build the plan of one stage; return what its sidecar says and the seconds it took.
+) -> list[tuple[PlanFacts, float]]:
+    """Build the plan of each stage; return what its sidecar says and the seconds it took.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        stage: which of the two networks.
+        stages: which of the two networks.
         onnx_dir: where onnx_export.py wrote.
-        plan_dir: where the plan goes; what is there stays until the new plan is whole.
+        plan_dir: where the plans go; what is there stays until all the new plans are whole.
         options: profile, targets, limits.
         report_progress: called with the fraction done (0 … 1) and the name of the current phase.
 
     Raises:
-        UserError: the graph is missing, damaged, not this stage's or not float16; the targets
-            cannot be built for; or TensorRT refuses, with its reason.
+        UserError: a graph is missing, damaged, not its stage's or not float16; the targets cannot
+            be built for; or TensorRT refuses, with its reason.
         KeyboardInterrupt: passed on once the builder has stopped.
     """
-    graph = onnx_dir / stage.onnx_file
-    graph_facts = _checked_graph(graph, stage)
+    facts = {stage: _checked_graph(onnx_dir, stage, options) for stage in stages}
     _check_flavour(trt, options)
     gpu = _targets(trt, options.compute_capabilities)
+    seconds = []
 
     with artifacts.staging(plan_dir) as staged:
-        start = time.perf_counter()
-        plan = staged / stage.plan_file
-        plan.parent.mkdir()
-        sidecar = _build(trt, graph, plan, gpu["compute_capabilities"], options, report_progress)
-        seconds = time.perf_counter() - start
-        artifacts.write_sidecar(
-            plan,
-            tensorrt={"flavour": flavour_of(trt), "version": trt.__version__},
-            gpu=gpu,
-            **sidecar,
-            onnx={key: graph_facts[key] for key in ("file", "sha256", "data", "opset")},
-            **{key: graph_facts[key] for key in _INHERITED if key in graph_facts},
-        )
-    return read_plan_sidecar(plan_dir, stage), seconds
+        for index, (stage, graph) in enumerate(facts.items()):
+
+            def report(
+                fraction: float, phase: str, stage: Stage = stage, done: int = index
+            ) -> None:
+                report_progress((done + fraction) / len(facts), f"{stage.label}: {phase}")
+
+            start = time.perf_counter()
+            plan = staged / stage.plan_file
+            plan.parent.mkdir()
+            sidecar = _build(
+                *(trt, onnx_dir / stage.onnx_file, plan, gpu["compute_capabilities"]),
+                *(options, report),
+            )
+            seconds.append(time.perf_counter() - start)
+            artifacts.write_sidecar(
+                plan,
+                tensorrt={"flavour": flavour_of(trt), "version": trt.__version__},
+                gpu=gpu,
+                **sidecar,
+                onnx={key: graph[key] for key in ("file", "sha256", "data", "opset")},
+                **{key: graph[key] for key in _INHERITED if key in graph},
+            )
+    return [
+        (read_plan_sidecar(plan_dir, stage), took)
+        for stage, took in zip(facts, seconds, strict=True)
+    ]
 
 
 _INHERITED = ("dtype", "compute_dtype", "source", "preprocessing")
 
 
-def _checked_graph(path: Path, stage: Stage) -> dict[str, Any]:
+def _checked_graph(onnx_dir: Path, stage: Stage, options: BuildOptions) -> dict[str, Any]:
     """The graph's sidecar, once the files have the recorded hashes and suit the stage."""
+    path = onnx_dir / stage.onnx_file
     facts = read_graph_sidecar(path)
-    for file, described in ((path, facts), (data_path(path), facts["data"])):
-        if artifacts.sha256(file) != described["sha256"]:
-            raise UserError(
-                f"{file} is not the file that {artifacts.sidecar_path(path)} describes: it was damaged"
-                " or replaced; make both again with: python onnx_export.py"
-            )
+    with artifacts.Verification({path: ONNX_MADE_BY}, options.verify) as verification:
+        verification.finish()
+    with artifacts.reading_sidecar(path, ONNX_MADE_BY):
+        _check_stage(path, stage, facts)
+    return facts
+
+
+def _check_stage(path: Path, stage: Stage, facts: dict[str, Any]) -> None:
     if set(facts["inputs"]) != set(stage.inputs):
         raise UserError(
             f"{path} is not the {stage.label}: it takes {', '.join(facts['inputs'])}; make it again"
@@ -117,7 +136,8 @@ def _checked_graph(path: Path, stage: Stage) -> dict[str, Any]:
             f"{path} is {facts['dtype']}, and the plan {stage.plan_file} is float16; export again"
             " with: python onnx_export.py --dtype float16"
         )
-    return facts
+    if "opset" not in facts:
+        raise LookupError("opset")
 
 
 def _check_flavour(trt: ModuleType, options: BuildOptions) -> None:

@@ -150,7 +150,7 @@ def read_plan_sidecar(plan_dir: Path, stage: Stage) -> PlanFacts:
     """
     path = plan_dir / stage.plan_file
     sidecar = artifacts.read_sidecar(path, MADE_BY)
-    try:
+    with artifacts.reading_sidecar(path, MADE_BY):
         tensors = sidecar["inputs"] | sidecar["outputs"]
         facts = PlanFacts(
             path,
@@ -163,11 +163,12 @@ def read_plan_sidecar(plan_dir: Path, stage: Stage) -> PlanFacts:
             sidecar,
         )
         names = (tuple(sidecar["inputs"]), tuple(sidecar["outputs"]))
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{artifacts.sidecar_path(path)} describes no plan; make it again with: {MADE_BY}"
-        ) from None
-    if facts.flavour not in PRODUCTS:
+        sizes = [*facts.profile, *(size for shape in facts.shapes.values() for size in shape)]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"sizes are {sizes}")
+        if not set(facts.dtypes.values()) <= set(DTYPES.values()):
+            raise ValueError(f"types are {facts.dtypes}")
+    if facts.flavour not in list(PRODUCTS):
         raise UserError(
             f"{path} was built with {facts.flavour!r}, which this suite does not know; make it again"
             f" with: {MADE_BY}"

@@ -96,7 +96,9 @@ class TensorRTSession(VisionSession):
         self.dtype = getattr(torch, vit.dtypes[VIT.output])
         self.max_batch_size = min(vit.profile[2], qformer.profile[2])
         self.num_query_tokens = tokens.shape[1]
-        self.preprocessing = Preprocessing.from_dict(vit.sidecar["preprocessing"])
+        with artifacts.reading_sidecar(vit.path, MADE_BY):
+            self.preprocessing = Preprocessing.from_dict(vit.sidecar["preprocessing"])
+        self.output_size = qformer.shapes[QFORMER.output][1]
         _check_shapes(vit, qformer, query_tokens, tokens)
         try:
             self._vit_plan = Plan(trt, VIT, vit, gpu)

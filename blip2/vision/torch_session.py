@@ -45,6 +45,7 @@ class TorchSession(VisionSession):
         self.preprocessing = Preprocessing.of(checkpoint)
         query_tokens = checkpoint.tensor("query_tokens").float().to(self.device)
         self.num_query_tokens = query_tokens.shape[1]
+        self.output_size = checkpoint.shape("language_projection.weight")[0]
         self._image_size = (3, self.preprocessing.height, self.preprocessing.width)
         vit = modules.load_vision_transformer(checkpoint, self.dtype).to(self.device)
         qformer = modules.load_qformer(checkpoint, torch.float32).to(self.device)

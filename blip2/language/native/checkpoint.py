@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blip2 import artifacts
+from blip2 import artifacts, memory
 from blip2.artifacts import UserError
 from blip2.language.native.linear import Linear
 from blip2.language.trtllm_format import MADE_BY, QUANT_BITS, OPTCheckpointConfig, tensor_specs
@@ -96,6 +96,8 @@ def load_weights(
                 config, lambda name: _finite(path, name, file.get_tensor(name)), place, pack
             )
     except (OSError, SafetensorError) as error:
+        if memory.exhausted(error):
+            raise
         raise UserError(
             f"cannot read {path}: {error}; it is missing, truncated or damaged: make it again with:"
             f" {MADE_BY}"

@@ -62,22 +62,24 @@ class NativeSession(LanguageSession):
         )
 
         logits = self._model.prefill(padded, lengths, prompt_table.to(self.device), cache)
-        if not torch.isfinite(logits).all():
-            raise UserError(
-                "the OPT yields NaN or Inf; check the image features and make the OPT checkpoint"
-                " again"
-            )
+        finite = torch.isfinite(logits).all()  # asked when the host waits for the results anyway
         logits = logits.repeat_interleave(options.num_beams, dim=0)
         for step in range(options.max_output_len):
             next_tokens, source_rows = strategy.advance(logits)
             # Asked every step: on a CPU the answer is there, and a step costs far more.
             if step == options.max_output_len - 1:
                 break
-            if (step + 1) % self._model.steps_between_checks == 0 and strategy.finished():
-                break
+            if (step + 1) % self._model.steps_between_checks == 0:
+                finite &= torch.isfinite(logits).all()
+                if strategy.finished():
+                    break
             if source_rows is not None:
                 cache.reorder(source_rows)
             logits = self._model.step(next_tokens, cache)
+        if not finite:
+            raise UserError(
+                "the OPT yields NaN or Inf; make its checkpoint again from the original"
+            )
         return strategy.results()
 
 

@@ -1,0 +1,142 @@
+"""Pictures from the web: http and https only, at most so large, within so long, no way inside.
+
+A redirect may not lead to an address that is not public: a page could send us to a service that
+only this machine can reach. An address that the user gives himself may be any.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import threading
+import time
+import urllib.error
+import urllib.request
+
+from blip2.artifacts import UserError
+
+MAX_BYTES = 64 << 20
+SILENCE_S = 20  # the longest that a server may say nothing
+TIMEOUT_S = 60  # the longest that all of it may take
+_MAX_REDIRECTS = 5
+_BLOCK = 1 << 16
+
+
+def is_url(source: str) -> bool:
+    """Whether `source` is to be downloaded rather than opened.
+
+    Raises:
+        UserError: it is a URL of a kind that is not downloaded.
+    """
+    scheme, separator, _ = source.partition("://")
+    if not separator or not scheme.isalpha():
+        return False
+    if scheme.lower() not in ("http", "https"):
+        raise UserError(f"{source} is neither http nor https; give one of those, or a file")
+    return True
+
+
+def download(url: str) -> bytes:
+    """The content behind a URL.
+
+    Raises:
+        UserError: it cannot be had, is too large or takes too long, or a redirect leads to a
+            private address.
+    """
+    finished: list[bytes | Exception] = []
+
+    def work() -> None:
+        try:
+            finished.append(_fetch(url, time.monotonic() + TIMEOUT_S))
+        except Exception as error:
+            finished.append(error)
+
+    # A server that sends a byte now and then never lets a socket time out; a thread can be left.
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(TIMEOUT_S)
+    content = finished[0] if finished else _too_slow()
+    if isinstance(content, bytes):
+        return content
+    if not isinstance(content, OSError | ValueError | http.client.HTTPException):
+        raise content
+    reason = getattr(content, "reason", None) or content
+    raise UserError(
+        f"cannot download {url}: {str(reason) or type(reason).__name__}; check the address, or give"
+        " a file"
+    ) from None
+
+
+def _too_slow() -> TimeoutError:
+    return TimeoutError(f"it takes longer than {TIMEOUT_S} s")
+
+
+def _fetch(url: str, deadline: float) -> bytes:
+    # Not urllib's usual opener, which also follows redirects to ftp.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        _HTTPHandler(),
+        _HTTPSHandler(),
+        _Redirects(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    request = urllib.request.Request(url, headers={"User-Agent": "blip2-suite"})
+    content = bytearray()
+    with opener.open(request, timeout=SILENCE_S) as response:
+        while block := response.read(_BLOCK):
+            content += block
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise _too_slow()
+    return bytes(content)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = _MAX_REDIRECTS
+
+    def redirect_request(self, *arguments):
+        """A request that remembers that it was not the user who asked for it."""
+        request = super().redirect_request(*arguments)
+        request.redirected = True
+        return request
+
+
+class _Public:
+    """A connection that ends before anything is asked where its other end is no public address."""
+
+    def connect(self) -> None:
+        super().connect()
+        # The address that was reached, not the name: a name can have another one by now.
+        address = self.sock.getpeername()[0].partition("%")[0]
+        if not ipaddress.ip_address(address).is_global:
+            self.close()
+            raise ValueError(f"a redirect leads to {address}, which is no public address")
+
+
+class _PublicHTTP(_Public, http.client.HTTPConnection):
+    pass
+
+
+class _PublicHTTPS(_Public, http.client.HTTPSConnection):
+    pass
+
+
+def _is_redirected(request: urllib.request.Request) -> bool:
+    # Behind a proxy we reach the proxy alone: where it may go is its own rule.
+    return getattr(request, "redirected", False) and not request.has_proxy()
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        kind = _PublicHTTP if _is_redirected(request) else http.client.HTTPConnection
+        return self.do_open(kind, request)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        kind = _PublicHTTPS if _is_redirected(request) else http.client.HTTPSConnection
+        return self.do_open(kind, request, context=self._context)

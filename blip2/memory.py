@@ -1,0 +1,63 @@
+"""Running out of memory, the host's or a GPU's, as one sentence: who wanted it, and what to lower.
+
+with memory.needed("to open the ViT", "close other programs"):
+    ...                                  # OutOfMemory, whatever a library raised
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import sys
+from collections.abc import Iterator
+
+from blip2.artifacts import UserError
+
+# Each library has its own exception, and most have only RuntimeError: the words tell them apart.
+_EXHAUSTED = re.compile(
+    r"out of memory|can(?:'t|not) allocate memory|unable to allocate|bad[ _]alloc"
+    r"|failed to allocate memory|ALLOC_FAILED|MemoryAllocation|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+class OutOfMemory(UserError):
+    """There is not enough memory for what was asked; it was done in part or not at all."""
+
+
+def exhausted(error: BaseException) -> str | None:
+    """ "GPU" or "host" where `error`, of whatever library, says that memory ran out; else None."""
+    text = f"{type(error).__name__}: {error}"
+    on_gpu = re.search("cuda|cublas|cudnn|GPU", text, re.IGNORECASE)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return "host"
+    if type(error).__name__ == "OutOfMemoryError" or _EXHAUSTED.search(text):
+        return "GPU" if on_gpu else "host"
+    return None
+
+
+@contextlib.contextmanager
+def needed(purpose: str, advice: str) -> Iterator[None]:
+    """Within, running out of memory is an OutOfMemory that says for what, and what to do.
+
+    Args:
+        purpose: what the memory is needed for: "to …" or "for …".
+        advice: what to lower or to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = exhausted(error)
+        if kind is None:
+            raise
+        raise OutOfMemory(f"not enough {kind} memory {purpose}; {advice}") from None
+
+
+def release() -> None:
+    """Give cached GPU memory back, where torch holds any."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
