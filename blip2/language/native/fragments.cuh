@@ -42,16 +42,23 @@ __device__ inline void unpack8(u32 q, u32* pairs) {
   pairs[1] = subtract(__byte_perm(q, 0x64646464, 0x4342), 0x64806480);
 }
 
+__device__ inline u32 masked(u32 a, u32 mask, u32 base) {  // a & mask | base
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(base));
+  return d;
+}
+
 // Eight nibbles, biased by 8, to four pairs of float16. Pair i is nibbles i and i + 4: those in the
 // high half of a byte come out as 1024 + 16 n and are scaled back.
 __device__ inline void unpack4(u32 q, u32* pairs) {
-  const u32 low = 0x000f000f, high = 0x00f000f0, base = 0x64006400;
-  const u32 sixteenth = 0x2c002c00, minus_72 = 0xd480d480;
+  const u32 low = 0x000f000f, high = 0x00f000f0, sixteenth = 0x2c002c00, minus_72 = 0xd480d480;
+  u32 base;  // from a register: an instruction has room for one constant
+  asm("mov.b32 %0, 0x64006400;" : "=r"(base));
   u32 later = q >> 8;
-  pairs[0] = subtract((q & low) | base, 0x64086408);
-  pairs[1] = multiply_add((q & high) | base, sixteenth, minus_72);
-  pairs[2] = subtract((later & low) | base, 0x64086408);
-  pairs[3] = multiply_add((later & high) | base, sixteenth, minus_72);
+  pairs[0] = subtract(masked(q, low, base), 0x64086408);
+  pairs[1] = multiply_add(masked(q, high, base), sixteenth, minus_72);
+  pairs[2] = subtract(masked(later, low, base), 0x64086408);
+  pairs[3] = multiply_add(masked(later, high, base), sixteenth, minus_72);
 }
 
 __device__ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

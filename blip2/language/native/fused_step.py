@@ -16,7 +16,7 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 SOURCE = Path(__file__).with_name("step.cu")
 
 _MOST_ROWS = 5  # with more their inputs leave too little shared memory for weights under way
-_MOST_WARPS = 20  # what registers suffice for
+_MOST_WARPS = 11  # what registers suffice for
 _FEWEST_WARPS = 8  # fewer cannot keep up with the memory
 _INPUTS = 64  # of a warp at a time, at most
 _CHANNELS = 16  # of a tile
@@ -55,7 +55,7 @@ class FusedStep:
         cache, macros = self._cache, self._macros
         self._kernel(
             (macros["BLOCKS"], 1),
-            32 * macros["WARPS"],
+            32 * (macros["WARPS"] + 1),  # one copies
             self._addresses,
             tokens,
             cache.lengths,
@@ -96,8 +96,11 @@ def macros_for(
     parts = 4 * tiles * warps[-1] * _CHANNELS * rows
     inputs = 2 * rows * (ffn + 32)
     attention = 4 * (3 * head_size + 2 * warps[-1] + warps[-1] * head_size)
-    depth = (shared - parts - max(inputs, attention)) // (16 * threads)
-    if depth < 4:
+    # As step.cu lays a slab out: 64 inputs of 16 channels for each warp.
+    widest = max(bits, head_bits)
+    slab = 16 * (128 * warps[-1] + 64) if widest == 16 else 128 * widest * warps[-1]
+    depth = (shared - parts - max(inputs, attention)) // slab
+    if depth < 2:
         return None
     return {
         "ROWS": rows,
@@ -106,6 +109,7 @@ def macros_for(
         "WARPS": warps[-1],
         "BLOCKS": properties.multi_processor_count,
         "DEPTH": depth,
+        "UNDER_WAY": max(1, min(depth, (48 << 10) // slab)),
         "SHARED": shared,
         "WIDTH": width,
         "FFN": ffn,

@@ -2,9 +2,10 @@
 //
 // A step reads every weight once and does little else, so what counts is that the memory never
 // waits. One block on every multiprocessor runs all layers, with a barrier between the blocks where
-// one linear needs what another made. Weights depend on nothing: each thread keeps DEPTH requests
-// of 16 bytes for its weights of this linear, the next one and the next layer's under way (cp.async
-// into shared memory, a queue of its own), across all barriers.
+// one linear needs what another made. Weights depend on nothing: in each block a warp of its own
+// copies them into a ring of DEPTH slabs in shared memory (bulk copies, Hopper and later), so that
+// those of this linear, the next one and the next layer's are under way across all barriers. Plain
+// asynchronous copies by all threads would do too, but block the loads of everything else.
 //
 // A linear's tiles of 16 channels are dealt out to the blocks, and the inputs of a tile to a
 // block's warps. Where tiles are few for the number of blocks (dense, proj) a tile may be shared by
@@ -47,20 +48,17 @@ struct Model {  // the table of addresses that step.py makes
 enum { QKV, DENSE, FC, PROJ, HEAD };
 
 template <int WHICH>
-struct Shape : Format<WHICH == HEAD ? HEAD_BITS : BITS> {
+struct Shape {
   static constexpr int bits = WHICH == HEAD ? HEAD_BITS : BITS;
   static constexpr int K = WHICH == PROJ ? FFN : WIDTH;
   static constexpr int N = WHICH == QKV ? 3 * WIDTH : WHICH == FC ? FFN : WHICH == HEAD ? VOCAB : WIDTH;
   static constexpr int TILES = (N + CHANNELS - 1) / CHANNELS;
-  // A slab is a group of inputs for each warp: what a block multiplies at a time.
-  static constexpr int SLABS = K / Format<bits>::GROUP / WARPS;  // of a tile
+  // A slab is what a block multiplies at a time: 64 inputs for each warp, of one tile.
+  static constexpr int SLABS = K / 64 / WARPS;  // of a tile
+  static constexpr int LOADS = bits / 4;        // of 16 bytes, a thread's
   static constexpr bool SPLIT = WHICH == DENSE || WHICH == PROJ;
   static constexpr int DEALT = SPLIT ? TILES * SLABS : TILES;
   static constexpr int SHARERS = DEALT < BLOCKS ? DEALT : BLOCKS;
-  // Between the near and the far weights of a thread; from one slab to the next; extra at a tile's end.
-  static constexpr int FAR = bits == 16 ? 8 * K * 2 : 0;
-  static constexpr int STEP = WARPS * (bits == 16 ? 64 : 512);
-  static constexpr int JUMP = bits == 16 ? CHANNELS * K * 2 - SLABS * STEP : 0;
 
   static __device__ int first_slab(int block) {
     int dealt = min(block, SHARERS) * DEALT / SHARERS;
@@ -68,13 +66,6 @@ struct Shape : Format<WHICH == HEAD ? HEAD_BITS : BITS> {
   }
 
   static __device__ int block_of(int slab) { return ((slab + 1) * SHARERS - 1) / DEALT; }  // SPLIT
-
-  static __device__ const char* address(const char* weight, int slab) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long long tile = slab / SLABS, group = slab % SLABS * WARPS + warp;
-    if (bits == 16) return weight + ((tile * CHANNELS + lane / 4) * K + group * 32 + lane % 4 * 8) * 2;
-    return weight + ((tile * (SLABS * WARPS)) + group) * 512 + lane * 16;
-  }
 };
 
 __host__ __device__ constexpr int most_slots(int tiles, int slabs, int blocks) {
@@ -87,85 +78,133 @@ constexpr int PROJ_SLOTS = most_slots(Shape<PROJ>::TILES, Shape<PROJ>::SLABS, BL
 constexpr int SLOTS = DENSE_SLOTS > PROJ_SLOTS ? DENSE_SLOTS : PROJ_SLOTS;
 constexpr int CHUNK = THREADS / (CHANNELS * ROWS) < 8 ? THREADS / (CHANNELS * ROWS) : 8;  // tiles summed up at a time
 
-// ---- Weights, requested far ahead
+// ---- Weights, copied far ahead
 
-struct Queue {
-  u32 begin, end, slot;  // of this thread's queue, shared memory addresses
-  const char* at;        // what is requested next
-  int far, step, jump, slabs;
-  int in_tile, left;     // slabs behind in the tile, and still to come in the linear
-  int linear, loads, load;
-  const Model* model;
+constexpr int PITCH16 = WARPS * 128 + 64;  // of a slab's rows in 16 bits: 64 bytes apart in banks
+__host__ __device__ constexpr int slab_bytes(int bits) { return bits == 16 ? CHANNELS * PITCH16 : WARPS * 128 * bits; }
+constexpr int SLAB_BYTES = slab_bytes(BITS > HEAD_BITS ? BITS : HEAD_BITS);
 
-  __device__ Queue(const Model* model, const void* ring) : linear(-1), load(0), model(model) {
-    begin = slot = (u32)__cvta_generic_to_shared(ring) + threadIdx.x * 16;
-    end = begin + DEPTH * THREADS * 16;
-    next_linear();
-#pragma unroll 1
-    for (int i = 0; i < DEPTH; ++i) refill();
+// Where a warp is in the ring, and the barriers that say which slabs are full and which empty.
+struct Ring {
+  u32 slabs, full, empty;  // shared memory addresses
+  int stage = 0, phase = 0;
+
+  __device__ Ring(const void* slabs, const void* barriers)
+      : slabs((u32)__cvta_generic_to_shared(slabs)), full((u32)__cvta_generic_to_shared(barriers)),
+        empty(full + 8 * DEPTH) {}
+
+  __device__ void prepare() const {  // by one thread, before any other uses it
+    for (int i = 0; i < DEPTH; ++i) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(full + 8 * i) : "memory");
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(empty + 8 * i), "n"(WARPS) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
-  template <int WHICH>
-  __device__ void start(const char* weight) {
-    using S = Shape<WHICH>;
-    int first = S::first_slab(blockIdx.x);
-    left = S::first_slab(blockIdx.x + 1) - first;
-    in_tile = first % S::SLABS;
-    slabs = S::SLABS, far = S::FAR, step = S::STEP, jump = S::JUMP, loads = S::LOADS;
-    at = S::address(weight, first);
+  __device__ void next() {
+    if (++stage == DEPTH) stage = 0, phase ^= 1;
   }
 
-  __device__ void next_linear() {
-    do {
-      ++linear;
-      const Layer& layer = model->layers[linear / 4];
-      if (linear == 4 * LAYERS) start<HEAD>(model->head.weight);
-      else if (linear > 4 * LAYERS) left = 1 << 30;
-      else if (linear % 4 == QKV) start<QKV>(layer.qkv.weight);
-      else if (linear % 4 == DENSE) start<DENSE>(layer.dense.weight);
-      else if (linear % 4 == FC) start<FC>(layer.fc.weight);
-      else start<PROJ>(layer.proj.weight);
-    } while (left == 0);
+  static __device__ void wait(u32 barrier, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
+        : "memory");
   }
 
-  // Requests the next 16 bytes into the slot that was just read.
-  __device__ void refill() {
-    if (linear <= 4 * LAYERS) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot), "l"(at + (load ? far : 0))
+  __device__ u32 wait_full() const {
+    wait(full + 8 * stage, phase);
+    return slabs + stage * SLAB_BYTES;
+  }
+
+  // By a whole warp, when it has read its part.
+  __device__ void release() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(empty + 8 * stage) : "memory");
+    next();
+  }
+
+  // By the copying warp: the next slab from `from`, in `pieces` pieces `stride` bytes apart.
+  __device__ void copy(const char* from, int pieces, int bytes, int stride, int pitch) {
+    int lane = threadIdx.x % 32;
+    u32 barrier = full + 8 * stage;
+    if (UNDER_WAY < DEPTH) {
+      int before = stage < UNDER_WAY ? stage - UNDER_WAY + DEPTH : stage - UNDER_WAY;
+      wait(full + 8 * before, stage < UNDER_WAY ? phase ^ 1 : phase);
+    }
+    wait(empty + 8 * stage, phase ^ 1);
+    if (lane == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(pieces * bytes)
                    : "memory");
-      if (++load == loads) {
-        load = 0;
-        at += step;
-        if (++in_tile == slabs) in_tile = 0, at += jump;
-        if (--left == 0) next_linear();
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    slot = slot + THREADS * 16 == end ? begin : slot + THREADS * 16;
-  }
-
-  template <int LOADS>
-  __device__ void read(uint4* w) const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - LOADS) : "memory");
-    u32 from = slot;
-#pragma unroll
-    for (int i = 0; i < LOADS; ++i) {
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(w[i].x), "=r"(w[i].y), "=r"(w[i].z), "=r"(w[i].w)
-                   : "r"(from));
-      from = from + THREADS * 16 == end ? begin : from + THREADS * 16;
-    }
+    __syncwarp();
+    if (lane < pieces)
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              slabs + stage * SLAB_BYTES + lane * pitch),
+          "l"(from + (long long)lane * stride), "r"(bytes), "r"(barrier)
+          : "memory");
+    next();
   }
 };
 
-// ---- What the blocks tell one another
+template <int WHICH>
+__device__ inline void copy_linear(Ring& ring, const Linear& linear) {
+  using S = Shape<WHICH>;
+  int slab = S::first_slab(blockIdx.x), end = S::first_slab(blockIdx.x + 1);
+  for (; slab < end; ++slab) {
+    long long tile = slab / S::SLABS;
+    int part = slab % S::SLABS;
+    if (S::bits == 16)
+      ring.copy(linear.weight + (tile * CHANNELS * S::K + part * WARPS * 64) * 2, CHANNELS,
+                WARPS * 128, S::K * 2, PITCH16);
+    else
+      ring.copy(linear.weight + (tile * S::SLABS + part) * slab_bytes(S::bits), 1,
+                slab_bytes(S::bits), 0, 0);
+  }
+}
+
+// All weights of the step, in the order of their use.
+__device__ inline void copy_weights(Ring& ring, const Model& model) {
+#pragma unroll 1
+  for (int index = 0; index < LAYERS; ++index) {
+    const Layer& layer = model.layers[index];
+    copy_linear<QKV>(ring, layer.qkv);
+    copy_linear<DENSE>(ring, layer.dense);
+    copy_linear<FC>(ring, layer.fc);
+    copy_linear<PROJ>(ring, layer.proj);
+  }
+  copy_linear<HEAD>(ring, model.head);
+}
+
+// A thread's weights of a full slab: for each 32 inputs those of its near and its far channel.
+template <int WHICH>
+__device__ inline void read_slab(u32 slab, uint4* w) {
+  using S = Shape<WHICH>;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u32 at = S::bits == 16 ? slab + lane / 4 * PITCH16 + warp * 128 + lane % 4 * 16
+                         : slab + warp * (S::LOADS * 512) + lane * 16;
+#pragma unroll
+  for (int i = 0; i < S::LOADS; ++i)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[i].x), "=r"(w[i].y), "=r"(w[i].z), "=r"(w[i].w)
+                 : "r"(at + (S::bits == 16 ? i / 2 * 64 + i % 2 * 8 * PITCH16 : i * 512)));
+}
+
+// ---- What the threads and the blocks tell one another
+
+__device__ inline void sync() {  // all warps but the copying one
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
 
 struct Barrier {
   u32* arrived;
   u32 target;
 
   __device__ void arrive() {
-    __syncthreads();
+    sync();
     target += BLOCKS;
     if (threadIdx.x == 0)
       asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
@@ -177,7 +216,7 @@ struct Barrier {
       do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
       while (seen < target);
     }
-    __syncthreads();
+    sync();
   }
 };
 
@@ -228,7 +267,7 @@ __device__ inline void block_sums(float (&sums)[ROWS], float* scratch) {
     for (int offset = 16; offset; offset /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], offset);
     if (threadIdx.x % 32 == 0) scratch[r * WARPS + threadIdx.x / 32] = sums[r];
   }
-  __syncthreads();
+  sync();
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     sums[r] = 0;
@@ -301,16 +340,32 @@ __device__ inline void stage_norm(Stream& stream, const float* slots, int num_sl
       *(uint2*)(input + r * PITCH(WIDTH) + own(i)) = gather(normed);
     }
   }
-  __syncthreads();
+  sync();
+}
+
+// Where each block begins to read what all read, lest all ask for the same at a time.
+template <int COUNT>
+__device__ inline int rotated(int i) {
+  i += blockIdx.x * (COUNT / BLOCKS);
+  return i < COUNT ? i : i - COUNT;
 }
 
 // Lays out what other blocks wrote.
 template <int INPUTS>
 __device__ inline void stage(const u16* from, u16* input) {
+  constexpr int EACH = (ROWS * INPUTS / 8 + THREADS - 1) / THREADS;
+  uint4 read[EACH];  // all at once: what counts is the latency
 #pragma unroll
-  for (int k = threadIdx.x * 8; k < ROWS * INPUTS; k += THREADS * 8)
-    *(uint4*)(input + k / INPUTS * PITCH(INPUTS) + k % INPUTS) = load16(from + k);
-  __syncthreads();
+  for (int i = 0; i < EACH; ++i) {
+    int k = rotated<ROWS * INPUTS / 8>(threadIdx.x + i * THREADS) * 8;
+    if (threadIdx.x + i * THREADS < ROWS * INPUTS / 8) read[i] = load16(from + k);
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    int k = rotated<ROWS * INPUTS / 8>(threadIdx.x + i * THREADS) * 8;
+    if (threadIdx.x + i * THREADS < ROWS * INPUTS / 8) *(uint4*)(input + k / INPUTS * PITCH(INPUTS) + k % INPUTS) = read[i];
+  }
+  sync();
 }
 
 // ---- Linears
@@ -318,37 +373,47 @@ __device__ inline void stage(const u16* from, u16* input) {
 // Sums a block's slabs [slab, end) of at most CHUNK tiles; thread o gets output o of them, which is
 // channel o / ROWS % 16 of tile o / ROWS / 16 for row o % ROWS.
 template <int WHICH>
-__device__ inline float product(Queue& queue, const u16* input, float* partial, int slab, int end) {
+__device__ inline float product(Ring& ring, const u16* input, float* partial, int slab, int end) {
   using S = Shape<WHICH>;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const u16* x = input + min(g, ROWS - 1) * PITCH(S::K) + warp * S::GROUP + t * 8;
-  int in_tile = slab % S::SLABS;
+  const u16* x = input + min(g, ROWS - 1) * PITCH(S::K) + warp * 64 + t * 8;
   float* part = partial + warp * CHANNELS * ROWS;
-  float sums[2][4] = {};
+  int in_tile = slab % S::SLABS;
 #pragma unroll 1
-  for (; slab < end; ++slab) {
-    uint4 w[S::LOADS], b[S::HALVES];
-    queue.read<S::LOADS>(w);
+  while (slab < end) {
+    int last = min(S::SLABS, in_tile + end - slab);
+    slab += last - in_tile;
+    float sums[4][4] = {};
+#pragma unroll 2
+    for (; in_tile < last; ++in_tile) {
+      uint4 w[S::LOADS], b[2];
+      read_slab<WHICH>(ring.wait_full(), w);
 #pragma unroll
-    for (int half = 0; half < S::HALVES; ++half)
-      b[half] = *(const uint4*)(x + in_tile * (WARPS * S::GROUP) + 32 * half);
-    unpack<S::bits>(w, [&](const u32* near, const u32* far, int half) {
-      mma(sums[0], near[0], far[0], near[1], far[1], b[half].x, b[half].y);
-      mma(sums[1], near[2], far[2], near[3], far[3], b[half].z, b[half].w);
-    });
+      for (int half = 0; half < 2; ++half)
+        b[half] = *(const uint4*)(x + in_tile * (WARPS * 64) + 32 * half);
+      ring.release();
+      auto multiply = [&](const u32* near, const u32* far, int half) {
+        mma(sums[2 * half], near[0], far[0], near[1], far[1], b[half].x, b[half].y);
+        mma(sums[2 * half + 1], near[2], far[2], near[3], far[3], b[half].z, b[half].w);
+      };
+      if constexpr (S::bits == 4) {
+        unpack<4>(w, multiply);
+      } else {
 #pragma unroll
-    for (int load = 0; load < S::LOADS; ++load) queue.refill();
-    if (++in_tile == S::SLABS || slab + 1 == end) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (2 * t + i % 2 < ROWS) part[(g + i / 2 * 8) * ROWS + 2 * t + i % 2] = sums[0][i] + sums[1][i];
-        sums[0][i] = sums[1][i] = 0;
+        for (int half = 0; half < 2; ++half)
+          unpack<S::bits>(w + half * (S::LOADS / 2),
+                          [&](const u32* near, const u32* far, int) { multiply(near, far, half); });
       }
-      in_tile = 0;
-      part += WARPS * CHANNELS * ROWS;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (2 * t + i % 2 < ROWS)
+        part[(g + i / 2 * 8) * ROWS + 2 * t + i % 2] =
+            (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+    part += WARPS * CHANNELS * ROWS;
+    in_tile = 0;
   }
-  __syncthreads();
+  sync();
   int o = threadIdx.x;
   const float* parts = partial + o / (CHANNELS * ROWS) * (WARPS * CHANNELS * ROWS) + o % (CHANNELS * ROWS);
   float sum = 0;
@@ -372,19 +437,19 @@ struct Whole {
   }
 
   template <typename Store>
-  __device__ void run(Queue& queue, const Linear& linear, const u16* input, float* partial, Store store) {
+  __device__ void run(Ring& ring, const Linear& linear, const u16* input, float* partial, Store store) {
     int tile = S::first_slab(blockIdx.x) / S::SLABS, last = S::first_slab(blockIdx.x + 1) / S::SLABS;
 #pragma unroll 1
     while (tile < last) {
       int end = min(tile + CHUNK, last);
-      float sum = product<WHICH>(queue, input, partial, tile * S::SLABS, end * S::SLABS);
+      float sum = product<WHICH>(ring, input, partial, tile * S::SLABS, end * S::SLABS);
       int channel = tile * CHANNELS + threadIdx.x / ROWS;
       if (channel < min(end * CHANNELS, S::N))
         store(threadIdx.x % ROWS, channel, sum * half_to_float(scale) + half_to_float(bias));
       tile = end;
       if (tile == last) break;
       before(linear, tile);
-      __syncthreads();  // the sums were read: partial may be written again
+      sync();  // the sums were read: partial may be written again
     }
   }
 };
@@ -400,10 +465,10 @@ struct Split {
     scale = S::bits < 16 ? linear.scales[min(channel, S::N - 1)] : 0x3c00;
   }
 
-  __device__ void run(Queue& queue, const u16* input, float* partial, float* slots, int num_slots) {
+  __device__ void run(Ring& ring, const u16* input, float* partial, float* slots, int num_slots) {
     int slab = S::first_slab(blockIdx.x), end = S::first_slab(blockIdx.x + 1);
     if (slab == end) return;  // the same for a whole block
-    float sum = product<WHICH>(queue, input, partial, slab, end);
+    float sum = product<WHICH>(ring, input, partial, slab, end);
     int row = threadIdx.x % ROWS, channel = slab / S::SLABS * CHANNELS + threadIdx.x / ROWS;
     int tile = channel / CHANNELS, last = tile * S::SLABS + S::SLABS - 1;
     if (channel >= ((end - 1) / S::SLABS + 1) * CHANNELS) return;
@@ -419,7 +484,7 @@ struct Split {
 #define PIECES (HEAD_SIZE / 8)            // 16 bytes of a key or value: one lane's
 #define ABREAST (32 / PIECES)             // slots that a warp attends to at a time
 #define PASS (WARPS * ABREAST)            // and a block
-#define EARLY 2                           // passes whose keys and values are read ahead
+#define EARLY (PASS >= 60 ? 1 : 2)                           // passes whose keys and values are read ahead
 
 struct Attention {
   const int *lengths, *sources;  // of each row; ROWS x max_len
@@ -504,7 +569,7 @@ struct Attention {
         if (which == 1) keys[slot] = half;
         if (which == 2) values[slot] = half;
       }
-      __syncthreads();
+      sync();
 
       Mix mix;
 #pragma unroll
@@ -539,7 +604,7 @@ struct Attention {
 #pragma unroll
         for (int j = 0; j < 8; ++j) mixed[warp * HEAD_SIZE + lane * 8 + j] = sums[j];
       if (lane == 0) highest[warp] = best, weight[warp] = total;
-      __syncthreads();
+      sync();
       if (threadIdx.x < HEAD_SIZE) {
         float all = -1e30f, sum = 0, norm = 0;
 #pragma unroll
@@ -552,28 +617,44 @@ struct Attention {
         }
         attended[(row * HEADS + head) * HEAD_SIZE + threadIdx.x] = float_to_half(sum / norm);
       }
-      __syncthreads();  // scratch is read: the next item may write it
+      sync();  // scratch is read: the next item may write it
     }
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#ifdef TIMELINE
+#define MARK() do { if (threadIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c)); if (marks < 600) timeline[blockIdx.x * 600 + marks++] = c; } } while (0)
+#else
+#define MARK()
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     step(const Model* addresses, const long long* tokens, long long* row_lengths, const int* sources,
          u16* keys, u16* values, u16* qkv, u16* attended, u16* hidden, float* slots, float* logits,
-         u32* barriers, int max_len) {
+         u32* barriers, int max_len
+#ifdef TIMELINE
+, long long* timeline
+#endif
+) {
+#ifdef TIMELINE
+  int marks = 0;
+#endif
   extern __shared__ __align__(128) char shared[];
   __shared__ Model model;
   __shared__ int lengths[ROWS];
   __shared__ float scratch[2 * ROWS * WARPS];
-  char* ring = shared;
-  u16* input = (u16*)(shared + DEPTH * THREADS * 16);  // and attention's scratch
+  __shared__ __align__(8) long long ring_barriers[2 * DEPTH];
+  u16* input = (u16*)(shared + DEPTH * SLAB_BYTES);  // and attention's scratch
   float* partial = (float*)(shared + SHARED) - CHUNK * WARPS * CHANNELS * ROWS;
 
-  for (int i = threadIdx.x; i < sizeof(Model) / 8; i += THREADS)
+  Ring ring(shared, ring_barriers);
+  if (threadIdx.x == 0) ring.prepare();
+  for (int i = threadIdx.x; i < sizeof(Model) / 8; i += blockDim.x)
     ((long long*)&model)[i] = ((const long long*)addresses)[i];
   if (threadIdx.x < ROWS) lengths[threadIdx.x] = row_lengths[threadIdx.x];
   __syncthreads();
-  Queue queue(&model, ring);
+  if (threadIdx.x >= THREADS) return copy_weights(ring, model);
+
   Barrier barrier{barriers, 0};
   Attention attention{lengths, sources, keys, values, max_len};
 
@@ -598,39 +679,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Fours f = fours(layer.input_norm, last_bias);
     Whole<QKV> qkv_linear;
     qkv_linear.before(layer.qkv, Shape<QKV>::first_slab(blockIdx.x) / Shape<QKV>::SLABS);
-    if (index) barrier.wait();
-    stage_norm(stream, slots, last_slots, f, input, scratch);
-    qkv_linear.run(queue, layer.qkv, input, partial, [&](int row, int channel, float y) {
+    if (index) barrier.wait(); MARK();
+    stage_norm(stream, slots, last_slots, f, input, scratch); MARK();
+    qkv_linear.run(ring, layer.qkv, input, partial, [&](int row, int channel, float y) {
       qkv[row * 3 * WIDTH + channel] = float_to_half(y);
     });
-    barrier.arrive();
-    attention.before(blockIdx.x);
-    barrier.wait();
-    attention.run(qkv, attended, (float*)input);
+    barrier.arrive(); MARK();
+    attention.before(blockIdx.x); MARK();
+    barrier.wait(); MARK();
+    attention.run(qkv, attended, (float*)input); MARK();
     attention.keys += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
     attention.values += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
-    barrier.arrive();
+    barrier.arrive(); MARK();
     Split<DENSE> dense;
     dense.before(layer.dense);
-    barrier.wait();
-    stage<WIDTH>(attended, input);
-    dense.run(queue, input, partial, slots, DENSE_SLOTS);
-    barrier.arrive();
+    barrier.wait(); MARK();
+    stage<WIDTH>(attended, input); MARK();
+    dense.run(ring, input, partial, slots, DENSE_SLOTS); MARK();
+    barrier.arrive(); MARK();
     f = fours(layer.post_norm, layer.dense.bias);
     Whole<FC> fc;
     fc.before(layer.fc, Shape<FC>::first_slab(blockIdx.x) / Shape<FC>::SLABS);
-    barrier.wait();
-    stage_norm(stream, slots, DENSE_SLOTS, f, input, scratch);
-    fc.run(queue, layer.fc, input, partial, [&](int row, int channel, float y) {
+    barrier.wait(); MARK();
+    stage_norm(stream, slots, DENSE_SLOTS, f, input, scratch); MARK();
+    fc.run(ring, layer.fc, input, partial, [&](int row, int channel, float y) {
       hidden[row * FFN + channel] = float_to_half(fmaxf(y, 0.0f));
     });
-    barrier.arrive();
+    barrier.arrive(); MARK();
     Split<PROJ> proj;
     proj.before(layer.proj);
-    barrier.wait();
-    stage<FFN>(hidden, input);
-    proj.run(queue, input, partial, slots, PROJ_SLOTS);
-    barrier.arrive();
+    barrier.wait(); MARK();
+    stage<FFN>(hidden, input); MARK();
+    proj.run(ring, input, partial, slots, PROJ_SLOTS); MARK();
+    barrier.arrive(); MARK();
     last_bias = layer.proj.bias;
     last_slots = PROJ_SLOTS;
   }
@@ -650,7 +731,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (before == BLOCKS - 1) barriers[0] = 0;
   }
   stage_norm(stream, slots, last_slots, f, input, scratch);
-  head.run(queue, model.head, input, partial, [&](int row, int channel, float y) {
+  head.run(ring, model.head, input, partial, [&](int row, int channel, float y) {
     logits[(long long)row * VOCAB + channel] = y;
   });
 }
