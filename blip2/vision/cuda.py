@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from blip2.vision import kernels, modules
 
 _LOG2_E = math.log2(math.e)
-_ALIGNMENT = 8  # columns: cuBLAS is slow where a row of float16 is no multiple of 16 bytes
+_ALIGNMENT = 8  # rows and columns: cuBLAS is slower where these are no multiple of it
 _MANY_ROWS = 4096  # from here on a program normalises several rows
 _FEW_ROWS = 64  # up to here the Q-Former's weights are read by few_rows_linear_kernel
 
@@ -119,21 +119,24 @@ class CudaVisionTransformer:
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        images = len(pixel_values)
+        images, tokens = len(pixel_values), len(self._start)
         hidden = self._embed(pixel_values)
+        mixed = torch.zeros_like(hidden)  # the rows of no token stay so
         for layer in self._layers:
-            qkv = layer.qkv(layer.norm1(hidden))
-            hidden.addmm_(self._attend(qkv, images), layer.projection.T)
+            self._attend(layer.qkv(layer.norm1(hidden)), images, mixed)
+            hidden.addmm_(mixed, layer.projection.T)
             hidden.addmm_(self._expand(layer.norm2(hidden), layer.fc1), layer.fc2.T)
-        return self._norm(hidden).unflatten(0, (images, -1))
+        return self._norm(hidden)[: images * tokens].unflatten(0, (images, tokens))
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The patches' embeddings, less what `_norm`s add: B · T x hidden_size."""
+        """The tokens' embeddings, less what `_norm`s add: B · T, and some more, x hidden_size."""
         pixel_values = pixel_values.contiguous()
         (tokens, width), padded = self._start.shape, self._patch_weight.shape[1]
         images = len(pixel_values)
-        patches = pixel_values.new_empty(images * tokens, padded)
-        hidden = pixel_values.new_empty(images * tokens, width)
+        rows = images * tokens
+        rows += -rows % _ALIGNMENT
+        patches = pixel_values.new_zeros(rows, padded)
+        hidden = pixel_values.new_zeros(rows, width)
         kernels.patches_kernel[(tokens, images)](
             pixel_values,
             self._start,
@@ -149,20 +152,19 @@ class CudaVisionTransformer:
         )
         return hidden.addmm_(patches, self._patch_weight.T)
 
-    def _attend(self, qkv: torch.Tensor, images: int) -> torch.Tensor:
-        """qkv: B · T x 3 · hidden_size → B · T x hidden_size."""
-        heads = self._heads
-        rows, width = qkv.shape[0], qkv.shape[1] // 3
-        head_size, tokens = width // heads, rows // images
+    def _attend(self, qkv: torch.Tensor, images: int, out: torch.Tensor) -> None:
+        """Into `out`, rows x hidden_size, from qkv, rows x 3 · hidden_size."""
+        heads, tokens = self._heads, len(self._start)
+        head_size = out.shape[1] // heads
         # A head's columns as two powers of two: 88 = 64 + 24 takes 64 + 32, not 128.
         low = max(16, 1 << ((head_size - 1).bit_length() - 1))
         high = max(16, triton.next_power_of_2(max(1, head_size - low)))
-        block = 64
-        by_head = qkv.view(rows, 3 * heads, head_size)
-        out = qkv.new_empty(rows, width)
-        kernels.attention_kernel[(triton.cdiv(tokens, block), heads, images)](
-            TensorDescriptor.from_tensor(by_head, [block, 1, low]),
-            TensorDescriptor.from_tensor(by_head, [block, 1, high]),
+        # Larger blocks take fewer steps, smaller ones leave room for more programs at a time.
+        block_m, block_n = 64, 128 if images == 1 else 64
+        by_head = qkv.view(-1, 3 * heads, head_size)
+        kernels.attention_kernel[(triton.cdiv(tokens - 1, block_m) + 1, heads, images)](
+            TensorDescriptor.from_tensor(by_head, [block_n, 1, low]),
+            TensorDescriptor.from_tensor(by_head, [block_n, 1, high]),
             qkv,
             out,
             tokens,
@@ -170,13 +172,13 @@ class CudaVisionTransformer:
             D=head_size,
             D_LOW=low,
             D_HIGH=high,
-            BLOCK_M=block,
-            BLOCK_N=block,
-            EVEN=(tokens - 1) % block == 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            EVEN=(tokens - 1) % block_n == 0,
+            num_warps=block_m // 16,
             num_stages=2,
             **_launch_options(qkv),
         )
-        return out
 
     def _expand(self, x: torch.Tensor, fc1: nn.Linear) -> torch.Tensor:
         """activation(fc1(x))"""
@@ -194,70 +196,50 @@ class _QFormerLinear:
         self.weight = weight
         self._few_rows_weight = _half_if_finite(weight)
 
-    def parts(self, x: torch.Tensor, gelu_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x Wᵀ as n x rows x channels, float32, to be added up.
-
-        Args:
-            x: m x rows x inputs, float32, to be added up.
-            gelu_bias: where given, the input is GELU(x + gelu_bias).
-        """
-        if _are_few(x):
-            return self._few_rows(x, gelu_bias, None, splits=triton.cdiv(x.shape[2], _BLOCK_K))
-        x = _sum(x)
-        if gelu_bias is not None:
-            x = F.gelu(x + gelu_bias)
-        return F.linear(x, self.weight)[None]
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """x Wᵀ + bias in `dtype`, rows x channels; x: rows x inputs, float32."""
-        if _are_few(x[None]):
-            return self._few_rows(x[None], None, bias, splits=1, dtype=dtype)[0]
-        return F.linear(x, self.weight, bias).to(dtype)
-
-    def _few_rows(
-        self,
-        x: torch.Tensor,
-        gelu_bias: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        splits: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        parts, rows, inputs = x.shape
+    def parts(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ for x of rows x inputs, float32, as n x rows x channels, to be added up."""
+        rows, inputs = x.shape
+        if rows > _FEW_ROWS:
+            return F.linear(x, self.weight)[None]
         channels = len(self.weight)
-        out = x.new_empty(splits, rows, channels, dtype=dtype)
-        grid = (triton.cdiv(channels, _BLOCK_N), splits, triton.cdiv(rows, _BLOCK_M))
+        block_m, block_n, block_k = 32, 64, 256
+        out = x.new_empty(triton.cdiv(inputs, block_k), rows, channels)
+        grid = (triton.cdiv(channels, block_n), len(out), triton.cdiv(rows, block_m))
         kernels.few_rows_linear_kernel[grid](
             x,
-            x if gelu_bias is None else gelu_bias,
             self._few_rows_weight,
-            x if bias is None else bias,
             out,
             rows,
             channels,
             inputs,
-            PARTS=parts,
-            GELU=gelu_bias is not None,
-            BIAS=bias is not None,
-            STEPS=triton.cdiv(triton.cdiv(inputs, _BLOCK_K), splits),
-            BLOCK_M=_BLOCK_M,
-            BLOCK_N=_BLOCK_N,
-            BLOCK_K=_BLOCK_K,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
             num_warps=8,
             **_launch_options(x),
         )
         return out
 
-
-# What a program of few_rows_linear_kernel multiplies.
-_BLOCK_M, _BLOCK_N, _BLOCK_K = 32, 64, 256
-
-
-def _are_few(x: torch.Tensor) -> bool:
-    return x.shape[1] <= _FEW_ROWS
-
-
-def _sum(parts: torch.Tensor) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, gelu: bool = False
+    ) -> torch.Tensor:
+        """[GELU](x Wᵀ + bias) in `dtype`, rows x channels; x: rows x inputs, float32."""
+        parts = self.parts(x)
+        _, rows, channels = parts.shape
+        out = x.new_empty(rows, channels, dtype=dtype)
+        block = 512 if rows <= _FEW_ROWS else 2048
+        kernels.sum_kernel[(triton.cdiv(out.numel(), block),)](
+            parts,
+            bias,
+            out,
+            out.numel(),
+            channels,
+            PARTS=len(parts),
+            GELU=gelu,
+            BLOCK=block,
+            **_launch_options(x),
+        )
+        return out
 
 
 def _half_if_finite(weight: torch.Tensor) -> torch.Tensor:
@@ -344,15 +326,15 @@ class CudaQFormer:
         for index, layer in enumerate(self._layers):
             if index > 0:
                 attention = layer.attention
-                qkv = attention.input.parts(hidden[None])
+                qkv = attention.input.parts(hidden)
                 queries = len(self._start)
                 mixed = self._attend(qkv, attention.query_bias, qkv[:, :, width:], queries)
-                hidden = attention.norm(hidden, attention.output.parts(mixed[None]))
+                hidden = attention.norm(hidden, attention.output.parts(mixed))
             if layer.crossattention is not None:
                 attention = layer.crossattention
-                query = attention.input.parts(hidden[None])
+                query = attention.input.parts(hidden)
                 mixed = self._attend(query, attention.query_bias, next(seen)[None], tokens)
-                hidden = attention.norm(hidden, attention.output.parts(mixed[None]))
+                hidden = attention.norm(hidden, attention.output.parts(mixed))
             hidden = layer.norm(hidden, self._feed_forward(layer, hidden))
         out = self._projection(hidden, self._projection_bias, image_embeds.dtype)
         return out.unflatten(0, (images, -1))
@@ -405,7 +387,6 @@ class CudaQFormer:
         return out
 
     def _feed_forward(self, layer: _QFormerLayer, hidden: torch.Tensor) -> torch.Tensor:
-        inner = layer.fc1.parts(hidden[None])
-        if self._activation is F.gelu:
-            return layer.fc2.parts(inner, gelu_bias=layer.fc1_bias)
-        return layer.fc2.parts(self._activation(_sum(inner) + layer.fc1_bias)[None])
+        gelu = self._activation is F.gelu
+        inner = layer.fc1(hidden, layer.fc1_bias, torch.float32, gelu=gelu)
+        return layer.fc2.parts(inner if gelu else self._activation(inner))

@@ -64,49 +64,49 @@ def norm_kernel(
 
 
 @triton.jit
-def attention_kernel(
-    qkv_low,  # descriptor of qkv, images · tokens x 3 · heads x D: blocks of BLOCK_N x 1 x D_LOW
-    qkv_high,  # … and of BLOCK_N x 1 x D_HIGH: zeros behind D
+def _attend_rows(
+    qkv_low,
+    qkv_high,
     qkv,
-    out,  # images x tokens x heads x D
+    out,
+    image,
+    head,
+    heads,
+    first,
+    end,
     tokens,
-    softmax_scale,  # times log2(e)
+    softmax_scale,
     D: tl.constexpr,
-    D_LOW: tl.constexpr,  # a head's columns as two powers of two
+    D_LOW: tl.constexpr,
     D_HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,  # whether BLOCK_N divides the patches
-    PDL: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Attention of a picture's tokens to one another; the class token's key starts the softmax."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
+    """Attention of at most BLOCK_M of a picture's tokens, from `first` to `end`, to all of them."""
     low, high = tl.arange(0, D_LOW), D_LOW + tl.arange(0, D_HIGH)
     low_there, high_there = (low < D)[None, :], (high < D)[None, :]
     stride = 3 * heads * D
     query = qkv + image.to(tl.int64) * tokens * stride + head * D
     key = query + heads * D
     value = key + heads * D
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (row < tokens)[:, None]
+    row = first + tl.arange(0, BLOCK_M)
+    inside = (row < end)[:, None]
     at = row[:, None] * stride
     q_low = tl.load(query + at + low[None, :], mask=inside & low_there, other=0.0)
     q_high = tl.load(query + at + high[None, :], mask=inside & high_there, other=0.0)
 
-    first_low = tl.load(key + low, mask=low < D, other=0.0).to(tl.float32)
-    first_high = tl.load(key + high, mask=high < D, other=0.0).to(tl.float32)
-    highest = tl.sum(q_low.to(tl.float32) * first_low[None, :], axis=1)
-    highest += tl.sum(q_high.to(tl.float32) * first_high[None, :], axis=1)
+    # The softmax starts with the class token's key and value, which leaves whole blocks of patches.
+    class_low = tl.load(key + low, mask=low < D, other=0.0).to(tl.float32)
+    class_high = tl.load(key + high, mask=high < D, other=0.0).to(tl.float32)
+    highest = tl.sum(q_low.to(tl.float32) * class_low[None, :], axis=1)
+    highest += tl.sum(q_high.to(tl.float32) * class_high[None, :], axis=1)
     highest *= softmax_scale
     norm = tl.full((BLOCK_M,), 1.0, tl.float32)
-    first_low = tl.load(value + low, mask=low < D, other=0.0).to(tl.float32)
-    first_high = tl.load(value + high, mask=high < D, other=0.0).to(tl.float32)
-    mixed_low = tl.zeros((BLOCK_M, D_LOW), tl.float32) + first_low[None, :]
-    mixed_high = tl.zeros((BLOCK_M, D_HIGH), tl.float32) + first_high[None, :]
+    class_low = tl.load(value + low, mask=low < D, other=0.0).to(tl.float32)
+    class_high = tl.load(value + high, mask=high < D, other=0.0).to(tl.float32)
+    mixed_low = tl.zeros((BLOCK_M, D_LOW), tl.float32) + class_low[None, :]
+    mixed_high = tl.zeros((BLOCK_M, D_HIGH), tl.float32) + class_high[None, :]
     for start in range(1, tokens, BLOCK_N):
         at_key = image * tokens + start
         k_low = qkv_low.load([at_key, heads + head, 0]).reshape(BLOCK_N, D_LOW)
@@ -130,6 +130,70 @@ def attention_kernel(
     inverse = (1.0 / norm)[:, None]
     tl.store(target + low[None, :], mixed_low * inverse, mask=inside & low_there)
     tl.store(target + high[None, :], mixed_high * inverse, mask=inside & high_there)
+
+
+@triton.jit
+def attention_kernel(
+    qkv_low,  # descriptor of qkv, images · tokens x 3 · heads x D: blocks of BLOCK_N x 1 x D_LOW
+    qkv_high,  # … and of BLOCK_N x 1 x D_HIGH: zeros behind D
+    qkv,
+    out,  # images x tokens x heads x D
+    tokens,
+    softmax_scale,  # times log2(e)
+    D: tl.constexpr,
+    D_LOW: tl.constexpr,  # a head's columns as two powers of two
+    D_HIGH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BLOCK_N divides the patches
+    PDL: tl.constexpr,
+):
+    """Attention of a picture's tokens to one another: blocks of patches, then the class token."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    if tile == tl.num_programs(0) - 1:
+        _attend_rows(
+            qkv_low,
+            qkv_high,
+            qkv,
+            out,
+            image,
+            head,
+            heads,
+            0,
+            1,
+            tokens,
+            softmax_scale,
+            D,
+            D_LOW,
+            D_HIGH,
+            16,  # the fewest that the tensor cores take
+            BLOCK_N,
+            EVEN,
+        )
+    else:
+        _attend_rows(
+            qkv_low,
+            qkv_high,
+            qkv,
+            out,
+            image,
+            head,
+            heads,
+            1 + tile * BLOCK_M,
+            tokens,
+            tokens,
+            softmax_scale,
+            D,
+            D_LOW,
+            D_HIGH,
+            BLOCK_M,
+            BLOCK_N,
+            EVEN,
+        )
 
 
 @triton.jit
@@ -175,54 +239,60 @@ def _to_tf32(x):
 
 @triton.jit
 def few_rows_linear_kernel(
-    x,  # PARTS x rows x inputs, float32, to be added up
-    x_bias,  # inputs, float32, to add to x where GELU
+    x,  # rows x inputs, float32
     weight,  # channels x inputs
-    bias,  # channels, float32, to add where there is but one split
-    out,  # splits x rows x channels
+    out,  # parts x rows x channels, float32: their sum is x Wᵀ
     rows,
     channels,
     inputs,
-    PARTS: tl.constexpr,
-    GELU: tl.constexpr,
-    BIAS: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x Wᵀ, or GELU(x + x_bias) Wᵀ, in TF32 with float32 sums; each split has its share of k."""
+    """One block of inputs' part of x Wᵀ, in TF32 with float32 sums."""
     channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    part = tl.program_id(1)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-    channel_there, row_there = channel < channels, row < rows
-    weights = weight + channel[:, None] * inputs
-    # The weights do not depend on the kernel before: their first tile is on its way meanwhile.
-    mask = channel_there[:, None] & (k < inputs)[None, :]
-    w = tl.load(weights + k[None, :], mask=mask, other=0.0)
+    k = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    channel_there, row_there, k_there = channel < channels, row < rows, (k < inputs)[None, :]
+    # The weights do not depend on the kernel before: they are on their way meanwhile.
+    mask = channel_there[:, None] & k_there
+    w = tl.load(weight + channel[:, None] * inputs + k[None, :], mask=mask, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.static_range(STEPS):
-        mask = row_there[:, None] & (k < inputs)[None, :]
-        at = row[:, None] * inputs + k[None, :]
-        values = tl.load(x + at, mask=mask, other=0.0)
-        for part in tl.static_range(1, PARTS):
-            values += tl.load(x + part * rows * inputs + at, mask=mask, other=0.0)
-        if GELU:
-            values = _gelu(values + tl.load(x_bias + k, mask=k < inputs, other=0.0)[None, :])
-        acc = tl.dot(_to_tf32(values), w.to(tl.float32).T, acc, input_precision="tf32")
-        if step + 1 < STEPS:
-            k += BLOCK_K
-            mask = channel_there[:, None] & (k < inputs)[None, :]
-            w = tl.load(weights + k[None, :], mask=mask, other=0.0)
-    if BIAS:
-        acc += tl.load(bias + channel, mask=channel_there, other=0.0)[None, :]
-    target = out + (split * rows + row[:, None]) * channels + channel[None, :]
-    tl.store(target, acc, mask=row_there[:, None] & channel_there[None, :])
+    mask = row_there[:, None] & k_there
+    values = tl.load(x + row[:, None] * inputs + k[None, :], mask=mask, other=0.0)
+    product = tl.dot(_to_tf32(values), w.to(tl.float32).T, input_precision="tf32")
+    target = out + (part * rows + row[:, None]) * channels + channel[None, :]
+    tl.store(target, product, mask=row_there[:, None] & channel_there[None, :])
+
+
+@triton.jit
+def sum_kernel(
+    parts,  # PARTS x rows x width, float32
+    bias,  # width
+    out,  # rows x width
+    size,  # rows · width
+    width,
+    PARTS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """[GELU](sum of the parts + bias)"""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = tl.load(bias + at % width, mask=inside, other=0.0)
+    for part in tl.static_range(PARTS):
+        values += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    if GELU:
+        values = _gelu(values)
+    tl.store(out + at, values, mask=inside)
 
 
 @triton.jit
