@@ -21,6 +21,10 @@ _FEWEST_WARPS = 8  # fewer cannot keep up with the memory
 _INPUTS = 64  # of a warp at a time, at most
 _CHANNELS = 16  # of a tile
 _MOST_TILES = 8  # summed up at a time
+_STAGE = 8  # bits of a packed stage for each input and channel: as large as a slab of 8 bits
+# Copies under way in each block, by the weights' bits: enough to keep the memory busy. With more,
+# whatever blocks tell one another waits behind them.
+_BYTES_UNDER_WAY = {16: 44 << 10, 8: 32 << 10, 4: 52 << 10}
 _STATIC_BYTES = 9 << 10  # shared memory that step.cu declares itself, at most, and the driver's own
 
 
@@ -96,10 +100,9 @@ def macros_for(
     parts = 4 * tiles * warps[-1] * _CHANNELS * rows
     inputs = 2 * rows * (ffn + 32)
     attention = 4 * (3 * head_size + 2 * warps[-1] + warps[-1] * head_size)
-    # As step.cu lays a slab out: 64 inputs of 16 channels for each warp.
-    widest = max(bits, head_bits)
-    slab = 16 * (128 * warps[-1] + 64) if widest == 16 else 128 * widest * warps[-1]
-    depth = (shared - parts - max(inputs, attention)) // slab
+    # As step.cu lays a stage out: for each warp 64 inputs of 16 channels, or of packed ones more.
+    stage = 16 * (128 * warps[-1] + 64) if 16 in (bits, head_bits) else 128 * _STAGE * warps[-1]
+    depth = (shared - parts - max(inputs, attention)) // stage
     if depth < 2:
         return None
     return {
@@ -108,8 +111,9 @@ def macros_for(
         "HEAD_BITS": head_bits,
         "WARPS": warps[-1],
         "BLOCKS": properties.multi_processor_count,
+        "STAGE": _STAGE,
         "DEPTH": depth,
-        "UNDER_WAY": max(1, min(depth, (48 << 10) // slab)),
+        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY[bits] // stage)),
         "SHARED": shared,
         "WIDTH": width,
         "FFN": ffn,

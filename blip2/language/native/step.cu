@@ -3,7 +3,7 @@
 // A step reads every weight once and does little else, so what counts is that the memory never
 // waits. One block on every multiprocessor runs all layers, with a barrier between the blocks where
 // one linear needs what another made. Weights depend on nothing: in each block a warp of its own
-// copies them into a ring of DEPTH slabs in shared memory (bulk copies, Hopper and later), so that
+// copies them into a ring of DEPTH stages in shared memory (bulk copies, Hopper and later), so that
 // those of this linear, the next one and the next layer's are under way across all barriers. Plain
 // asynchronous copies by all threads would do too, but block the loads of everything else.
 //
@@ -56,6 +56,7 @@ struct Shape {
   // A slab is what a block multiplies at a time: 64 inputs for each warp, of one tile.
   static constexpr int SLABS = K / 64 / WARPS;  // of a tile
   static constexpr int LOADS = bits / 4;        // of 16 bytes, a thread's
+  static constexpr int GANG = bits == 16 ? 1 : STAGE / bits;  // slabs copied at a time
   static constexpr bool SPLIT = WHICH == DENSE || WHICH == PROJ;
   static constexpr int DEALT = SPLIT ? TILES * SLABS : TILES;
   static constexpr int SHARERS = DEALT < BLOCKS ? DEALT : BLOCKS;
@@ -81,16 +82,19 @@ constexpr int CHUNK = THREADS / (CHANNELS * ROWS) < 8 ? THREADS / (CHANNELS * RO
 // ---- Weights, copied far ahead
 
 constexpr int PITCH16 = WARPS * 128 + 64;  // of a slab's rows in 16 bits: 64 bytes apart in banks
-__host__ __device__ constexpr int slab_bytes(int bits) { return bits == 16 ? CHANNELS * PITCH16 : WARPS * 128 * bits; }
-constexpr int SLAB_BYTES = slab_bytes(BITS > HEAD_BITS ? BITS : HEAD_BITS);
+__host__ __device__ constexpr int slab_bytes(int bits) {
+  return bits == 16 ? CHANNELS * PITCH16 : WARPS * 128 * bits;
+}
+constexpr int STAGE_BYTES = BITS == 16 || HEAD_BITS == 16 ? slab_bytes(16) : WARPS * 128 * STAGE;
 
 // Where a warp is in the ring, and the barriers that say which slabs are full and which empty.
 struct Ring {
-  u32 slabs, full, empty;  // shared memory addresses
+  u32 stages, full, empty;  // shared memory addresses
   int stage = 0, phase = 0;
+  int used = 0;  // slabs of the stage, by this warp
 
-  __device__ Ring(const void* slabs, const void* barriers)
-      : slabs((u32)__cvta_generic_to_shared(slabs)), full((u32)__cvta_generic_to_shared(barriers)),
+  __device__ Ring(const void* stages, const void* barriers)
+      : stages((u32)__cvta_generic_to_shared(stages)), full((u32)__cvta_generic_to_shared(barriers)),
         empty(full + 8 * DEPTH) {}
 
   __device__ void prepare() const {  // by one thread, before any other uses it
@@ -113,20 +117,23 @@ struct Ring {
         : "memory");
   }
 
-  __device__ u32 wait_full() const {
-    wait(full + 8 * stage, phase);
-    return slabs + stage * SLAB_BYTES;
+  // The address of the next slab, of `bytes` bytes, once it is there.
+  __device__ u32 wait_slab(int bytes) const {
+    if (used == 0) wait(full + 8 * stage, phase);
+    return stages + stage * STAGE_BYTES + used * bytes;
   }
 
-  // By a whole warp, when it has read its part.
-  __device__ void release() {
+  // By a whole warp, when it has read its part of a slab: `last` is whether the stage ends there.
+  __device__ void release_slab(int gang, bool last) {
+    if (++used < gang && !last) return;
     __syncwarp();
     if (threadIdx.x % 32 == 0)
       asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(empty + 8 * stage) : "memory");
+    used = 0;
     next();
   }
 
-  // By the copying warp: the next slab from `from`, in `pieces` pieces `stride` bytes apart.
+  // By the copying warp: the next stage from `from`, in `pieces` pieces `stride` bytes apart.
   __device__ void copy(const char* from, int pieces, int bytes, int stride, int pitch) {
     int lane = threadIdx.x % 32;
     u32 barrier = full + 8 * stage;
@@ -143,7 +150,7 @@ struct Ring {
     if (lane < pieces)
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              slabs + stage * SLAB_BYTES + lane * pitch),
+              stages + stage * STAGE_BYTES + lane * pitch),
           "l"(from + (long long)lane * stride), "r"(bytes), "r"(barrier)
           : "memory");
     next();
@@ -154,15 +161,15 @@ template <int WHICH>
 __device__ inline void copy_linear(Ring& ring, const Linear& linear) {
   using S = Shape<WHICH>;
   int slab = S::first_slab(blockIdx.x), end = S::first_slab(blockIdx.x + 1);
-  for (; slab < end; ++slab) {
+  for (; slab < end; slab += S::GANG) {
     long long tile = slab / S::SLABS;
     int part = slab % S::SLABS;
     if (S::bits == 16)
       ring.copy(linear.weight + (tile * CHANNELS * S::K + part * WARPS * 64) * 2, CHANNELS,
                 WARPS * 128, S::K * 2, PITCH16);
-    else
+    else  // one slab behind the other, also from tile to tile
       ring.copy(linear.weight + (tile * S::SLABS + part) * slab_bytes(S::bits), 1,
-                slab_bytes(S::bits), 0, 0);
+                min(S::GANG, end - slab) * slab_bytes(S::bits), 0, 0);
   }
 }
 
@@ -378,20 +385,19 @@ __device__ inline float product(Ring& ring, const u16* input, float* partial, in
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const u16* x = input + min(g, ROWS - 1) * PITCH(S::K) + warp * 64 + t * 8;
   float* part = partial + warp * CHANNELS * ROWS;
-  int in_tile = slab % S::SLABS;
+  int in_tile = slab % S::SLABS, last_slab = S::first_slab(blockIdx.x + 1);
 #pragma unroll 1
   while (slab < end) {
     int last = min(S::SLABS, in_tile + end - slab);
-    slab += last - in_tile;
     float sums[4][4] = {};
 #pragma unroll 2
     for (; in_tile < last; ++in_tile) {
       uint4 w[S::LOADS], b[2];
-      read_slab<WHICH>(ring.wait_full(), w);
+      read_slab<WHICH>(ring.wait_slab(slab_bytes(S::bits)), w);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         b[half] = *(const uint4*)(x + in_tile * (WARPS * 64) + 32 * half);
-      ring.release();
+      ring.release_slab(S::GANG, ++slab == last_slab);
       auto multiply = [&](const u32* near, const u32* far, int half) {
         mma(sums[2 * half], near[0], far[0], near[1], far[1], b[half].x, b[half].y);
         mma(sums[2 * half + 1], near[2], far[2], near[3], far[3], b[half].z, b[half].w);
@@ -622,29 +628,16 @@ struct Attention {
   }
 };
 
-#ifdef TIMELINE
-#define MARK() do { if (threadIdx.x == 0) { long long c; asm volatile("mov.u64 %0, %%clock64;" : "=l"(c)); if (marks < 600) timeline[blockIdx.x * 600 + marks++] = c; } } while (0)
-#else
-#define MARK()
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     step(const Model* addresses, const long long* tokens, long long* row_lengths, const int* sources,
          u16* keys, u16* values, u16* qkv, u16* attended, u16* hidden, float* slots, float* logits,
-         u32* barriers, int max_len
-#ifdef TIMELINE
-, long long* timeline
-#endif
-) {
-#ifdef TIMELINE
-  int marks = 0;
-#endif
+         u32* barriers, int max_len) {
   extern __shared__ __align__(128) char shared[];
   __shared__ Model model;
   __shared__ int lengths[ROWS];
   __shared__ float scratch[2 * ROWS * WARPS];
   __shared__ __align__(8) long long ring_barriers[2 * DEPTH];
-  u16* input = (u16*)(shared + DEPTH * SLAB_BYTES);  // and attention's scratch
+  u16* input = (u16*)(shared + DEPTH * STAGE_BYTES);  // and attention's scratch
   float* partial = (float*)(shared + SHARED) - CHUNK * WARPS * CHANNELS * ROWS;
 
   Ring ring(shared, ring_barriers);
@@ -679,39 +672,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     Fours f = fours(layer.input_norm, last_bias);
     Whole<QKV> qkv_linear;
     qkv_linear.before(layer.qkv, Shape<QKV>::first_slab(blockIdx.x) / Shape<QKV>::SLABS);
-    if (index) barrier.wait(); MARK();
-    stage_norm(stream, slots, last_slots, f, input, scratch); MARK();
+    if (index) barrier.wait();
+    stage_norm(stream, slots, last_slots, f, input, scratch);
     qkv_linear.run(ring, layer.qkv, input, partial, [&](int row, int channel, float y) {
       qkv[row * 3 * WIDTH + channel] = float_to_half(y);
     });
-    barrier.arrive(); MARK();
-    attention.before(blockIdx.x); MARK();
-    barrier.wait(); MARK();
-    attention.run(qkv, attended, (float*)input); MARK();
+    barrier.arrive();
+    attention.before(blockIdx.x);
+    barrier.wait();
+    attention.run(qkv, attended, (float*)input);
     attention.keys += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
     attention.values += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
-    barrier.arrive(); MARK();
+    barrier.arrive();
     Split<DENSE> dense;
     dense.before(layer.dense);
-    barrier.wait(); MARK();
-    stage<WIDTH>(attended, input); MARK();
-    dense.run(ring, input, partial, slots, DENSE_SLOTS); MARK();
-    barrier.arrive(); MARK();
+    barrier.wait();
+    stage<WIDTH>(attended, input);
+    dense.run(ring, input, partial, slots, DENSE_SLOTS);
+    barrier.arrive();
     f = fours(layer.post_norm, layer.dense.bias);
     Whole<FC> fc;
     fc.before(layer.fc, Shape<FC>::first_slab(blockIdx.x) / Shape<FC>::SLABS);
-    barrier.wait(); MARK();
-    stage_norm(stream, slots, DENSE_SLOTS, f, input, scratch); MARK();
+    barrier.wait();
+    stage_norm(stream, slots, DENSE_SLOTS, f, input, scratch);
     fc.run(ring, layer.fc, input, partial, [&](int row, int channel, float y) {
       hidden[row * FFN + channel] = float_to_half(fmaxf(y, 0.0f));
     });
-    barrier.arrive(); MARK();
+    barrier.arrive();
     Split<PROJ> proj;
     proj.before(layer.proj);
-    barrier.wait(); MARK();
-    stage<FFN>(hidden, input); MARK();
-    proj.run(ring, input, partial, slots, PROJ_SLOTS); MARK();
-    barrier.arrive(); MARK();
+    barrier.wait();
+    stage<FFN>(hidden, input);
+    proj.run(ring, input, partial, slots, PROJ_SLOTS);
+    barrier.arrive();
     last_bias = layer.proj.bias;
     last_slots = PROJ_SLOTS;
   }
