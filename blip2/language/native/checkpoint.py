@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,11 @@ def read_config(directory: Path) -> OPTCheckpointConfig:
 
 
 def load_weights(
-    directory: Path, config: OPTCheckpointConfig, place: Placer, pack: Packer
+    directory: Path,
+    config: OPTCheckpointConfig,
+    place: Placer,
+    pack: Packer,
+    place_embedding: Placer | None = None,
 ) -> OPTWeights:
     """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
 
@@ -81,6 +86,7 @@ def load_weights(
         place: moves a tensor to the device and type that the model computes in.
         pack: makes a linear layer of a weight (out x in), a bias (out) and a number of bits, or of
             None bits for the checkpoint's own precision.
+        place_embedding: moves the table of words, if otherwise than `place`.
 
     Raises:
         UserError: file missing, truncated, of another size than its description says, with
@@ -90,11 +96,8 @@ def load_weights(
     if artifacts.sidecar_path(path).exists():  # TensorRT-LLM's own converter writes none.
         artifacts.read_sidecar(path, MADE_BY)
     try:
-        with safe_open(path, framework="pt") as file:
-            _check_shapes(path, file, config)
-            return _build(
-                config, lambda name: _finite(path, name, file.get_tensor(name)), place, pack
-            )
+        _check_shapes(path, config)
+        return _build(config, functools.partial(_read, path), place, pack, place_embedding or place)
     except (OSError, SafetensorError) as error:
         if memory.exhausted(error):
             raise
@@ -104,8 +107,9 @@ def load_weights(
         ) from None
 
 
-def _check_shapes(path: Path, file: safe_open, config: OPTCheckpointConfig) -> None:
-    stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+def _check_shapes(path: Path, config: OPTCheckpointConfig) -> None:
+    with safe_open(path, framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     expected = {name: spec.shape for name, spec in tensor_specs(config).items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
@@ -117,14 +121,22 @@ def _check_shapes(path: Path, file: safe_open, config: OPTCheckpointConfig) -> N
             )
 
 
-def _finite(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _read(path: Path, name: str) -> torch.Tensor:
+    # Opened anew for each tensor: the file is mapped as long as a tensor of it lives, and what was
+    # read of it would stay in memory beside what is made of it.
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name)
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise UserError(f"{path} has NaN or Inf in {name}; make it again with: {MADE_BY}")
     return tensor
 
 
 def _build(
-    config: OPTCheckpointConfig, read: Callable[[str], torch.Tensor], place: Placer, pack: Packer
+    config: OPTCheckpointConfig,
+    read: Callable[[str], torch.Tensor],
+    place: Placer,
+    pack: Packer,
+    place_embedding: Placer,
 ) -> OPTWeights:
     bits = QUANT_BITS[config.quant_algo]
 
@@ -148,7 +160,7 @@ def _build(
     embedding = read("transformer.vocab_embedding.weight")
     head = read("lm_head.weight")
     tied = torch.equal(embedding, head)
-    embedding = place(embedding)
+    embedding = place_embedding(embedding)
     return OPTWeights(
         embedding=embedding,
         positions=place(read("transformer.position_embedding.weight")),

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
+from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
 from blip2.language.native.nbits import NBitsLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
@@ -42,7 +43,7 @@ class OPTModel:
     def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> OPTModel:
         """Read a checkpoint onto a device, to compute in float32.
 
-        On a CPU weights of 8 and 4 bits stay so, and are multiplied with inputs of 8 bits.
+        On a CPU weights stay in 16, 8 and 4 bits; those of 8 and 4 are multiplied with inputs of 8.
 
         Raises:
             UserError: the checkpoint is damaged; see `load_weights`.
@@ -53,11 +54,12 @@ class OPTModel:
 
         def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
             bias = None if bias is None else bias.to(device)
-            on_cpu = device.type == "cpu"
-            linear = NBitsLinear if bits is not None and on_cpu else FloatLinear
-            return linear.pack(weight.to(device), bias, bits)
+            return linear_class(weight.dtype, bits, device).pack(weight.to(device), bias, bits)
 
-        return cls(config, load_weights(directory, config, place, pack))
+        def place_embedding(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device)
+
+        return cls(config, load_weights(directory, config, place, pack, place_embedding))
 
     def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> KVCache:
         """A cache for prompts of these lengths."""
@@ -105,7 +107,7 @@ class OPTModel:
             keys, values = cache.append(layer, keys[:, :, 0], values[:, :, 0])
             return functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
 
-        x = self.weights.embedding[tokens] + self.weights.positions[cache.lengths]
+        x = self._words(tokens) + self.weights.positions[cache.lengths]
         x = self._layers(x[:, None], attend)[:, 0]
         cache.advance()
         return self._logits(x)
@@ -113,12 +115,16 @@ class OPTModel:
     def _embed(self, input_ids: torch.Tensor, prompt_table: torch.Tensor) -> torch.Tensor:
         image_rows = input_ids - self.config.vocab_size
         is_image = (image_rows >= 0)[:, :, None]
-        text = self.weights.embedding[input_ids.clamp(max=self.config.vocab_size - 1)]
+        text = self._words(input_ids.clamp(max=self.config.vocab_size - 1))
         if not prompt_table.shape[1]:
             return text
         requests = torch.arange(len(input_ids), device=input_ids.device)[:, None]
         images = prompt_table.to(text)[requests, image_rows.clamp(min=0)]
         return torch.where(is_image, images, text)
+
+    def _words(self, tokens: torch.Tensor) -> torch.Tensor:
+        # The embedding may be in the checkpoint's type; positions are in the one computed in.
+        return self.weights.embedding[tokens].to(self.weights.positions.dtype)
 
     def _layers(self, x: torch.Tensor, attend: Attention) -> torch.Tensor:
         """Rows x T x hidden_size through all layers; `attend` knows where keys are kept."""
@@ -145,6 +151,15 @@ class OPTModel:
         if self.weights.final_norm is not None:
             x = _norm(x, self.weights.final_norm)
         return self.weights.head(x)
+
+
+def linear_class(dtype: torch.dtype, bits: int | None, device: torch.device) -> type[Linear]:
+    """What multiplies weights of a checkpoint's type, rounded to `bits` unless None, on a device."""
+    if device.type == "cpu" and bits is not None:
+        return NBitsLinear
+    if device.type == "cpu" and Float16Linear.takes(dtype):
+        return Float16Linear
+    return FloatLinear
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
