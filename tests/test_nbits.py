@@ -35,7 +35,7 @@ def test_equals_float64_arithmetic(bits, inputs, block, rows):
     y = NBitsLinear.pack(weight, bias.half(), bits)(x).double().numpy()
     matrix = rounded_weight(weight, bits).T
     expected = rounded_inputs(x, block) @ matrix + bias.half().double().numpy()
-    assert np.linalg.norm(y - expected) <= 1e-3 * np.linalg.norm(expected)
+    assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
     unrounded = x.double().numpy() @ matrix + bias.half().double().numpy()
     assert np.linalg.norm(y - unrounded) <= 1e-2 * np.linalg.norm(unrounded)
 
