@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
-from blip2.vision import modules
+from blip2.vision import kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 
 
@@ -75,3 +80,19 @@ def test_qformer_equals_the_modules(images, tokens, hidden_act, few_rows, monkey
     output = CudaQFormer(module.float(), query_tokens)(image_embeds)
     assert output.shape == expected.shape
     assert relative_error(output, expected) < 2e-3  # TF32
+
+
+@pytest.mark.parametrize(
+    "capability, shared_memory", [(86, 99 << 10), (90, 227 << 10)], ids=["8.6", "9.0"]
+)
+def test_all_launches_compile(capability, shared_memory):
+    """Of a BLIP-2 of the real widths; the interpreter sees neither types nor sizes as a GPU does."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path.cwd())}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, script, str(capability)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    launches = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _ in launches} == {n for n in dir(kernels) if n.endswith("_kernel")}
+    assert all(int(needed) <= shared_memory for _, needed in launches)

@@ -382,6 +382,7 @@ class CudaQFormer:
             BLOCK_D=max(16, triton.next_power_of_2(head_size)),
             BLOCK_M=max(16, triton.next_power_of_2(queries)),
             BLOCK_N=32 if tokens <= 32 else 64,
+            num_stages=2 if tokens <= 32 else 3,  # in shared memory, which many parts fill
             **_launch_options(query),
         )
         return out
