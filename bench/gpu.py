@@ -1,0 +1,494 @@
+"""BLIP-2 OPT-2.7B on an NVIDIA GPU: this suite against transformers, in one run.
+
+    python -m bench.gpu                        # random weights of the real shapes: no download
+    python -m bench.gpu --chart docs/gpu.png   # and a chart (needs matplotlib)
+
+Needs 40 GB of GPU memory and 30 GB in --directory. First it says how right the answers are: against
+transformers in float32 on the same weights. Then it times each stage and the whole, with the rate at
+which weights are read or products computed, its share of what a plain copy or product of large
+matrices reaches in the same run, and the ratio to transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+from blip2 import cli
+from blip2.checkpoints import open_checkpoint
+from blip2.language.conversion import ConversionOptions, convert, target_config
+from blip2.language.native.model import OPTModel
+from blip2.language.native.packing import PackedLinear
+from blip2.language.native.session import NativeSession
+from blip2.language.session import GenerationOptions
+from blip2.vision.torch_session import TorchSession
+
+DEVICE = "cuda"
+PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
+COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
+TEXT_TOKENS = 13  # of a question; the picture's are 32 more
+BATCHES = (1, 8, 64)
+STEP_ROWS = (1, 5, 8, 40, 64)
+# Pictures, new tokens, beams; those of batches that are not BATCHES for the chart.
+WHOLES = [(1, 1, 1), (1, 30, 1), (1, 30, 5), *((n, 20, 1) for n in (2, 4, 8, 16, 32, 64))]
+VIT_FLOPS, QFORMER_FLOPS = 520.7e9, 12.9e9  # a picture
+BEGIN_ID, END_ID = 2, 50118
+
+
+def main() -> None:
+    parser = cli.ArgumentParser("Time BLIP-2 on a GPU beside transformers.")
+    parser.add_argument("--directory", help="for checkpoints, erased at the end (default: /tmp)")
+    parser.add_argument("--chart", type=Path, help="write a chart to this PNG")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument(
+        "--compile", action="store_true", help="time transformers' static cache and compilation too"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers", end=" ")
+    print(f"{transformers.__version__}")
+    report = Report()
+    report.limits()
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
+        model = random_model(Path(directory))
+        bench = Bench(report, model, *open_sessions(Path(directory)))
+        bench.correctness()
+        bench.stages()
+        bench.whole()
+        save(args, report)
+        if args.compile:
+            bench.compiled()
+            save(args, report)
+
+
+def save(args, report: Report) -> None:
+    if args.json:
+        args.json.write_text(json.dumps(report.figures, indent=1))
+    if args.chart:
+        draw(report.figures, args.chart)
+
+
+class Report:
+    """Prints figures and keeps them."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.bandwidth = self.flops = math.nan
+
+    def limits(self) -> None:
+        """Measure what the GPU can do at best."""
+        source = torch.randint(-99, 99, (1 << 32,), dtype=torch.int8, device=DEVICE)
+        target = torch.empty_like(source)
+        self.bandwidth = 2 * source.numel() / median_ms(target.copy_, source) * 1e3
+        a, b = (torch.randn(8192, 8192, device=DEVICE).half() for _ in range(2))
+        self.flops = 2 * 8192**3 / median_ms(torch.mm, a, b) * 1e3
+        self.figures["copy TB/s"] = self.bandwidth / 1e12
+        self.figures["product TFLOP/s"] = self.flops / 1e12
+        print(f"copy {self.bandwidth / 1e12:.2f} TB/s, product {self.flops / 1e12:.0f} TFLOP/s")
+
+    def add(
+        self,
+        name: str,
+        ms: float,
+        theirs: float | None = None,
+        read: float | None = None,
+        flops: float | None = None,
+    ) -> None:
+        """One line: milliseconds, bytes read or operations and their share, transformers' ms."""
+        self.figures[name] = ms
+        line = f"{name:<34} {ms:>8.3f} ms"
+        if read is not None:
+            line += f" {read / ms / 1e6:>6.0f} GB/s    {read / ms * 1e3 / self.bandwidth:>4.0%}"
+        elif flops is not None:
+            line += f" {flops / ms / 1e9:>6.0f} TFLOP/s {flops / ms * 1e3 / self.flops:>4.0%}"
+        else:
+            line += " " * 20
+        if theirs is not None:
+            self.figures[name + ", transformers"] = theirs
+            line += f"   transformers {theirs:>8.2f} ms  {theirs / ms:>5.1f}x"
+        print(line, flush=True)
+
+
+class Bench:
+    """The same weights in transformers and in this suite's sessions."""
+
+    def __init__(
+        self,
+        report: Report,
+        model: Blip2ForConditionalGeneration,
+        vision: TorchSession,
+        languages: dict[str, NativeSession],
+    ) -> None:
+        self.report, self.model, self.vision, self.languages = report, model, vision, languages
+        config = model.config
+        self.image_id = config.image_token_index
+        self.num_query_tokens = config.num_query_tokens
+        self.vocab_size = config.text_config.vocab_size
+        self.image_size = config.vision_config.image_size
+
+    def pictures(self, batch: int) -> torch.Tensor:
+        return torch.randn(batch, 3, self.image_size, self.image_size, device=DEVICE)
+
+    def text_ids(self, batch: int) -> torch.Tensor:
+        ids = torch.randint(4, self.image_id, (batch, TEXT_TOKENS), device=DEVICE)
+        ids[:, 0] = BEGIN_ID
+        return ids
+
+    def ours(
+        self,
+        precision: str,
+        pictures: torch.Tensor,
+        text_ids: torch.Tensor,
+        tokens: int,
+        num_beams: int = 1,
+    ) -> list[list[int]]:
+        """Token ids of each picture's best answer."""
+        table = self.vision.qformer(self.vision.vit(pictures))
+        rows = torch.arange(self.num_query_tokens, device=text_ids.device) + self.vocab_size
+        input_ids = [torch.cat([rows, ids]) for ids in text_ids]
+        options = GenerationOptions(end_id=END_ID, max_output_len=tokens, num_beams=num_beams)
+        generations = self.languages[precision].generate(input_ids, table, options)
+        return [generation.beams[0].token_ids for generation in generations]
+
+    def theirs(
+        self, model, pictures: torch.Tensor, text_ids: torch.Tensor, tokens: int, **options
+    ) -> torch.Tensor:
+        """New token ids, B x tokens."""
+        image_ids = text_ids.new_full((len(text_ids), self.num_query_tokens), self.image_id)
+        input_ids = torch.cat([image_ids, text_ids], 1)
+        return model.generate(
+            pixel_values=pictures.to(_dtype(model)),
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=END_ID,
+            **options,
+        )[:, -tokens:]
+
+    def correctness(self) -> None:
+        """Errors and equal ids, against transformers in float32 on the same weights."""
+        exact = copy.deepcopy(self.model).float()
+        pictures, text_ids = self.pictures(4), self.text_ids(4)
+
+        embeds = exact.vision_model(pictures).last_hidden_state
+        features = self.their_qformer(exact, embeds)
+        half = self.model.vision_model(pictures.half()).last_hidden_state
+        ours = self.vision.vit(pictures)
+        self.error("ViT", ours, embeds, half)
+        half = self.their_qformer(self.model, half)
+        features_ours = self.vision.qformer(ours)
+        self.error("ViT and Q-Former", features_ours, features, half)
+
+        tokens = COMPARED_TOKENS
+        wanted = self.theirs(exact, pictures, text_ids, tokens)
+        self.ids(
+            "transformers float16", self.theirs(self.model, pictures, text_ids, tokens), wanted
+        )
+        wanted_beams = self.theirs(exact, pictures, text_ids, tokens, num_beams=5)
+        self.ids(
+            "transformers float16, 5 beams",
+            self.theirs(self.model, pictures, text_ids, tokens, num_beams=5),
+            wanted_beams,
+        )
+        del exact
+        for precision, session in self.languages.items():
+            self.logits(precision, session, features_ours, text_ids)
+        for poison in (False, True):
+            name = "float16" + (", buffers poisoned" if poison else "")
+            for cache in (p.cache for p in self.prepared("float16") if poison):
+                cache.keys.fill_(math.nan)
+                cache.values.fill_(math.nan)
+            self.ids(name, self.ours("float16", pictures, text_ids, tokens), wanted)
+            got = self.ours("float16", pictures, text_ids, tokens, num_beams=5)
+            self.ids(name + ", 5 beams", got, wanted_beams)
+
+    def prepared(self, precision: str) -> list:
+        return list(self.languages[precision]._model._prepared.values())
+
+    def error(self, name: str, ours: torch.Tensor, exact: torch.Tensor, half: torch.Tensor) -> None:
+        def relative(x: torch.Tensor) -> float:
+            return ((x.float() - exact).norm() / exact.norm()).item()
+
+        found = relative(ours)
+        if not found < 0.02:  # NaN too
+            raise SystemExit(f"{name}: relative error {found:.1e}")
+        self.report.figures[f"{name}, error"] = found
+        usual = "" if half is None else f", transformers' in float16 {relative(half):.1e}"
+        print(f"{name:<34} error {found:.1e}{usual}", flush=True)
+
+    def ids(self, name: str, got, wanted: torch.Tensor) -> None:
+        """Share of ids before the first that differs: what follows it answers something else."""
+        same = total = 0
+        for mine, theirs in zip(got, wanted.tolist(), strict=True):
+            differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+            same += differ[0] if differ else len(theirs)
+            total += len(theirs)
+        self.report.figures[f"{name}, equal ids"] = same / total
+        print(f"{name:<34} {same} of {total} ids equal until the first other one")
+
+    def logits(
+        self, precision: str, session: NativeSession, features: torch.Tensor, text_ids: torch.Tensor
+    ) -> None:
+        """Logits after the prompt and after a step, against float32 on the dequantized weights."""
+        model = session._model
+        exact = OPTModel(model.config, float_weights(model.weights))
+        rows = torch.arange(self.num_query_tokens, device=text_ids.device) + self.vocab_size
+        for batch in (1, len(text_ids)):
+            prompt = torch.cat([rows.expand(batch, -1), text_ids[:batch]], 1)
+            lengths = torch.full((batch,), prompt.shape[1], device=text_ids.device)
+            token = text_ids[:batch, -1].contiguous()
+            outputs = []
+            for each in (model, exact):
+                cache = each.new_cache(lengths, 1, 2)
+                first = each.prefill(prompt, lengths, features[:batch].float(), cache).clone()
+                outputs.append(torch.cat([first, each.step(token, cache)]).float())
+            self.error(f"OPT {precision}, {batch} rows", *outputs)
+
+    def stages(self) -> None:
+        """Each stage alone, ours and transformers'."""
+        model, vision, report = self.model, self.vision, self.report
+        for batch in BATCHES:
+            pictures = self.pictures(batch).half()
+            theirs, ms = median_ms(model.vision_model, pictures), median_ms(vision.vit, pictures)
+            report.add(f"ViT, batch {batch}", ms, theirs, flops=VIT_FLOPS * batch)
+        for batch in BATCHES:
+            embeds = vision.vit(self.pictures(batch)).clone()
+            theirs, ms = (
+                median_ms(self.their_qformer, model, embeds),
+                median_ms(vision.qformer, embeds),
+            )
+            report.add(f"Q-Former, batch {batch}", ms, theirs, flops=QFORMER_FLOPS * batch)
+        decoder = model.language_model
+        for batch in BATCHES:
+            length = self.num_query_tokens + TEXT_TOKENS
+            ids = torch.randint(4, self.image_id, (batch, length), device=DEVICE)
+            lengths = torch.full((batch,), length, device=DEVICE)
+            table = torch.zeros((batch, 0, model.config.text_config.hidden_size), device=DEVICE)
+            theirs = median_ms(decoder, input_ids=ids, use_cache=True, logits_to_keep=1)
+            for precision, session in self.languages.items():
+                opt = session._model
+                cache = opt.new_cache(lengths, 1, 30)
+                ms = median_ms(opt.prefill, ids, lengths, table, cache)
+                flops = 2 * parameters(opt) * batch * length
+                report.add(f"prompt, {precision}, batch {batch}", ms, theirs, flops=flops)
+        for rows in STEP_ROWS:
+            lengths = torch.full((rows,), 45, device=DEVICE)
+            token = torch.randint(4, self.image_id, (rows,), device=DEVICE)
+            prompt = token[:, None].expand(-1, 45)
+            past = decoder(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+            theirs = median_ms(decoder, input_ids=token[:, None], past_key_values=past)
+            for precision, session in self.languages.items():
+                opt = session._model
+                cache = opt.new_cache(lengths, 1, 80)
+                ms = median_ms(opt.step, token, cache, inner=4)
+                read = weight_bytes(opt) + rows * cache_bytes(opt, 60)
+                report.add(f"step, {precision}, rows {rows}", ms, theirs, read=read)
+
+    def their_qformer(self, model, embeds: torch.Tensor) -> torch.Tensor:
+        """Language features of image embeddings, as transformers' model makes them."""
+        queries = model.query_tokens.expand(len(embeds), -1, -1)
+        output = model.qformer(query_embeds=queries, encoder_hidden_states=embeds.to(queries.dtype))
+        return model.language_projection(output.last_hidden_state.to(_dtype(model)))
+
+    def whole(self) -> None:
+        """Pictures to tokens, host included."""
+        for batch, tokens, num_beams in WHOLES:
+            pictures, text_ids = self.pictures(batch), self.text_ids(batch)
+            asked = (pictures, text_ids, tokens)
+            options = {"num_beams": num_beams, "min_new_tokens": tokens}
+            theirs = median_wall_ms(self.theirs, self.model, *asked, repeats=2, **options)
+            name = (
+                f"{batch} pictures to {tokens} tokens"
+                if batch > 1
+                else f"picture to {tokens} tokens"
+            )
+            name += f", {num_beams} beams" if num_beams > 1 else ""
+            for precision in self.languages if batch in BATCHES else ("float16",):
+                ms = median_wall_ms(self.ours, precision, *asked, num_beams)
+                self.report.add(f"{name}, {precision}", ms, theirs)
+                if batch > 1:
+                    print(f"{'':<34} {batch / ms * 1e3:>8.0f} captions/s", flush=True)
+
+    def compiled(self) -> None:
+        """transformers with a static cache and compilation."""
+        asked = (self.model, self.pictures(1), self.text_ids(1), 30)
+        options = {"min_new_tokens": 30, "cache_implementation": "static"}
+        ms = median_wall_ms(self.theirs, *asked, repeats=3, **options)
+        self.report.add("picture to 30 tokens, transformers compiled", ms)
+
+
+def random_model(directory: Path) -> Blip2ForConditionalGeneration:
+    """A BLIP-2 OPT-2.7B with random weights, in `directory`, and read as users read it: float16."""
+    text = OPTConfig(
+        vocab_size=50272,
+        hidden_size=2560,
+        ffn_dim=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        word_embed_proj_dim=2560,
+    )
+    config = Blip2Config(text_config=text.to_dict(), image_token_index=50265)
+    with torch.device(DEVICE):
+        torch.set_default_dtype(torch.float16)
+        model = Blip2ForConditionalGeneration(config).eval()
+        torch.set_default_dtype(torch.float32)
+    for parameter in model.parameters():  # biases too, which begin as zeros
+        if parameter.ndim == 1:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.query_tokens.data.normal_()
+    model.save_pretrained(directory)
+    del model
+    model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float16)
+    return model.to(DEVICE).eval()
+
+
+def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSession]]:
+    """The sessions that run.py would open, from converted checkpoints."""
+    vision = timed("load ViT and Q-Former", TorchSession, directory, None)
+    checkpoint = open_checkpoint(directory)
+    languages = {}
+    for name, quant_algo in PRECISIONS.items():
+        config = target_config(checkpoint, ConversionOptions(quant_algo=quant_algo))
+        target = directory / name
+        if not languages:
+            first = target
+            timed("convert OPT", convert, checkpoint, config, target, 8)
+        else:  # the same tensors: they are quantised when they are loaded
+            target.mkdir()
+            for file in first.glob("rank0*"):
+                (target / file.name).symlink_to(file)
+            (target / "config.json").write_text(json.dumps(config.to_json()))
+        languages[name] = timed(f"load OPT, {name}", NativeSession, target)
+    return vision, languages
+
+
+def timed(name: str, function: Callable, *arguments):
+    started = time.perf_counter()
+    result = function(*arguments)
+    torch.cuda.synchronize()
+    print(f"{name:<34} {time.perf_counter() - started:>8.1f} s", flush=True)
+    return result
+
+
+def _dtype(model: Blip2ForConditionalGeneration) -> torch.dtype:
+    # model.dtype is that of its first parameter, and transformers keeps the Q-Former in float32
+    return model.language_projection.weight.dtype
+
+
+class FloatOf:
+    """y = x Wᵀ + b in float32, on the weights that a packed linear stands for."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        self._linear = linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self._linear.bias is None else self._linear.bias.float()
+        return torch.nn.functional.linear(x, self._linear.unpacked().float(), bias)
+
+
+def float_weights(weights):
+    """The same weights for `OPTModel` in float32."""
+
+    def floats(part):
+        if isinstance(part, PackedLinear):
+            return FloatOf(part)
+        if isinstance(part, torch.Tensor):
+            return part.float()
+        if isinstance(part, tuple):
+            return tuple(map(floats, part))
+        return type(part)(**{name: floats(value) for name, value in vars(part).items()})
+
+    return floats(weights)
+
+
+def linears(opt: OPTModel) -> Iterator[PackedLinear]:
+    for layer in opt.weights.layers:
+        yield from (layer.qkv, layer.dense, layer.fc, layer.proj)
+    yield opt.weights.head
+
+
+def parameters(opt: OPTModel) -> int:
+    """Of the layers' linears, which every token of a prompt is multiplied with."""
+    return sum(math.prod(linear.shape) for linear in list(linears(opt))[:-1])
+
+
+def weight_bytes(opt: OPTModel) -> int:
+    """Read by one step."""
+    return sum(linear.weight.nbytes for linear in linears(opt))
+
+
+def cache_bytes(opt: OPTModel, tokens: int) -> int:
+    return 2 * 2 * opt.config.num_hidden_layers * opt.config.hidden_size * tokens
+
+
+def median_ms(run: Callable, *arguments, repeats: int = 7, inner: int = 1, **options) -> float:
+    """Device milliseconds of one call, after two to warm up."""
+    for _ in range(2):
+        run(*arguments, **options)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(inner):
+            run(*arguments, **options)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / inner)
+    return statistics.median(times)
+
+
+def median_wall_ms(run: Callable, *arguments, repeats: int = 5, **options) -> float:
+    """Milliseconds of one call by the host's clock, after one to warm up."""
+    run(*arguments, **options)
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run(*arguments, **options)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def draw(figures: dict[str, float], path: Path) -> None:
+    """Captions a second and latency over batch size, ours and transformers'."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batches = [2, 4, 8, 16, 32, 64]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for suffix, label, colour in (
+        ("", "this suite", "C0"),
+        (", transformers", "transformers", "C1"),
+    ):
+        ms = [figures[f"{batch} pictures to 20 tokens, float16{suffix}"] for batch in batches]
+        left.plot(batches, [b / m * 1e3 for b, m in zip(batches, ms, strict=True)], "o-", c=colour)
+        right.plot(batches, ms, "o-", color=colour, label=label)
+    left.set(ylabel="captions of 20 tokens / s", ylim=(0, None))
+    right.set(ylabel="ms a batch", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, batches)
+        axes.set_xlabel("pictures a batch")
+        axes.grid(alpha=0.3)
+    right.legend()
+    figure.suptitle("BLIP-2 OPT-2.7B, float16, " + torch.cuda.get_device_name(), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    cli.run(main)
