@@ -216,7 +216,9 @@ class Bench:
     def prepared(self, precision: str) -> list:
         return list(self.languages[precision]._model._prepared.values())
 
-    def error(self, name: str, ours: torch.Tensor, exact: torch.Tensor, half: torch.Tensor) -> None:
+    def error(
+        self, name: str, ours: torch.Tensor, exact: torch.Tensor, half: torch.Tensor | None = None
+    ) -> None:
         def relative(x: torch.Tensor) -> float:
             return ((x.float() - exact).norm() / exact.norm()).item()
 
