@@ -15,7 +15,7 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("step.cu")
 
-_MOST_ROWS = 5  # with more their inputs leave too little shared memory for weights under way
+_MOST_ROWS = 1  # with more, the kernels of layers.py are faster
 _MOST_WARPS = 11  # what registers suffice for
 _FEWEST_WARPS = 8  # fewer cannot keep up with the memory
 _INPUTS = 64  # of a warp at a time, at most
