@@ -55,9 +55,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers", end=" ")
-    print(f"{transformers.__version__}")
     report = Report()
+    print(report.figures["device"], end=", ")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     report.limits()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
         model = random_model(Path(directory))
@@ -82,7 +82,7 @@ class Report:
     """Prints figures and keeps them."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, float | str] = {"device": torch.cuda.get_device_name()}
         self.bandwidth = self.flops = math.nan
 
     def limits(self) -> None:
@@ -463,7 +463,7 @@ def median_wall_ms(run: Callable, *arguments, repeats: int = 5, **options) -> fl
     return statistics.median(times)
 
 
-def draw(figures: dict[str, float], path: Path) -> None:
+def draw(figures: dict[str, float | str], path: Path) -> None:
     """Captions a second and latency over batch size, ours and transformers'."""
     import matplotlib
 
@@ -472,13 +472,15 @@ def draw(figures: dict[str, float], path: Path) -> None:
 
     batches = [2, 4, 8, 16, 32, 64]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for suffix, label, colour in (
+    for suffix, label, color in (
         ("", "this suite", "C0"),
         (", transformers", "transformers", "C1"),
     ):
         ms = [figures[f"{batch} pictures to 20 tokens, float16{suffix}"] for batch in batches]
-        left.plot(batches, [b / m * 1e3 for b, m in zip(batches, ms, strict=True)], "o-", c=colour)
-        right.plot(batches, ms, "o-", color=colour, label=label)
+        left.plot(
+            batches, [b / m * 1e3 for b, m in zip(batches, ms, strict=True)], "o-", color=color
+        )
+        right.plot(batches, ms, "o-", color=color, label=label)
     left.set(ylabel="captions of 20 tokens / s", ylim=(0, None))
     right.set(ylabel="ms a batch", ylim=(0, None))
     for axes in (left, right):
@@ -487,7 +489,7 @@ def draw(figures: dict[str, float], path: Path) -> None:
         axes.set_xlabel("pictures a batch")
         axes.grid(alpha=0.3)
     right.legend()
-    figure.suptitle("BLIP-2 OPT-2.7B, float16, " + torch.cuda.get_device_name(), fontsize=10)
+    figure.suptitle(f"BLIP-2 OPT-2.7B, float16, {figures['device']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from blip2.language.native import fused_step
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
 from blip2.language.native.layers import SOURCE
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 from blip2.language.native.model import OPTModel
+from blip2.language.native.packing import SOURCE as UNPACK_SOURCE
 from blip2.language.native.packing import PackedLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -73,8 +77,11 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
     input_ids = torch.randint(0, CONFIG.vocab_size, (requests, 7), generator=generator)
     table = torch.zeros(requests, 0, CONFIG.hidden_size)
     caches = [model.new_cache(lengths, num_beams, 8) for model in (reference, packed)]
-    for model, cache in zip((reference, packed), caches, strict=True):
+    expected, got = (
         model.prefill(input_ids, lengths, table, cache)
+        for model, cache in zip((reference, packed), caches, strict=True)
+    )
+    assert (got - expected).norm() / expected.norm() < 3e-3
     rows = requests * num_beams
     first_rows = torch.arange(rows) // num_beams * num_beams
     for _ in range(3):
@@ -115,15 +122,68 @@ def test_packed_weights_lie_where_the_kernel_reads_them(bits):
     assert (packed.unpacked().float() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_image_features_stand_where_their_ids_do(rows):
+    """Prompts padded to a multiple of what is prepared, with rows of a prompt table among them."""
+    reference, packed = random_models(None, seed=rows)
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(5, 20, (rows,), generator=generator)
+    lengths[-1] = 19
+    input_ids = torch.randint(0, CONFIG.vocab_size, (rows, 19), generator=generator)
+    input_ids[:, :4] = CONFIG.vocab_size + torch.tensor([2, 0, 1, 2])
+    table = torch.randn(rows, 3, CONFIG.hidden_size, generator=generator)
+    expected, got = (
+        model.prefill(input_ids, lengths, table, model.new_cache(lengths, 1, 2))
+        for model in (reference, packed)
+    )
+    assert (got - expected).norm() / expected.norm() < 3e-3
+
+
+def opt_2_7b() -> OPTCheckpointConfig:
+    return OPTCheckpointConfig(
+        dtype="float16",
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        hidden_size=2560,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+    )
+
+
+# Architecture, multiprocessors, and shared memory that a block can ask for.
+GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)}
+
+
+@pytest.mark.parametrize("gpu, bits", [("H100", (16, 16)), ("H100", (8, 8)), ("RTX 5090", (4, 8))])
+def test_the_fused_step_compiles(gpu, bits):
+    compiled = pytest.importorskip("blip2.language.native.compiled")
+    architecture, multiprocessors, shared = GPUS[gpu]
+    macros = fused_step.shape_macros(opt_2_7b(), 1, bits, multiprocessors, shared)
+    assert compiled.compile_source(fused_step.SOURCE, tuple(macros.items()), architecture)
+
+
+def test_the_fused_step_knows_what_it_cannot_take():
+    small = dataclasses.replace(opt_2_7b(), hidden_size=192, num_attention_heads=4)
+    assert fused_step.shape_macros(small, 1, (16, 16), 132, 227 << 10) is None
+    odd = dataclasses.replace(opt_2_7b(), vocab_size=50271)
+    assert fused_step.shape_macros(odd, 1, (16, 16), 132, 227 << 10) is None
+    assert fused_step.shape_macros(odd, 1, (8, 8), 132, 227 << 10) is not None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_unpacking_kernel_compiles(bits):
+    compiled = pytest.importorskip("blip2.language.native.compiled")
+    assert compiled.compile_source(UNPACK_SOURCE, (("BITS", bits),), "sm_80")
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_the_large_kernel_compiles(architecture, bits):
     """Every way it is used in OPT-2.7B; it runs only on a GPU."""
     compiled = pytest.importorskip("blip2.language.native.compiled")
-    for tiles, norm, inputs in ((1, 1, 2560), (1, 0, 10240), (2, 0, 2560), (8, 0, 10240)):
-        macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "WIDTH": inputs, "NORM": norm}
-        macros |= {"STAGED": int(tiles == 1), "RELU": 0, "RESIDUAL": 1, "OUT_FLOAT": 1}
-        macros["HAS_BIAS"] = 1
+    for tiles, inputs in ((1, 2560), (1, 10240), (2, 2560), (8, 10240)):
+        macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "WIDTH": inputs, "RELU": 0}
+        macros |= {"RESIDUAL": 1, "OUT_FLOAT": 1, "HAS_BIAS": 1}
         assert compiled.compile_source(SOURCE, tuple(macros.items()), architecture)
     with pytest.raises(RuntimeError, match=r"linear\.cu with .*error"):
         compiled.compile_source(SOURCE, (("BITS", bits),), architecture)

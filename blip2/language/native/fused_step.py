@@ -82,38 +82,59 @@ class FusedStep:
 def macros_for(
     config: OPTCheckpointConfig, weights: OPTWeights, rows: int, device: torch.device
 ) -> dict[str, int] | None:
-    """How step.cu is to be compiled for these weights and rows, or None where it cannot be."""
+    """How step.cu is to be compiled for these weights and rows, or None where it does not pay."""
+    properties = torch.cuda.get_device_properties(device)
+    bits = {layer.qkv.bits for layer in weights.layers}
+    if rows > _MOST_ROWS or properties.major < 9 or len(bits) > 1:  # bulk copies: Hopper and later
+        return None
+    return shape_macros(
+        config,
+        rows,
+        (bits.pop(), weights.head.bits),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def shape_macros(
+    config: OPTCheckpointConfig,
+    rows: int,
+    bits: tuple[int, int],
+    multiprocessors: int,
+    shared_bytes: int,
+) -> dict[str, int] | None:
+    """The macros for a GPU of so many multiprocessors, with so much shared memory for a block.
+
+    `bits` are those of the layers' weights and of the head's. None where the shapes do not fit.
+    """
     width, ffn, heads = config.hidden_size, config.ffn_size, config.num_attention_heads
     groups = math.gcd(width, ffn) // _INPUTS
-    warps = [n for n in range(_FEWEST_WARPS, _MOST_WARPS + 1) if groups % n == 0]
+    counts = [n for n in range(_FEWEST_WARPS, _MOST_WARPS + 1) if groups % n == 0]
     head_size = width // heads
-    if rows > _MOST_ROWS or not warps or head_size % 8 or head_size > 256:
+    if not counts or head_size % 8 or head_size > 256:
         return None
-    layers = {layer.qkv.bits for layer in weights.layers}
-    bits, head_bits = layers.pop(), weights.head.bits
-    if layers or (head_bits == 16 and config.vocab_size % _CHANNELS):
+    if bits[1] == 16 and config.vocab_size % _CHANNELS:
         return None
-    threads = 32 * warps[-1]
-    properties = torch.cuda.get_device_properties(device)
-    shared = properties.shared_memory_per_block_optin - _STATIC_BYTES
-    tiles = min(_MOST_TILES, threads // (_CHANNELS * rows))
-    parts = 4 * tiles * warps[-1] * _CHANNELS * rows
+    warps = counts[-1]
+    shared = shared_bytes - _STATIC_BYTES
+    tiles = min(_MOST_TILES, 32 * warps // (_CHANNELS * rows))
+    parts = 4 * tiles * warps * _CHANNELS * rows
     inputs = 2 * rows * (ffn + 32)
-    attention = 4 * (3 * head_size + 2 * warps[-1] + warps[-1] * head_size)
+    attention = 4 * (3 * head_size + 2 * warps + warps * head_size)
     # As step.cu lays a stage out: for each warp 64 inputs of 16 channels, or of packed ones more.
-    stage = 16 * (128 * warps[-1] + 64) if 16 in (bits, head_bits) else 128 * _STAGE * warps[-1]
+    stage = 16 * (128 * warps + 64) if 16 in bits else 128 * _STAGE * warps
     depth = (shared - parts - max(inputs, attention)) // stage
     if depth < 2:
         return None
     return {
         "ROWS": rows,
-        "BITS": bits,
-        "HEAD_BITS": head_bits,
-        "WARPS": warps[-1],
-        "BLOCKS": properties.multi_processor_count,
+        "BITS": bits[0],
+        "HEAD_BITS": bits[1],
+        "WARPS": warps,
+        "BLOCKS": multiprocessors,
         "STAGE": _STAGE,
         "DEPTH": depth,
-        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY[bits] // stage)),
+        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY[bits[0]] // stage)),
         "SHARED": shared,
         "WIDTH": width,
         "FFN": ffn,
