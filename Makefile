@@ -1,15 +1,17 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
-# make test      the tests      make test-slow   the ones at full model size
-# make lint      ruff
+# make test      the tests      make test-slow    the ones at full model size
+# make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
 
 PYTHON ?= python3
 VENV := .venv
 OUT := demo/out
 # Real bindings, whose libraries only NVIDIA's own index has: enough to check every name we use.
 TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
+# Each asks for older releases of the others and of torch than it needs, hence --no-deps.
+LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-lavis lint clean
 
 demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
@@ -28,6 +30,9 @@ test: $(VENV)/test-installed .venv-oldest/installed
 
 test-slow: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -m slow -s
+
+test-lavis: $(VENV)/test-installed .venv-lavis/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 tests/test_lavis.py
 
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
@@ -55,5 +60,12 @@ $(VENV)/test-installed: requirements-test.txt $(VENV)/run-installed
 	.venv-oldest/bin/python -m pip install --quiet -r requirements-oldest.txt
 	touch $@
 
+# Its packages have wheels for Python 3.10 and 3.11.
+.venv-lavis/installed: requirements-lavis.txt
+	$(PYTHON) -m venv .venv-lavis
+	.venv-lavis/bin/python -m pip install --quiet -r requirements-lavis.txt
+	.venv-lavis/bin/python -m pip install --quiet --no-deps $(LAVIS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest $(OUT)
+	rm -rf $(VENV) .venv-oldest .venv-lavis $(OUT)

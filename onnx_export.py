@@ -2,6 +2,8 @@
 
     python onnx_export.py                                   # Salesforce/blip2-opt-2.7b, float16
     python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir demo/out
+    python onnx_export.py --model_dir blip2_pretrained_opt2.7b.pth      # LAVIS's, as it is on disk
+    python onnx_export.py --source lavis --model_dir caption_coco_opt2.7b     # LAVIS downloads it
 
 Writes, under --output_dir:
     onnx/visual_encoder/visual_encoder.onnx     input → output
@@ -17,19 +19,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2 import cli
+from blip2.artifacts import UserError
 
 if TYPE_CHECKING:
+    from blip2.checkpoints import Checkpoint
     from blip2.vision import export
 
+DEFAULT_MODELS = {"huggingface": "Salesforce/blip2-opt-2.7b", "lavis": "pretrain_opt2.7b"}
 MERLION = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/assets/merlion.png"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Export BLIP-2's ViT and Q-Former to ONNX.")
     parser.add_argument(
+        "--source",
+        choices=tuple(DEFAULT_MODELS),
+        default="huggingface",
+        help="lavis: have salesforce-lavis, in its own environment, download and build the model",
+    )
+    parser.add_argument(
         "--model_dir",
-        default="Salesforce/blip2-opt-2.7b",
-        help="BLIP-2 checkpoint: a directory or a Hugging Face id",
+        help="BLIP-2 checkpoint: a directory, a Hugging Face id or a .pth of LAVIS; with --source"
+        f" lavis one of its model types (default: {' or '.join(DEFAULT_MODELS.values())})",
+    )
+    parser.add_argument(
+        "--hf_model_location",
+        help="tokenizer: directory or hub id (default: the checkpoint's; facebook's OPT for LAVIS)",
     )
     parser.add_argument("--image", default=MERLION, help="picture to save as image.pt: file or URL")
     parser.add_argument(
@@ -54,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", default=".", help="where onnx/, image.pt, query_tokens.pt, tokenizer/ go"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.model_dir = args.model_dir or DEFAULT_MODELS[args.source]
+    return args
 
 
 def main() -> None:
@@ -64,13 +81,14 @@ def main() -> None:
     import torch
 
     from blip2 import artifacts, images, prompts
-    from blip2.checkpoints import open_checkpoint
+    from blip2.checkpoints import lavis_checkpoint, open_checkpoint
     from blip2.vision import export
     from blip2.vision.onnx_runtime import QFORMER_FILE, VIT_FILE
 
-    checkpoint = open_checkpoint(args.model_dir)
+    opened = lavis_checkpoint if args.source == "lavis" else open_checkpoint
+    checkpoint = opened(args.model_dir)
     preprocessing = images.Preprocessing.of(checkpoint)
-    tokenizer = prompts.load_tokenizer(checkpoint.directory)
+    tokenizer = prompts.load_tokenizer(tokenizer_location(args.hf_model_location, checkpoint))
     pixel_values = images.pixel_values(images.load_image(args.image), preprocessing)[None]
     query_tokens = checkpoint.tensor("query_tokens").float()
     dtype, qformer_dtype = (getattr(torch, name) for name in (args.dtype, args.qformer_dtype))
@@ -97,6 +115,17 @@ def main() -> None:
             artifacts.write_sidecar(stage / name, **source, shape=list(tensor.shape))
         tokenizer.save(stage / "tokenizer")
     print(f"{output_dir / 'image.pt'}, query_tokens.pt, tokenizer/: saved")
+
+
+def tokenizer_location(given: str | None, checkpoint: Checkpoint) -> str | Path:
+    """Where the tokenizer is: as given, else where the checkpoint's OPT is."""
+    location = given or checkpoint.opt_location
+    if location is None:
+        raise UserError(
+            f"{checkpoint.path} is for no OPT that facebook published; give --hf_model_location the"
+            " directory of its OPT, for the tokenizer"
+        )
+    return location
 
 
 def report(target: Path, written: Path, differences: list[export.Difference]) -> None:

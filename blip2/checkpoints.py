@@ -1,12 +1,12 @@
-"""Open a BLIP-2 or OPT checkpoint of Hugging Face's layout and read it tensor by tensor.
+"""Open a BLIP-2 or OPT checkpoint and read it tensor by tensor, by Hugging Face's names.
 
     checkpoint = open_checkpoint("Salesforce/blip2-opt-2.7b")       # or a local directory
     checkpoint.kind                                                 # "blip-2"
     QFormerConfig.of(checkpoint).num_hidden_layers                  # 12
     checkpoint.tensor("query_tokens")                               # 1 x 32 x 768
 
-Layouts: model.safetensors or pytorch_model.bin, whole or sharded with an index. Opening reads
-descriptions only; a tensor's bytes are read when it is asked for, and let go with the tensor.
+Layouts: model.safetensors or pytorch_model.bin, whole or sharded with an index; LAVIS's .pth. Opening
+reads descriptions only; a tensor's bytes are read when it is asked for, and let go with the tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blip2 import artifacts, memory
+from blip2 import artifacts, lavis, memory
 from blip2.artifacts import UserError
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
@@ -49,13 +49,15 @@ _SAFETENSORS_DTYPES = {
 
 
 def open_checkpoint(model_dir: str | Path) -> Checkpoint:
-    """Open a checkpoint directory, or download the Hugging Face repository of that id.
+    """Open a checkpoint directory or LAVIS .pth, or download the Hugging Face repository of that id.
 
     Raises:
         UserError: no such directory or repository, no network, no weights, a missing shard, a
             truncated or unreadable file, or a model that is neither BLIP-2 nor OPT.
     """
     directory = Path(model_dir)
+    if directory.suffix == ".pth" and not directory.is_dir():
+        return _open_pth(directory)
     if not directory.is_dir():
         directory = _download(str(model_dir))
     config = artifacts.read_json(directory / "config.json", _download_command(directory))
@@ -65,7 +67,38 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
             f"{directory / 'config.json'} describes a model of type {kind!r}; give a checkpoint of"
             " BLIP-2 (blip-2) or of OPT (opt)"
         )
-    return Checkpoint(directory, config, _catalogue(directory))
+    return Checkpoint(directory, config, _catalogue(directory), opt_location=directory)
+
+
+def lavis_checkpoint(model_type: str) -> Checkpoint:
+    """Have LAVIS download and build its BLIP-2 of that type, and take its weights.
+
+    Raises:
+        UserError: LAVIS is not installed, has no such model, or cannot load it.
+    """
+    return _of_lavis(Path(model_type), lavis.load_state_dict(model_type))
+
+
+def _open_pth(file: Path) -> Checkpoint:
+    """A LAVIS .pth, together with the ViT's that lies beside it unless it was trained too."""
+    content = _load_pickle(file)
+    state = lavis.state_dict(content, file)
+    if not lavis.holds_vit(state):
+        vit = file.with_name(lavis.VIT_FILE)
+        if not vit.exists():
+            raise UserError(
+                f"{file} leaves out the ViT, which was frozen; put {lavis.VIT_FILE} beside it, from"
+                f" {lavis.VIT_URL}"
+            )
+        state |= lavis.vit_state_dict(_load_pickle(vit))
+    return _of_lavis(file, state, lavis.trained_image_size(content))
+
+
+def _of_lavis(path: Path, state: lavis.State, image_size: int | None = None) -> Checkpoint:
+    config, opt_location = lavis.hugging_face_config(state, path, image_size)
+    tensors = lavis.hugging_face_tensors(state)
+    entries = {n: _Entry(path, tuple(t.shape), t.dtype, t) for n, t in tensors.items()}
+    return Checkpoint(path, config, entries, opt_location)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +110,21 @@ class _Entry:
 
 
 class Checkpoint:
-    """A checkpoint's configuration and its tensors by name; may be read from several threads."""
+    """A checkpoint's configuration and its tensors by name; may be read from several threads.
+
+    `path` is its directory or LAVIS's .pth. `opt_location` is where its OPT and tokenizer are: the
+    same directory, or a hub id for LAVIS's, which lack them, or None if only the user can know.
+    """
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]
+        self,
+        path: Path,
+        config: dict[str, Any],
+        entries: Mapping[str, _Entry],
+        opt_location: str | Path | None,
     ) -> None:
-        self.directory = directory
+        self.path = path
+        self.opt_location = opt_location
         self.config = config
         self._entries = entries
 
@@ -140,8 +182,8 @@ class Checkpoint:
             return self._entries[name]
         except KeyError:
             raise UserError(
-                f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not what"
-                " its config.json says: download it again"
+                f"{self.path} has no tensor {name}; the checkpoint is incomplete or not what its"
+                " configuration says: download it again"
             ) from None
 
 
@@ -213,8 +255,11 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
 
 def _entries(file: Path) -> dict[str, _Entry]:
     if file.suffix == ".bin":
-        tensors = _map_pickle(file)
-        return {name: _Entry(file, tuple(t.shape), t.dtype, t) for name, t in tensors.items()}
+        return {
+            name: _Entry(file, tuple(tensor.shape), tensor.dtype, tensor)
+            for name, tensor in _load_pickle(file).items()
+            if artifacts.is_plain(tensor)
+        }
     entries = {}
     with _open_safetensors(file) as opened:
         for name in opened.keys():  # noqa: SIM118 - not a mapping, it only has keys()
@@ -236,8 +281,8 @@ def _open_safetensors(file: Path) -> safe_open:
         raise _unreadable(file, error) from None
 
 
-def _map_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Map a .bin file; nothing in it is executed, and pages are read when touched."""
+def _load_pickle(file: Path) -> dict[str, Any]:
+    """Map a .bin or .pth file; nothing in it is executed, and pages are read when touched."""
     try:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -246,11 +291,16 @@ def _map_pickle(file: Path) -> dict[str, torch.Tensor]:
                 raise
             # Files from before torch 1.6 cannot be mapped, only read.
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} is damaged, or holds more than weights, which is not read as it could run code;"
+            " download the checkpoint again"
+        ) from None
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise _unreadable(file, error) from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{file} holds no weights by name; download the checkpoint again")
-    return {name: t for name, t in content.items() if artifacts.is_plain(t)}
+    return content
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
@@ -279,6 +329,7 @@ class VisionConfig:
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
+    post_layernorm_eps: float = 0.0  # 0 means layer_norm_eps; LAVIS's differ
     qkv_bias: bool = True
 
     @classmethod
@@ -288,6 +339,8 @@ class VisionConfig:
         for name in ("image_size", "patch_size"):
             if isinstance(fields.get(name), list):
                 fields[name] = _square(checkpoint, name, fields[name])
+        if not fields.get("post_layernorm_eps"):
+            fields["post_layernorm_eps"] = fields.get("layer_norm_eps", cls.layer_norm_eps)
         return _read_config(cls, fields, checkpoint)
 
     @property
@@ -343,6 +396,11 @@ class OPTConfig:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> OPTConfig:
         """Read it from config.json of an OPT or of a BLIP-2 with an OPT."""
+        if checkpoint.opt_location != checkpoint.path:
+            raise UserError(
+                f"{checkpoint.path} is of LAVIS, which leaves OPT out; give the OPT that it was"
+                f" trained with: {checkpoint.opt_location or 'its directory'}"
+            )
         if checkpoint.kind == "opt":
             fields = dict(checkpoint.config)
         else:
@@ -350,7 +408,7 @@ class OPTConfig:
             language = fields.get("model_type", "opt")
             if language != "opt":
                 raise UserError(
-                    f"the language model in {checkpoint.directory} is {language}, not OPT; use a"
+                    f"the language model in {checkpoint.path} is {language}, not OPT; use a"
                     " BLIP-2 with OPT, such as Salesforce/blip2-opt-2.7b"
                 )
         if not fields.get("word_embed_proj_dim"):
@@ -372,7 +430,7 @@ def image_token_index(checkpoint: Checkpoint) -> int | None:
 def _sub_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if checkpoint.kind != "blip-2":
         raise UserError(
-            f"{checkpoint.directory} is an OPT checkpoint, which has no {name}; give a BLIP-2"
+            f"{checkpoint.path} is an OPT checkpoint, which has no {name}; give a BLIP-2"
             " checkpoint, such as Salesforce/blip2-opt-2.7b"
         )
     fields = checkpoint.config.get(name)
@@ -411,6 +469,4 @@ def _read_config(cls: Any, fields: Mapping[str, Any], checkpoint: Checkpoint) ->
 
 
 def _bad_config(checkpoint: Checkpoint, what: str) -> UserError:
-    return UserError(
-        f"in {checkpoint.directory / 'config.json'}, {what}; download the checkpoint again"
-    )
+    return UserError(f"in {checkpoint.path / 'config.json'}, {what}; download the checkpoint again")

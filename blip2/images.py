@@ -51,7 +51,7 @@ class Preprocessing:
             UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
         side = VisionConfig.of(checkpoint).image_size
-        path, config = _processor_config(checkpoint.directory)
+        path, config = _processor_config(checkpoint.path)
         try:
             return cls._from_config(config, side)
         except (LookupError, TypeError, ValueError, AttributeError) as error:

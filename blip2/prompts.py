@@ -25,7 +25,6 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -59,6 +58,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(f"the text {text!r} is not UTF-8; write it in that encoding") from None
+        # Not set before: tokenizers 0.13, which LAVIS needs, knows no such setting, but can save.
+        self._backend.encode_special_tokens = True
         return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
 
     def decode(self, token_ids: list[int]) -> str:

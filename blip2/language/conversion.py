@@ -100,7 +100,7 @@ def convert(
             artifacts.write_sidecar(
                 file,
                 source={
-                    "model": str(checkpoint.directory),
+                    "model": str(checkpoint.path),
                     "kind": checkpoint.kind,
                     "fingerprint": checkpoint.fingerprint,
                 },
@@ -135,7 +135,7 @@ def _write(
         writer.write(name, parts)
     except ValueError as error:
         raise UserError(
-            f"cannot convert {checkpoint.directory}: {error}; check the checkpoint, or try another"
+            f"cannot convert {checkpoint.path}: {error}; check the checkpoint, or try another"
             " --dtype"
         ) from None
 
@@ -198,7 +198,7 @@ class _Source:
             stored = self.checkpoint.shape(name)
             if stored != shape:
                 raise UserError(
-                    f"{name} in {self.checkpoint.directory} has shape {list(stored)}, its"
+                    f"{name} in {self.checkpoint.path} has shape {list(stored)}, its"
                     f" config.json calls for {list(shape)}; download the checkpoint again"
                 )
 
@@ -227,7 +227,7 @@ def _check_expressible(opt: OPTConfig, checkpoint: Checkpoint) -> None:
     ]
     if missing:
         raise UserError(
-            f"the OPT in {checkpoint.directory} has no {missing[0]}, which TensorRT-LLM's format"
+            f"the OPT in {checkpoint.path} has no {missing[0]}, which TensorRT-LLM's format"
             " cannot express; use an OPT as facebook or Salesforce publish it"
         )
 

@@ -33,7 +33,7 @@ class VisionTransformer(nn.Module):
         self.encoder.layers = nn.ModuleList(
             VisionLayer(config) for _ in range(config.num_hidden_layers)
         )
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.post_layernorm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = self.embeddings(pixel_values)
@@ -223,13 +223,13 @@ def _filled(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, prefi
         stored = checkpoint.tensor(prefix + name)
         if stored.shape != parameter.shape:
             raise UserError(
-                f"{checkpoint.directory}: {prefix + name} has shape {tuple(stored.shape)}, config.json"
-                f" asks for {tuple(parameter.shape)}; download the checkpoint again"
+                f"{checkpoint.path}: {prefix + name} has shape {tuple(stored.shape)}, its"
+                f" configuration asks for {tuple(parameter.shape)}; download the checkpoint again"
             )
         state[name] = stored.to(dtype)
         if not torch.isfinite(state[name]).all():
             raise UserError(
-                f"{checkpoint.directory}: {prefix + name} holds NaN or Inf in"
+                f"{checkpoint.path}: {prefix + name} holds NaN or Inf in"
                 f" {str(dtype).removeprefix('torch.')}; download the checkpoint again, or use"
                 " --dtype float32"
             )
