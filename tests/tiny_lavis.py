@@ -78,12 +78,11 @@ def make_opt(directory: Path) -> None:
         num_attention_heads=4,
         max_position_embeddings=96,
         word_embed_proj_dim=64,
-        init_std=0.2,
     )
     model = transformers.OPTForCausalLM(config)
-    randomise(model)
+    randomise(model, linears=0.2)
     # The newline often enough among the first choices for answers to end, and at various lengths.
-    model.model.decoder.embed_tokens.weight.data[words.index("Ċ")] *= 0.9
+    model.model.decoder.embed_tokens.weight.data[words.index("Ċ")] *= 0.7
     model.half().save_pretrained(directory)
 
 
@@ -126,9 +125,9 @@ def make_pth(model_type: str, file: Path) -> None:
     torch.save({"model": state, "config": {"model": OmegaConf.to_container(config)}}, file)
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module, linears: float = 0.08) -> None:
     """Redraw what is not frozen. Fresh biases are 0 and norms 1: mistakes would not show."""
-    spread = {1: 0.1, 2: 0.2, 3: 1.0, 4: 0.05}  # by rank: biases, linears, embeddings, convolution
+    spread = {1: 0.1, 2: linears, 3: 1.0, 4: 0.05}  # by rank; 3: embeddings, 4: convolution
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
