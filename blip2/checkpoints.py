@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from blip2 import artifacts
+from blip2 import artifacts, memory
 from blip2.artifacts import UserError
 
 MODEL_TYPES = (
@@ -81,8 +81,13 @@ def load_state_dict(model_type: str) -> dict[str, torch.Tensor]:
                 " from requirements-lavis.txt"
             ) from None
         try:
-            model, _, _ = load_model_and_preprocess("blip2_opt", model_type, is_eval=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            with memory.needed(
+                f"to build LAVIS's {model_type}", "give --model_dir its .pth instead"
+            ):
+                model, _, _ = load_model_and_preprocess("blip2_opt", model_type, is_eval=True)
+        except UserError:
+            raise
+        except Exception as error:  # downloads and damaged files raise nearly anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"LAVIS cannot load {model_type}: {reason}; if it cannot download, bring its files"

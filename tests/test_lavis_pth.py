@@ -92,11 +92,13 @@ def test_pth_computes_what_transformers_computes(model, write, frozen):
     pixel_values = torch.randn(2, 3, 42, 42)
     query_tokens = checkpoint.tensor("query_tokens").expand(2, -1, -1)
     with torch.inference_mode():
-        image_embeds = load_vision_transformer(checkpoint, torch.float32)(pixel_values)
+        vit = load_vision_transformer(checkpoint, torch.float32)
+        image_embeds = vit(pixel_values)
         query_output = load_qformer(checkpoint, torch.float32)(query_tokens, image_embeds, None)
         theirs = model.get_image_features(pixel_values)
     torch.testing.assert_close(image_embeds, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(query_output, theirs.pooler_output, rtol=1e-4, atol=1e-4)
+    assert (vit.encoder.layers[0].layer_norm1.eps, vit.post_layernorm.eps) == (1e-6, 1e-5)
     assert Preprocessing.of(checkpoint) == Preprocessing(42, 42)
 
 
