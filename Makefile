@@ -60,8 +60,7 @@ $(VENV)/test-installed: requirements-test.txt $(VENV)/run-installed
 	.venv-oldest/bin/python -m pip install --quiet -r requirements-oldest.txt
 	touch $@
 
-# Its packages have wheels for Python 3.10 and 3.11. Few of their modules are ever imported: each is
-# compiled when it is.
+# For Python 3.11 at most. Few of the many modules are ever imported: those are compiled then.
 .venv-lavis/installed: requirements-lavis.txt
 	$(PYTHON) -m venv .venv-lavis
 	.venv-lavis/bin/python -m pip install --quiet --no-compile -r requirements-lavis.txt
