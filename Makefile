@@ -32,7 +32,7 @@ test-slow: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -m slow -s
 
 test-lavis: $(VENV)/test-installed .venv-lavis/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_lavis.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/test_lavis.py
 
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .

@@ -85,8 +85,8 @@ def main() -> None:
     from blip2.vision import export
     from blip2.vision.onnx_runtime import QFORMER_FILE, VIT_FILE
 
-    opened = lavis_checkpoint if args.source == "lavis" else open_checkpoint
-    checkpoint = opened(args.model_dir)
+    open_model = lavis_checkpoint if args.source == "lavis" else open_checkpoint
+    checkpoint = open_model(args.model_dir)
     preprocessing = images.Preprocessing.of(checkpoint)
     tokenizer = prompts.load_tokenizer(tokenizer_location(args.hf_model_location, checkpoint))
     pixel_values = images.pixel_values(images.load_image(args.image), preprocessing)[None]

@@ -69,7 +69,8 @@ def load_state_dict(model_type: str) -> dict[str, torch.Tensor]:
     """
     if model_type not in MODEL_TYPES:
         raise UserError(
-            f"LAVIS has no BLIP-2 {model_type} with OPT; give one of {', '.join(MODEL_TYPES)}"
+            f"LAVIS has no BLIP-2 {model_type} with OPT; give one of {', '.join(MODEL_TYPES)}, or a"
+            " .pth without --source lavis"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its old dependencies, not of this program
@@ -144,9 +145,9 @@ def hugging_face_tensors(state: State) -> dict[str, torch.Tensor]:
         if name.endswith("attn.v_bias"):
             continue
         if name.endswith("attn.q_bias"):
-            value = state.get(name.replace("q_bias", "v_bias"), tensor[:0])
+            value = state.get(name.replace("q_bias", "v_bias"), tensor.new_empty(0))
             name = name.replace("q_bias", "qkv.bias")
-            tensor = torch.cat((tensor, torch.zeros_like(tensor), value))
+            tensor = torch.cat([x.flatten() for x in (tensor, torch.zeros_like(tensor), value)])
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
         tensors[name] = tensor

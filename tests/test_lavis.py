@@ -23,16 +23,22 @@ from blip2.prompts import load_tokenizer
 from blip2.vision.modules import load_qformer, load_vision_transformer
 
 LAVIS = ROOT / ".venv-lavis" / "bin" / "python"
-pytestmark = [
-    pytest.mark.skipif(not LAVIS.exists(), reason="no .venv-lavis; make test-lavis makes it"),
-    pytest.mark.xdist_group("lavis"),
-]
+pytestmark = pytest.mark.skipif(
+    not LAVIS.exists(), reason="no .venv-lavis; make test-lavis makes it"
+)
 PTH_FILES = {
     "pretrain_opt2.7b": "blip2_pretrained_opt2.7b.pth",  # its ViT was frozen: eva_vit_g.pth
     "caption_coco_opt2.7b": "blip2_caption_opt2.7b.pth",
 }
 PROMPTS = ["", "a photo of", "Question: what is it? Answer:"]
-ROUTES = [(model_type, route) for model_type in PTH_FILES for route in ("lavis", "pth")]
+# Those of a model in one process, as each export is made once a process.
+ROUTES = [
+    pytest.param(
+        (model_type, route), id=f"{model_type}-{route}", marks=pytest.mark.xdist_group(model_type)
+    )
+    for model_type in PTH_FILES
+    for route in ("lavis", "pth")
+]
 
 
 def tiny_lavis(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -63,7 +69,7 @@ class Export:
     truth: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=ROUTES, ids="-".join)
+@pytest.fixture(scope="module", params=ROUTES)
 def export(request, home, tmp_path_factory) -> Export:
     model_type, route = request.param
     output = tmp_path_factory.mktemp("export")
@@ -171,6 +177,7 @@ def test_run_gives_lavis_answers(export, home, opt, tmp_path, num_beams):
     assert ours == {text: export.truth["answers"][num_beams, text] for text in PROMPTS}
 
 
+@pytest.mark.xdist_group("pretrain_opt2.7b")
 def test_norms_have_lavis_epsilons(home):
     for model_type, file in PTH_FILES.items():
         truth = torch.load(home / f"{model_type}.pt", weights_only=True)
@@ -184,6 +191,7 @@ def test_norms_have_lavis_epsilons(home):
         }
 
 
+@pytest.mark.xdist_group("caption_coco_opt2.7b")
 def test_damaged_download_is_one_line(home, tmp_path):
     for part in ("facebook", "bert-base-uncased", "picture.png"):
         (tmp_path / part).symlink_to(home / part)
