@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -70,13 +71,14 @@ def judge(pipeline, examples, options) -> dict[str, tuple[int, int]]:
     pictures = (list(group) for _, group in by_scene)
     while batch := list(itertools.islice(pictures, BATCH)):
         pixels = [pixel_values(group[0].image, pipeline.vision.preprocessing) for group in batch]
-        query_output = pipeline.look(torch.stack(pixels), Stopwatch())
+        look = pipeline.look(torch.stack(pixels), Stopwatch())
         owners = [index for index, group in enumerate(batch) for _ in group]
         flat = [example for group in batch for example in group]
         prompts = [scenes.prompt(example.question) for example in flat]
         for start in range(0, len(flat), BATCH):
             part = slice(start, start + BATCH)
-            answers = pipeline.ask(query_output[owners[part]], prompts[part], options)
+            seen = dataclasses.replace(look, query_output=look.query_output[owners[part]])
+            answers = pipeline.ask(seen, prompts[part], options)
             for example, beams in zip(flat[part], answers, strict=True):
                 asked[example.form] += 1
                 right[example.form] += beams[0].text == example.answer

@@ -296,17 +296,18 @@ def test_scales_have_the_checkpoints_type(bits, limit):
 
 
 def quantised(model, bits: int):
-    """A float64 copy whose layers' linears have weights rounded as TensorRT-LLM does."""
+    """A float64 copy with weights rounded as TensorRT-LLM does, the head's to 8 bits."""
     model = copy.deepcopy(model).half().double()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data)  # no longer the embedding
     for linear in linears(model):
-        values, scales = numpy_quantised(linear.weight.data, bits)
-        linear.weight.data = torch.from_numpy(values * scales.astype(np.float16).astype(float))
+        values, scales = numpy_quantised(linear.weight.data, 8 if linear is model.lm_head else bits)
+        rounded = torch.from_numpy(values * scales.astype(np.float16).astype(float))
+        linear.weight = torch.nn.Parameter(rounded)
     return model
 
 
 def linears(model) -> list[torch.nn.Linear]:
-    """Those of the layers."""
-    return [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def round_inputs(linear: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> torch.Tensor:

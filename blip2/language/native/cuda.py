@@ -19,13 +19,11 @@ from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
 from blip2.language.native.prompt import Prompt
-from blip2.language.trtllm_format import QUANT_BITS, OPTCheckpointConfig
+from blip2.language.trtllm_format import OPTCheckpointConfig
 
 # A cache is made for a multiple of this many tokens, and a prompt, so that few sizes are prepared.
 _CACHE_MULTIPLE = 128
 _PROMPT_MULTIPLE = 16
-
-_HEAD_BITS = 8
 
 _MOST_CACHES = 4  # kept, each with its step and prompts
 _MOST_PROMPTS = 4  # kept a cache
@@ -59,9 +57,6 @@ class CudaModel(OPTModel):
     def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> CudaModel:
         """Read a checkpoint onto a GPU, to compute in float16 with float32 sums and residuals.
 
-        Where the layers have 8 or 4 bits the head gets 8: it is a tenth to a sixth of what a step
-        reads, and its rounding is less than theirs.
-
         Raises:
             UserError: the checkpoint is damaged; see `load_weights`.
         """
@@ -71,8 +66,6 @@ class CudaModel(OPTModel):
 
         def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> PackedLinear:
             bias = None if bias is None else place(bias)
-            if bits is None and QUANT_BITS[config.quant_algo] is not None:
-                bits = _HEAD_BITS
             return PackedLinear.pack(weight.to(device), bias, bits)
 
         return cls(config, load_weights(directory, config, place, pack))

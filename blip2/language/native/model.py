@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
 from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
-from blip2.language.native.nbits import NBitsLinear
+from blip2.language.native.nbits import NBitsLinear, torch_on_one_thread
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -60,6 +61,11 @@ class OPTModel:
             return tensor.to(device)
 
         return cls(config, load_weights(directory, config, place, pack, place_embedding))
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """What prompts and steps run within."""
+        shares_cores = isinstance(self.weights.head, NBitsLinear)
+        return torch_on_one_thread() if shares_cores else contextlib.nullcontext()
 
     def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> KVCache:
         """A cache for prompts of these lengths."""

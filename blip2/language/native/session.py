@@ -54,6 +54,16 @@ class NativeSession(LanguageSession):
         options: GenerationOptions,
         first_request: int,
     ) -> list[Generation]:
+        with self._model.computing():
+            return self._decode(input_ids, prompt_table, options, first_request)
+
+    def _decode(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        prompt_table: torch.Tensor,
+        options: GenerationOptions,
+        first_request: int,
+    ) -> list[Generation]:
         lengths = torch.tensor([len(ids) for ids in input_ids], device=self.device)
         padded = pad_sequence(list(input_ids), batch_first=True).long().to(self.device)
         cache = self._model.new_cache(lengths, options.num_beams, options.max_output_len)
