@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from blip2 import memory
 from blip2.artifacts import UserError
 from blip2.language.native.linear import Linear, quantize
 
@@ -48,7 +49,9 @@ class NBitsLinear(Linear):
                 " requirements.txt"
             ) from None
         values, scales = quantize(weight, bits)
-        return cls(_session(_model(values, scales.to(weight.dtype).float(), bias, bits)))
+        session = _session(*_model(values, scales.to(weight.dtype).float(), bias, bits))
+        memory.trim()
+        return cls(session)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
@@ -73,9 +76,9 @@ def torch_on_one_thread() -> Iterator[None]:
 
 def _model(
     values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, bits: int
-) -> bytes:
-    """A graph of one MatMulNBits, x → y."""
-    from onnx import TensorProto, helper, numpy_helper
+) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A graph of one MatMulNBits, x → y, and the data that it refers to by name."""
+    from onnx import TensorProto, helper
 
     channels, inputs = values.shape
     block = next(size for size in _BLOCKS if inputs % size == 0)
@@ -84,11 +87,12 @@ def _model(
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
     packed = unsigned.reshape(channels, inputs // block, block * bits // 8)
     repeated = scales[:, None].expand(-1, inputs // block)
-    initializers = {"packed": packed, "scales": repeated.flatten()}
-    operands = ["x", *initializers]
+    data = {"packed": packed, "scales": repeated.flatten()}
+    operands = ["x", *data]
     if bias is not None:
-        initializers["bias"] = bias.float()
+        data["bias"] = bias.float()
         operands += ["", "", "bias"]  # neither zero points nor an order of groups
+    arrays = {name: tensor.numpy() for name, tensor in data.items()}
     node = helper.make_node(
         "MatMulNBits",
         operands,
@@ -105,13 +109,25 @@ def _model(
         "linear",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", inputs])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", channels])],
-        [numpy_helper.from_array(data.numpy(), name) for name, data in initializers.items()],
+        [_described(name, array) for name, array in arrays.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return model.SerializeToString(), arrays
 
 
-def _session(model: bytes):
+def _described(name: str, array: np.ndarray):
+    """An initializer whose data the session is given apart."""
+    from onnx import TensorProto, helper
+
+    tensor = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    for key, value in {"location": name, "length": array.nbytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _session(model: bytes, data: dict[str, np.ndarray]):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,4 +135,8 @@ def _session(model: bytes):
     options.intra_op_num_threads = torch.get_num_threads()
     # Every linear has a pool of its own: idle ones must not spin on the cores that others need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Given so, the data is dropped once the kernel has its own order of it; data inside the model
+    # would stay beside it.
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in data.values()]
+    options.add_external_initializers(list(data), values)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
