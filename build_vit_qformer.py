@@ -23,21 +23,24 @@ if TYPE_CHECKING:
     from blip2.vision.tensorrt_plans import PlanFacts
 
 
+batch_size = cli.int_between(1, 1 << 16)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Build TensorRT plans of BLIP-2's ViT and Q-Former.")
     add = parser.add_argument
     add("network", choices=("0", "1", "all"), help="0: the ViT, 1: the Q-Former")
     add("--onnx_dir", default="onnx", help="written by onnx_export.py")
     add("--plan_dir", default="plan", help="where the plans go")
-    add("--min_batch_size", type=cli.positive_int, default=1, help="smallest batch to build for")
-    add("--opt_batch_size", type=cli.positive_int, default=4, help="batch to tune for")
+    add("--min_batch_size", type=batch_size, default=1, help="smallest batch to build for")
+    add("--opt_batch_size", type=batch_size, default=4, help="batch to tune for")
     add(
         "--max_batch_size",
-        type=cli.positive_int,
+        type=batch_size,
         default=8,
         help="largest batch; run.py splits larger ones",
     )
-    add("--workspace_gb", type=cli.positive_float, help="limit of the builder's GPU memory")
+    add("--workspace_gb", type=cli.number_up_to(1 << 20), help="limit of the builder's GPU memory")
     add("--timing_cache", help="file to keep measured kernels in; makes the next build faster")
     add(
         "--compute_capability",

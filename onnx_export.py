@@ -82,11 +82,12 @@ def main() -> None:
 
     from blip2 import artifacts, images, prompts
     from blip2.checkpoints import lavis_checkpoint, open_checkpoint
-    from blip2.vision import export
+    from blip2.vision import export, modules
     from blip2.vision.onnx_runtime import QFORMER_FILE, VIT_FILE
 
     open_model = lavis_checkpoint if args.source == "lavis" else open_checkpoint
     checkpoint = open_model(args.model_dir)
+    modules.check_checkpoint(checkpoint)
     preprocessing = images.Preprocessing.of(checkpoint)
     tokenizer = prompts.load_tokenizer(tokenizer_location(args.hf_model_location, checkpoint))
     pixel_values = images.pixel_values(images.load_image(args.image), preprocessing)[None]
@@ -101,19 +102,20 @@ def main() -> None:
             checkpoint, pixel_values, dtype, vit, args.opset
         )
         export.write_sidecar(vit, **source, preprocessing=dataclasses.asdict(preprocessing))
-        report(output_dir / "onnx" / VIT_FILE, vit, differences)
+        lines = [report(output_dir / "onnx" / VIT_FILE, vit, differences)]
 
         qformer = stage / "onnx" / QFORMER_FILE
         differences = export.export_qformer(
             checkpoint, query_tokens, image_embeds, dtype, qformer_dtype, qformer, args.opset
         )
         export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype)
-        report(output_dir / "onnx" / QFORMER_FILE, qformer, differences)
+        lines.append(report(output_dir / "onnx" / QFORMER_FILE, qformer, differences))
 
         for name, tensor in (("image.pt", pixel_values), ("query_tokens.pt", query_tokens)):
-            torch.save(tensor, stage / name)
+            artifacts.save_tensor(tensor, stage / name)
             artifacts.write_sidecar(stage / name, **source, shape=list(tensor.shape))
         tokenizer.save(stage / "tokenizer")
+    print(*lines, sep="\n")
     print(f"{output_dir / 'image.pt'}, query_tokens.pt, tokenizer/: saved")
 
 
@@ -128,14 +130,14 @@ def tokenizer_location(given: str | None, checkpoint: Checkpoint) -> str | Path:
     return location
 
 
-def report(target: Path, written: Path, differences: list[export.Difference]) -> None:
+def report(target: Path, written: Path, differences: list[export.Difference]) -> str:
     """One line a file: its size, and how far ONNX Runtime on it is from float32 PyTorch."""
     size = sum(file.stat().st_size for file in written.parent.glob(f"{written.name}*"))
     checks = ", ".join(
         f"batch {d.batch_size}: relative error {d.relative:.1e}, cosine {d.cosine:.6f}"
         for d in differences
     )
-    print(f"{target}: {size / 1e6:.1f} MB; ONNX Runtime against PyTorch float32, {checks}")
+    return f"{target}: {size / 1e6:.1f} MB; ONNX Runtime against PyTorch float32, {checks}"
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--top_p",
-        type=cli.probability,
+        type=cli.number_up_to(1),
         help="sample among probability p",
     )
     add("--temperature", type=cli.positive_float, help="sample: flatten")

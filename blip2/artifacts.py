@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 _STAGE_PREFIX = ".stage-"
+_MOST_ATTEMPTS = 5
 _HASHING_THREADS = 2  # the ViT's weights and OPT's, which are most of the bytes
 _SMALL_BYTES = 16 << 20  # what is hashed in no time is hashed whatever the user says
 _WRITE_FAILURES = {
@@ -69,12 +71,7 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with _locked(directory):  # nobody takes the new one for abandoned before it is locked
-                _remove_abandoned_stages(directory)
-                stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
-                stack.callback(shutil.rmtree, stage, ignore_errors=True)
-                stack.enter_context(_locked(stage))
+            stage = _open_stage(directory, stack)
         except OSError as error:
             raise _cannot_write(error, error.filename or directory) from error
         try:
@@ -90,6 +87,32 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
             raise _cannot_write(
                 error, _target_of(error.filename2 or error.filename, stage, directory)
             ) from error
+
+
+def _open_stage(directory: Path, stack: contextlib.ExitStack) -> Path:
+    """Make a stage, which is removed with the stack; so is `directory` if it is new and empty then."""
+    for attempt in range(_MOST_ATTEMPTS):
+        new = [path for path in (directory, *directory.parents) if not path.exists()]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, new)
+            with _locked(directory):  # nobody takes the new one for abandoned before it is locked
+                _remove_abandoned_stages(directory)
+                stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
+                stack.callback(shutil.rmtree, stage, ignore_errors=True)
+                stack.enter_context(_locked(stage))
+            break
+        except FileNotFoundError:
+            # Another process may just have removed what it had made and left empty.
+            if attempt == _MOST_ATTEMPTS - 1:
+                raise
+    return stage
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
@@ -318,6 +341,15 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; make it again with: {made_by}")
     return content
+
+
+def save_tensor(tensor: torch.Tensor, path: Path) -> None:
+    """`torch.save` of something small, whose failures are the file's: torch's own writer hides them."""
+    import torch
+
+    content = io.BytesIO()
+    torch.save(tensor, content)
+    path.write_bytes(content.getvalue())
 
 
 def load_tensor(path: Path, made_by: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ Imports nothing heavy, so that `--help` is immediate.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -18,6 +19,17 @@ from typing import NoReturn
 
 from blip2 import memory
 from blip2.artifacts import UserError
+
+# What is wrong with a path, wherever in a program it shows.
+_PLACES = {
+    errno.EACCES,
+    errno.EIO,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.ESTALE,
+}
 
 
 class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,18 +76,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _forget_output()
         code = 0
     except OSError as error:
-        if error.filename is not None or not _is_full(stdout):
-            raise
-        _forget_output()
-        code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
-    except Exception as error:
-        if kind := memory.exhausted(error):
-            code = _explain(f"not enough {kind} memory; free some, or ask for less at a time")
-        elif not _is_one_of_several():
-            raise
+        if error.filename is None and _is_full(stdout):
+            _forget_output()
+            code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
+        elif error.filename is not None and error.errno in _PLACES:
+            code = _explain(f"{error.filename}: {error.strerror}; check the path and permissions")
         else:
-            traceback.print_exc()
-            code = 1
+            code = _explain_other(error)
+    except Exception as error:
+        code = _explain_other(error)
     if code and _is_one_of_several():
         # MPI's own end would wait for the other processes, and they for this one, forever. They may
         # be ending this one at the same moment: then it just stops.
@@ -90,6 +99,16 @@ def _explain(message: str) -> int:
     one_line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     print(f"error: {one_line}", file=sys.stderr)
     return 2
+
+
+def _explain_other(error: Exception) -> int:
+    """As `_explain` where memory has run out; a bug shows its traceback."""
+    if kind := memory.exhausted(error):
+        return _explain(f"not enough {kind} memory; free some, or ask for less at a time")
+    if not _is_one_of_several():
+        raise error
+    traceback.print_exception(error)
+    return 1
 
 
 def _is_full(stdout: io.TextIOBase) -> bool:
@@ -137,14 +156,15 @@ def positive_float(text: str) -> float:
     return _number(float, text, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def number_up_to(high: float) -> Callable[[str], float]:
+    """argparse type: a number above 0, at most `high`."""
+    wanted = f"a number above 0 and at most {high}"
+    return lambda text: _number(float, text, lambda value: 0 < value <= high, wanted)
+
+
 def finite_float(text: str) -> float:
     """argparse type: any finite number."""
     return _number(float, text, math.isfinite, "a finite number")
-
-
-def probability(text: str) -> float:
-    """argparse type: a number above 0, at most 1."""
-    return _number(float, text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def _number(kind: type, text: str, valid: Callable[[float], bool], wanted: str) -> int | float:

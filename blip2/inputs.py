@@ -63,9 +63,9 @@ def is_collection(source: str) -> bool:
     """Whether `source` may stand for several pictures."""
     if _is_url(source):
         return False
-    path = Path(source)
     listed = source.lower().endswith((".tar", ".txt"))
-    return listed or path.is_dir() or (glob.has_magic(source) and not path.exists())
+    pattern = glob.has_magic(source) and not os.path.exists(source)
+    return listed or os.path.isdir(source) or pattern
 
 
 def list_entries(sources: Sequence[str]) -> list[str]:

@@ -69,7 +69,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write tokenizer.json into `directory`, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / "tokenizer.json"))
+        text = self._backend.to_str(pretty=True)
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
 def load_tokenizer(location: str | Path) -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -109,42 +108,6 @@ def test_sampling_follows_its_seed(tiny_export, tiny_opt):
     first = sample(1)
     assert first == sample(1)
     assert first != sample(2)
-
-
-REFUSED = {
-    "abbreviated flag": (["--num_beam", "3"], "unrecognized arguments: --num_beam 3"),
-    "no beams": (["--num_beams", "0"], "'0' is not a whole number of at least 1"),
-    "top_p above one": (["--top_p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
-    "temperature not a number": (["--temperature", "nan"], "'nan' is not a number above 0"),
-    "beams and sampling": (["--num_beams", "2", "--top_k", "5"], "exclude each other"),
-    "long prompt": (["--max_txt_len", "3"], "--max_txt_len allows 3"),
-    "long answer": (["--max_output_len", "500"], "at most 96"),
-    "no OPT": (["--opt_engine_dir", "none"], "python opt/convert_checkpoint.py"),
-    "no ONNX files": (["--engine_dir", "none"], "python onnx_export.py"),
-    "no picture": (["--input_dir", "none.png"], "none.png does not exist"),
-    "no tensor": (["--input_dir", "none.pt"], "python onnx_export.py --image"),
-    "no tokenizer": (["--hf_model_location", "none/at-all"], "--hf_model_location"),
-}
-
-
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_refusals_are_one_line_and_exit_code_2(tiny_export, tiny_opt, case):
-    arguments, message = REFUSED[case]
-    done = ask(tiny_export, tiny_opt, "--input_text", QUESTION, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
-
-
-def test_query_tokens_of_another_size_are_refused(tiny_export, tiny_opt, tmp_path):
-    shutil.copy(tiny_export.output / "query_tokens.json", tmp_path)
-    torch.save({"not": "a tensor"}, tmp_path / "query_tokens.pt")
-    arguments = ("--input_text", "", "--query_tokens", tmp_path / "query_tokens.pt")
-    done = ask(tiny_export, tiny_opt, *arguments)
-    assert done.returncode == 2
-    assert "query_tokens.pt has" in done.stderr
 
 
 def test_help_imports_nothing_heavy():

@@ -82,7 +82,7 @@ def convert(
     source = _Source(checkpoint, OPTConfig.of(checkpoint))
     specs = tensor_specs(config)
     layout = {name: (DTYPES[config.dtype], spec.shape) for name, spec in specs.items()}
-    with artifacts.staging(output_dir) as stage:
+    with artifacts.staging(output_dir, replaces=["rank*.safetensors", "rank*.json"]) as stage:
         files = [stage / f"rank{rank}.safetensors" for rank in range(config.tp_size)]
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(SafetensorsWriter(file, layout)) for file in files]

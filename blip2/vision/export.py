@@ -68,7 +68,7 @@ def export_vit(
     cases = [{"input": pixel_values.to(dtype)}, {"input": three.to(dtype)}]
     module = modules.load_vision_transformer(checkpoint, torch.float32)
     expected = references(module, cases)
-    module.to(dtype)
+    _narrow(module, dtype)
     write_graph(module, cases[1], "output", path, opset)
     return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
 
@@ -103,9 +103,20 @@ def export_qformer(
     ]
     module = modules.load_qformer(checkpoint, torch.float32)
     expected = references(module, cases)
-    module.to(compute_dtype)
+    _narrow(module, compute_dtype)
     write_graph(module, cases[-1], "query_output", path, opset)
     return check_graph(path, cases, expected, TOLERANCE[dtype])
+
+
+def _narrow(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights in place; UserError where one is too large for `dtype`."""
+    module.to(dtype)
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"{name} has weights too large for {str(dtype).removeprefix('torch.')}; export with"
+                " --dtype float32 --qformer_dtype float32"
+            )
 
 
 def _attention_mask(batch: int, tokens: int) -> torch.Tensor:
@@ -187,7 +198,13 @@ def check_graph(
     graph = open_graph(path, optimise=False)
     differences = []
     for case, reference in zip(cases, expected, strict=True):
-        difference = _compare(run_graph(graph, case), reference)
+        output = run_graph(graph, case)
+        if output.dtype == torch.float16 and not torch.isfinite(output).all():
+            raise UserError(
+                f"the exported {path.name} overflows float16: it yields NaN or Inf where float32 does"
+                " not; export with --dtype float32"
+            )
+        difference = _compare(output, reference)
         if not difference.relative <= tolerance:
             raise UserError(
                 f"the exported {path.name} disagrees with PyTorch: relative error"

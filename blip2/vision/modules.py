@@ -187,11 +187,16 @@ def load_vision_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> Visio
     Raises:
         UserError: a tensor is missing, has another shape than config.json says, or is not finite.
     """
+    return _filled(_vision_transformer(checkpoint), checkpoint, dtype, "vision_model.")
+
+
+def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
     config = VisionConfig.of(checkpoint)
     _check_activation(config.hidden_act, "vision_config")
     with torch.device("meta"):
         module = VisionTransformer(config)
-    return _filled(module, checkpoint, dtype, prefix="vision_model.")
+    _check_shapes(module, checkpoint, "vision_model.")
+    return module
 
 
 def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype) -> QFormer:
@@ -200,12 +205,27 @@ def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype) -> QFormer:
     Raises:
         UserError: as `load_vision_transformer`.
     """
+    return _filled(_qformer(checkpoint), checkpoint, dtype, "")
+
+
+def _qformer(checkpoint: Checkpoint) -> QFormer:
     config = QFormerConfig.of(checkpoint)
     _check_activation(config.hidden_act, "qformer_config")
     language_hidden_size = checkpoint.shape("language_projection.weight")[0]
     with torch.device("meta"):
         module = QFormer(config, language_hidden_size)
-    return _filled(module, checkpoint, dtype, prefix="")
+    _check_shapes(module, checkpoint, "")
+    return module
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """See that a BLIP-2 checkpoint has every tensor of both networks, without reading any.
+
+    Raises:
+        UserError: a tensor is missing or has another shape than config.json says.
+    """
+    _vision_transformer(checkpoint)
+    _qformer(checkpoint)
 
 
 def _check_activation(name: str, where: str) -> None:
@@ -216,17 +236,21 @@ def _check_activation(name: str, where: str) -> None:
         )
 
 
+def _check_shapes(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    for name, parameter in module.state_dict().items():
+        stored = checkpoint.shape(prefix + name)
+        if stored != tuple(parameter.shape):
+            raise UserError(
+                f"{checkpoint.path}: {prefix + name} has shape {stored}, config.json"
+                f" asks for {tuple(parameter.shape)}; download the checkpoint again"
+            )
+
+
 def _filled(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, prefix: str):
     """Replace every meta parameter by the checkpoint's, converted one at a time."""
     state = {}
-    for name, parameter in module.state_dict().items():
-        stored = checkpoint.tensor(prefix + name)
-        if stored.shape != parameter.shape:
-            raise UserError(
-                f"{checkpoint.path}: {prefix + name} has shape {tuple(stored.shape)}, its"
-                f" configuration asks for {tuple(parameter.shape)}; download the checkpoint again"
-            )
-        state[name] = stored.to(dtype)
+    for name in module.state_dict():
+        state[name] = checkpoint.tensor(prefix + name).to(dtype)
         if not torch.isfinite(state[name]).all():
             raise UserError(
                 f"{checkpoint.path}: {prefix + name} holds NaN or Inf in"

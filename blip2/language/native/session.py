@@ -86,7 +86,7 @@ class NativeSession(LanguageSession):
             if source_rows is not None:
                 cache.reorder(source_rows)
             logits = self._model.step(next_tokens, cache)
-        if not finite:
+        if not finite & torch.isfinite(logits).all():
             raise UserError(
                 "the OPT yields NaN or Inf; make its checkpoint again from the original"
             )
