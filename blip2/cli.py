@@ -32,6 +32,9 @@ _PLACES = {
 }
 
 
+_FULL = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
+
+
 class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that are values; "None" and "False" would tell nobody anything."""
 
@@ -76,7 +79,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _forget_output()
         code = 0
     except OSError as error:
-        if error.filename is None and _is_full(stdout):
+        if error.filename is None and error.errno in _FULL:  # files are written elsewhere, and named
             _forget_output()
             code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
         elif error.filename is not None and error.errno in _PLACES:
@@ -109,15 +112,6 @@ def _explain_other(error: Exception) -> int:
         raise error
     traceback.print_exception(error)
     return 1
-
-
-def _is_full(stdout: io.TextIOBase) -> bool:
-    """Whether standard output cannot take what is still to be written to it."""
-    try:
-        stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _forget_output() -> None:

@@ -92,6 +92,8 @@ def _fetch(url: str, deadline: float) -> bytes:
                 raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
             if time.monotonic() > deadline:
                 raise _too_slow()
+        if response.length:
+            raise http.client.IncompleteRead(bytes(content), response.length)
     return bytes(content)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import warnings
@@ -161,7 +162,13 @@ def write_graph(
             dynamic_shapes=tuple({0: batch} for _ in example),
             verbose=False,
         )
-        program.save(path, external_data=True)
+        try:
+            program.save(path, external_data=True)
+        except OSError as error:
+            # It says neither which file nor, with numpy's words, why.
+            reason = error.strerror or "the disk is full or fails"
+            file = str(artifacts.data_path(path))
+            raise OSError(error.errno or errno.EIO, reason, file) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,512 @@
+"""When the machine gives out: memory, disk, signals, other processes, the network, and numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bad_inputs import assert_one_line, bad_pictures, flip, odd_pictures, run_here
+from conftest import ROOT
+from PIL import Image
+
+from blip2 import artifacts, downloads, images, memory
+from blip2.artifacts import UserError
+from blip2.language import GenerationOptions
+from blip2.pipeline import Pipeline, open_pipeline
+from blip2.vision import export
+
+TEXTS = ["what?", "", "a photo of", "how?"]
+
+
+@pytest.fixture
+def pipeline(tiny_export, tiny_opt) -> Pipeline:
+    return open_pipeline(
+        tiny_export.output / "onnx", tiny_opt, tiny_export.output / "query_tokens.pt"
+    )
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    return torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def options(pipeline: Pipeline, **how: float) -> GenerationOptions:
+    tokenizer = pipeline.tokenizer
+    return GenerationOptions(tokenizer.end_id, tokenizer.pad_id, max_output_len=8, **how)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def limit_batches(monkeypatch, session, method: str, largest: int) -> list[int]:
+    """Let a session run out of GPU memory above that many rows; return the sizes it was asked for."""
+    sizes, run = [], getattr(session, method)
+
+    def limited(batch, *rest):
+        sizes.append(len(batch))
+        if len(batch) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+        return run(batch, *rest)
+
+    monkeypatch.setattr(session, method, limited)
+    return sizes
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"top_k": 0, "temperature": 3.0}], ids=str)
+def test_a_batch_that_memory_does_not_hold_is_halved_once(
+    pipeline, pictures, monkeypatch, capsys, how
+):
+    expected = pipeline.answer(pictures, TEXTS, options(pipeline, **how))
+    looks = limit_batches(monkeypatch, pipeline.vision, "_vit", 2)
+    asks = limit_batches(monkeypatch, pipeline.language, "_generate", 2)
+    for _ in range(2):
+        for found, right in zip(
+            pipeline.answer(pictures, TEXTS, options(pipeline, **how)), expected, strict=True
+        ):
+            assert [beam.text for beam in found] == [beam.text for beam in right]
+            scores = [[beam.score for beam in beams] for beams in (found, right)]
+            assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert looks == asks == [4, 2, 2, 2, 2]  # the next batch begins with the smaller size
+    assert capsys.readouterr().err.splitlines() == [
+        "note: not enough GPU memory for the ViT and Q-Former on a batch of 4; going on with"
+        " batches of 2",
+        "note: not enough GPU memory for the OPT on a batch of 4; going on with batches of 2",
+    ]
+
+
+@pytest.mark.parametrize("part, method", [("vision", "_qformer"), ("language", "_generate")])
+def test_a_batch_whose_half_is_too_much_is_one_line(pipeline, pictures, monkeypatch, part, method):
+    sizes = limit_batches(monkeypatch, getattr(pipeline, part), method, 1)
+    with pytest.raises(
+        UserError, match=r"not enough GPU memory for the .* on a batch of 2; lower"
+    ) as e:
+        pipeline.answer(pictures, TEXTS, options(pipeline))
+    assert "--batch_size, --num_beams or --max_output_len" in str(e.value)
+    assert sizes == [4, 2]
+
+
+def test_loading_what_memory_does_not_hold(tiny_export, tiny_opt, monkeypatch):
+    def enormous(*_args, **_kwargs):
+        torch.empty(1 << 50)  # a real failure of torch's allocator, not our idea of one
+
+    arguments = (tiny_export.output / "onnx", tiny_opt, tiny_export.output / "query_tokens.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr("blip2.language.native.checkpoint._build", enormous)
+        with pytest.raises(UserError, match=r"not enough host memory to load .*--use_weight_only"):
+            open_pipeline(*arguments)
+    monkeypatch.setattr("onnxruntime.InferenceSession", enormous)
+    with pytest.raises(UserError, match=r"not enough host memory to open .*visual_encoder\.onnx;"):
+        open_pipeline(*arguments)
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (MemoryError(), "host"),
+        (OSError(12, "Cannot allocate memory"), "host"),
+        (RuntimeError("std::bad_alloc"), "host"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "GPU"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "GPU"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "GPU"),
+        (RuntimeError("CUDA error: an illegal memory access"), None),
+        (ValueError("no"), None),
+    ],
+)
+def test_which_memory_ran_out(error, kind):
+    assert memory.exhausted(error) == kind
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_picture_under_a_limit_of_memory(tmp_path):
+    Image.new("L", (9400, 9400)).save(tmp_path / "large.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20), hard))
+    try:
+        with pytest.raises(UserError, match=r"not enough host memory for .*large\.png; scale it"):
+            images.load_image(tmp_path / "large.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# --- disk --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[None]:
+    """A file system of 100 kB; where none may be mounted, files of at most 20 kB."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(directory)]
+    if shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(directory)], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("script", ["onnx_export.py", "build_vit_qformer.py", "convert"])
+def test_full_disks_name_the_file_and_leave_nothing(
+    tiny_checkpoint, tiny_plans, tmp_path, monkeypatch, capsys, script
+):
+    full = tmp_path / "full"
+    command, file = {
+        "onnx_export.py": (
+            f"onnx_export.py --model_dir {tiny_checkpoint.checkpoint} --image"
+            f" {tiny_checkpoint.picture} --output_dir {full}",
+            "onnx/visual_encoder/visual_encoder.onnx.data",
+        ),
+        "build_vit_qformer.py": (
+            f"build_vit_qformer.py 0 --onnx_dir {tiny_plans.onnx} --plan_dir {full}"
+            " --compute_capability 8.9",
+            "visual_encoder/visual_encoder_fp16.plan",
+        ),
+        "convert": (
+            f"opt/convert_checkpoint.py --model_dir {tiny_checkpoint.checkpoint} --output_dir {full}",
+            "rank0.safetensors",
+        ),
+    }[script]
+    with small_disk(full):
+        done = run_here(command, monkeypatch, capsys)
+        assert_one_line(done)
+        assert f"cannot write {full}/{file}: " in done.err
+        assert "free space there or choose another" in done.err
+        assert not list(full.iterdir())
+
+
+def test_small_files_on_full_disks(tmp_path):
+    """What torch and tokenizers write with their own code does not hide why it failed."""
+    with small_disk(tmp_path / "full"):
+        with (
+            pytest.raises(UserError, match=r"cannot write .*full/big\.pt: "),
+            artifacts.staging(tmp_path / "full") as stage,
+        ):
+            artifacts.save_tensor(torch.zeros(100_000), stage / "big.pt")
+        assert not list((tmp_path / "full").iterdir())
+
+
+def test_older_files_that_a_new_result_lacks_are_removed(tmp_path):
+    for names in (["rank0.bin", "rank1.bin", "config.json"], ["rank0.bin", "config.json"]):
+        with artifacts.staging(tmp_path, replaces=["rank*.bin"]) as stage:
+            for name in names:
+                (stage / name).write_text(name)
+        assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+# --- other processes, and signals --------------------------------------------------------------
+
+STAGE_OFTEN = """
+import sys
+from pathlib import Path
+from blip2 import artifacts
+target, me = Path(sys.argv[1]), sys.argv[2]
+for turn in range(60):
+    with artifacts.staging(target / "deep" / "er", replaces=["only-*"]) as stage:
+        (stage / "sub").mkdir()
+        for name in ("a.bin", "sub/b.bin", f"only-{me}", "c.json"):
+            (stage / name).write_text(me)
+    if turn % 7 == 0:
+        try:
+            with artifacts.staging(target / "deep" / "er") as stage:
+                (stage / "a.bin").write_text("broken")
+                raise KeyError
+        except KeyError:
+            pass
+"""
+
+
+def start(*command: object, **how) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+def test_stages_of_two_processes_end_as_one_of_them(tmp_path):
+    runs = [start("-c", STAGE_OFTEN, tmp_path, me) for me in "AB"]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    files = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    [winner] = set(files.values())
+    assert set(files) == {"a.bin", "b.bin", "c.json", f"only-{winner}"}
+    assert os.listdir(tmp_path / "deep" / "er").count("sub") == 1
+
+
+@pytest.mark.parametrize("script", ["export", "build", "convert"])
+def test_two_programs_at_once_leave_one_whole_result(tiny_plans, tiny_checkpoint, tmp_path, script):
+    out = tmp_path / "out"
+    model, picture = tiny_plans.checkpoint, tiny_checkpoint.picture
+    common, ways, made = {
+        "export": (
+            ("onnx_export.py", "--model_dir", model, "--image", picture, "--output_dir", out),
+            [("--dtype", "float32"), ()],
+            ["onnx/visual_encoder/visual_encoder.onnx", "onnx/Qformer/Qformer.onnx"],
+        ),
+        "build": (
+            ("build_vit_qformer.py", "all", "--onnx_dir", tiny_plans.onnx, "--plan_dir", out),
+            [("--compute_capability", "8.9"), ("--compute_capability", "12.0")],
+            ["visual_encoder/visual_encoder_fp16.plan", "Qformer/Qformer_fp16.plan"],
+        ),
+        "convert": (
+            ("opt/convert_checkpoint.py", "--model_dir", model, "--output_dir", out),
+            [("--tp_size", "2"), ("--dtype", "float32")],
+            ["rank0.safetensors"],
+        ),
+    }[script]
+    runs = [start(*common, *way, stdout=subprocess.DEVNULL) for way in ways]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    with artifacts.Verification({out / file: "test" for file in made}) as verification:
+        verification.finish()
+    facts = [json.loads((out / file).with_suffix(".json").read_text()) for file in made]
+    assert len({str((f["dtype"], f.get("gpu"))) for f in facts}) == 1
+    if script == "convert":
+        ranks = json.loads((out / "config.json").read_text())["mapping"]["tp_size"]
+        assert len(list(out.glob("rank*.safetensors"))) == ranks
+        assert facts[0]["dtype"] == ("float16" if ranks == 2 else "float32")
+    assert not list(out.glob(".*"))
+
+
+def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp_path):
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}
+    runs = {}
+    for sent in ends:
+        out = tmp_path / sent.name
+        out.mkdir()
+        (out / "image.pt").write_text("mine")
+        runs[sent] = start(
+            *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint),
+            *("--image", tiny_checkpoint.picture, "--output_dir", out),
+        )
+    for sent, run in runs.items():
+        out = tmp_path / sent.name
+        while run.poll() is None and not list(out.glob(".stage-*")):
+            time.sleep(0.01)
+        run.send_signal(sent)
+    for sent, run in runs.items():
+        _, err = run.communicate(timeout=60)
+        assert run.returncode == ends[sent], err
+        if sent != signal.SIGKILL:
+            assert err == "interrupted\n"
+            assert os.listdir(tmp_path / sent.name) == ["image.pt"]
+        assert (tmp_path / sent.name / "image.pt").read_text() == "mine"
+    left = tmp_path / signal.SIGKILL.name
+    assert len(os.listdir(left)) == 2
+    with artifacts.staging(left):
+        pass
+    assert os.listdir(left) == ["image.pt"]
+
+
+def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):
+    """Closed, full, of a reader that goes, and of an encoding that lacks the question's letters."""
+    out = tiny_export.output
+    ask = (
+        *(sys.executable, "run.py", "--engine_dir", out / "onnx", "--opt_engine_dir", tiny_opt),
+        *("--query_tokens", out / "query_tokens.pt", "--input_dir", out / "image.pt"),
+        *("--input_text", "猫?"),
+    )
+    line = " ".join(map(str, ask))
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1", "LANG": "C"}
+    shell = {
+        f"{line} >&-": (0, ""),
+        f"{line} >/dev/full": (2, "error: cannot write standard output: No space left on device"),
+        f"set -o pipefail; {line} | true": (0, ""),
+        f"{line} | grep -q 'u732b'": (0, ""),
+    }
+    runs = [
+        subprocess.Popen(
+            ["bash", "-c", command], cwd=ROOT, env=latin, stderr=subprocess.PIPE, text=True
+        )
+        for command in shell
+    ]
+    for run, (code, says) in zip(runs, shell.values(), strict=True):
+        _, err = run.communicate(timeout=120)
+        assert (run.returncode, err.partition(";")[0].strip()) == (code, says), run.args
+
+
+# --- many pictures -----------------------------------------------------------------------------
+
+
+def test_bad_pictures_among_many_are_lines_of_their_own(
+    tiny_export, tiny_opt, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    bad = {name: content for name, (content, _) in bad_pictures().items()}
+    for name, content in {**bad, **odd_pictures()}.items():
+        (folder / name).write_bytes(content)
+    seen = {name for name in bad if name.endswith((".jpg", ".png"))}  # others look like no picture
+    done = run_here(
+        f"run.py --engine_dir {tiny_export.checkpoint} --opt_engine_dir {tiny_opt} --workers 1"
+        f" --input_dir {folder} --output {tmp_path / 'out.jsonl'} --max_output_len 3",
+        monkeypatch,
+        capsys,
+    )
+    assert done.code == 1, done.err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    failed = {Path(line["path"]).name for line in lines if "error" in line}
+    answered = {Path(line["path"]).name for line in lines if "answer" in line}
+    assert failed == seen
+    assert answered == set(odd_pictures())
+
+
+# --- hashes ------------------------------------------------------------------------------------
+
+
+def test_no_verify_leaves_large_files_unread(tiny_export, tiny_opt, tmp_path, monkeypatch):
+    opt = Path(shutil.copytree(tiny_opt, tmp_path / "opt"))
+    flip(opt / "rank0.safetensors")()
+    arguments = (tiny_export.output / "onnx", opt, tiny_export.output / "query_tokens.pt")
+    monkeypatch.setattr(artifacts, "_SMALL_BYTES", 1 << 16)
+    open_pipeline(*arguments, verify=False)
+    with pytest.raises(UserError, match=r"rank0\.safetensors is not the file that"):
+        open_pipeline(*arguments)
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage, method", [("ViT", "_vit"), ("Q-Former", "_qformer")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_name_their_stage(
+    pipeline, pictures, monkeypatch, stage, method, value
+):
+    run = getattr(pipeline.vision, method)
+
+    def spoiled(batch):
+        return run(batch.float()).index_fill(0, torch.tensor([len(batch) - 1]), value)
+
+    monkeypatch.setattr(pipeline.vision, method, spoiled)
+    for how in ({}, {"num_beams": 2}, {"top_k": 0, "temperature": 2.0}):
+        with pytest.raises(UserError, match=f"the {stage} yields NaN or Inf, in float32 too"):
+            pipeline.answer(pictures, TEXTS, options(pipeline, **how))
+    pipeline.vision.dtype = torch.float16
+    with pytest.raises(UserError, match=r"float16 has overflowed.*onnx_export\.py --dtype float32"):
+        pipeline.answer(pictures, TEXTS, options(pipeline))
+
+
+def test_numbers_that_are_none_in_opt(pipeline, pictures, monkeypatch):
+    model = pipeline.language._model
+    step, steps = model.step, []
+
+    def spoiled(tokens, cache):
+        steps.append(tokens)
+        return step(tokens, cache) * (torch.nan if len(steps) == 3 else 1)
+
+    monkeypatch.setattr(model, "step", spoiled)
+    with pytest.raises(UserError, match="the OPT yields NaN or Inf; make its checkpoint again"):
+        pipeline.answer(pictures, TEXTS, options(pipeline))
+    monkeypatch.setattr(model, "prefill", lambda *_: torch.full((4, 320), torch.inf))
+    with pytest.raises(UserError, match="the OPT yields NaN or Inf"):
+        pipeline.answer(pictures, TEXTS, options(pipeline, top_k=0, temperature=2.0))
+
+
+class Loud(torch.nn.Module):
+    """Yields in float32 what float16 does not hold."""
+
+    def __init__(self, weight: float = 6e4) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((4,), weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_an_export_that_overflows_float16_says_so(tmp_path):
+    module, case = Loud(), {"input": torch.full((2, 4), 3.0)}
+    expected = export.references(module, [case])
+    assert torch.isfinite(expected[0]).all()
+    narrow = {"input": case["input"].half()}
+    path = tmp_path / "loud.onnx"
+    export._narrow(module, torch.float16)
+    export.write_graph(module, narrow, "output", path)
+    with pytest.raises(UserError, match=r"loud\.onnx overflows float16: .* --dtype float32"):
+        export.check_graph(path, [narrow], expected, 1e-2)
+    with pytest.raises(UserError, match="weight has weights too large for float16; export with"):
+        export._narrow(Loud(weight=1e5), torch.float16)
+
+
+# --- the network -------------------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers that a picture's address can give."""
+
+    def do_GET(self):
+        port = self.server.server_address[1]
+        target = {"/inside": f"http://127.0.0.1:{port}/ok", "/file": "file:///etc/passwd"}
+        target |= {"/ftp": "ftp://127.0.0.1/x", "/loop": "/loop"}
+        if self.path in target:
+            self.send_response(302)
+            self.send_header("Location", target[self.path])
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/none" else 200)
+        if self.path == "/short":
+            self.send_header("Content-Length", "999")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if self.path == "/drip":
+                while True:
+                    self.wfile.write(b".")
+                    time.sleep(0.05)
+            self.wfile.write(b"x" * (3000 if self.path == "/large" else 9))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as serving:
+        serving.daemon_threads = True
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_address[1]}"
+        serving.shutdown()
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("/none", "Not Found; check the address"),
+        ("/large", "it is larger than 0 MiB"),
+        ("/drip", "it takes longer than 1 s"),
+        ("/short", "IncompleteRead"),
+        ("/inside", "a redirect leads to 127.0.0.1, which is no public address"),
+        ("/loop", "a redirect leads to 127.0.0.1"),
+        ("/file", "is not allowed"),
+        ("/ftp", "Found; check"),
+    ],
+)
+def test_downloads_are_limited(server, monkeypatch, path, says):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(downloads, "MAX_BYTES", 2000)
+    monkeypatch.setattr(downloads, "TIMEOUT_S", 1)
+    with pytest.raises(UserError) as error:
+        downloads.download(server + path)
+    assert f"cannot download {server}{path}: " in str(error.value)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_user_asks_for_himself_may_be_private(server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    assert downloads.download(server + "/ok") == b"x" * 9
