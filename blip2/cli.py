@@ -79,7 +79,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _forget_output()
         code = 0
     except OSError as error:
-        if error.filename is None and error.errno in _FULL:  # files are written elsewhere, and named
+        if (
+            error.filename is None and error.errno in _FULL
+        ):  # files are written elsewhere, and named
             _forget_output()
             code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
         elif error.filename is not None and error.errno in _PLACES:
