@@ -70,7 +70,7 @@ class EngineConfig:
             if type(value) is not int or value < 1:
                 raise _bad_engine(path, f"{name} is {value!r}")
         architecture = content["pretrained_config"].get("architecture")
-        if architecture != ARCHITECTURE or config.dtype not in DTYPES:
+        if architecture != ARCHITECTURE or config.dtype not in list(DTYPES):
             raise _bad_engine(path, f"the model is {architecture} in {config.dtype}, not OPT")
         check_version(config.version, f"{engine_dir} was built by")
         if config.rows_per_request < 1:
