@@ -46,7 +46,7 @@ $(VENV)/run-installed: requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test-installed: requirements-test.txt $(VENV)/run-installed
+$(VENV)/test-installed: requirements-test.txt requirements-ray.txt $(VENV)/run-installed
 	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
 	for version in $(TENSORRT_BINDINGS); do \
 		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade \

@@ -4,6 +4,7 @@
     python run.py --input_dir photo.jpg --input_text ""              # no text: a caption
     python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
     python run.py --input_dir photos/ --output captions.jsonl        # many pictures, resumable
+    python run.py --input_dir photos/ --output captions.jsonl --ray  # on every GPU here
     mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
 What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans or ONNX files,
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2 import cli
 from blip2.artifacts import UserError
@@ -26,7 +28,7 @@ from blip2.artifacts import UserError
 if TYPE_CHECKING:
     import torch
 
-    from blip2.language.session import GenerationOptions
+    from blip2.batch import Facts, Question, Summary, Workers
     from blip2.pipeline import Answer, Pipeline
 
 
@@ -67,7 +69,21 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--workers",
         type=cli.int_between(1, 256),
-        help="with --output: processes that decode pictures (default: half of the processors)",
+        help="with --output: processes that decode pictures (default: half of the processors; with"
+        " --ray: as many as are free)",
+    )
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="with --output: all GPUs of a Ray cluster; without an address, of this machine",
+    )
+    add(
+        "--ray_actors",
+        type=cli.positive_int,
+        metavar="N",
+        help="with --ray: copies of the engines (default: one a GPU, or without any one a machine)",
     )
     add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
     add(
@@ -108,9 +124,12 @@ def parse_arguments() -> argparse.Namespace:
         "--html": args.html,
         "--batch_size": args.batch_size,
         "--workers": args.workers,
+        "--ray": args.ray,
     }.items():
         if value is not None and not many:
             parser.error(f"{flag} goes with --output")
+    if args.ray_actors and not args.ray:
+        parser.error("--ray_actors goes with --ray")
     if many and (args.json or args.benchmark):
         parser.error("--output goes without --json and --benchmark")
     if many and not args.input_dir:
@@ -152,14 +171,14 @@ def answer_one(args: argparse.Namespace) -> None:
         raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
     watch = Stopwatch()
     with watch.time("load engines"):
-        pipeline = open_engines(args)
+        pipeline = engines(args)()
     if not pipeline.language.takes_requests:
         pipeline.language.close()
         return
     with watch.time("load picture"):
         pixel_values = load_pixel_values(source, pipeline)
-    options = decoding_options(args, pipeline)
-    check_prompt_length(text, args.max_txt_len, pipeline)
+    options = pipeline.options(decoding_options(args))
+    check_prompt_length(pipeline.tokenizer.encode(text), args.max_txt_len)
 
     texts = [text] * len(pixel_values)
     if args.benchmark:
@@ -187,51 +206,75 @@ def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
     from blip2 import batch, inputs, report
     from blip2.decoders import Decoders, default_workers
-    from blip2.journal import Journal, fingerprint
     from blip2.prompts import fill_template
 
     entries = inputs.list_entries(args.input_dir)
     template = args.prompt_template or BATCH_TEMPLATE
     questions = [batch.Question(text, fill_template(template, text)) for text in args.input_text]
-    with Decoders(args.workers or default_workers()) as decoders:
-        pipeline = open_engines(args)
-        if not pipeline.language.takes_requests:
-            pipeline.language.close()
-            return 0
-        if not pipeline.language.is_leader:
-            raise UserError(
-                "--output cannot write from several processes; leave out mpirun, and use an engine"
-                " for one GPU"
-            )
-        for question in questions:
-            check_prompt_length(question.prompt, args.max_txt_len, pipeline)
-        options = decoding_options(args, pipeline)
-        pipeline.check([question.prompt for question in questions], options)
-        batch_size = args.batch_size or batch.default_batch_size(pipeline)
-        vision, opt = engine_directories(args)
-        made_with = {
-            "--input_dir": args.input_dir,
-            "--engine_dir": fingerprint(Path(vision)),
-            "--opt_engine_dir": fingerprint(Path(opt)),
-            "--query_tokens": fingerprint(Path(args.query_tokens)),
-            **batch.describe(pipeline, questions, options, batch_size),
-        }
-        with Journal(args.output, len(questions), made_with) as journal:
-            summary = batch.answer_all(
-                pipeline, decoders, entries, questions, options, journal, batch_size
-            )
-            if args.html:
-                report.write_report(args.html, args.output, entries, decoders, len(questions))
+    processes = args.workers or default_workers()
+    if args.ray:
+        from blip2.cluster import Cluster
+
+        with Cluster(args.ray, engines(args), args.ray_actors, args.workers) as cluster:
+            facts = cluster.facts(questions, decoding_options(args))
+            summary = write_answers(args, entries, questions, facts, cluster)
+    else:
+        with Decoders(processes) as decoders:
+            pipeline = engines(args)()
+            if not pipeline.language.takes_requests:
+                pipeline.language.close()
+                return 0
+            if pipeline.language.is_in_step:
+                raise UserError(
+                    "--output cannot write from several processes; leave out mpirun, and use an"
+                    " engine for one GPU"
+                )
+            facts = batch.Facts.of(pipeline, questions, decoding_options(args))
+            workers = batch.LocalWorkers(pipeline, decoders)
+            summary = write_answers(args, entries, questions, facts, workers)
+    if args.html:
+        with Decoders(processes) as decoders:
+            report.write_report(args.html, args.output, entries, decoders, len(questions))
     print(summary)
     return 1 if summary.failed else 0
 
 
-def open_engines(args: argparse.Namespace) -> Pipeline:
-    """The engines that the directories call for, and the tokenizer saved with the query tokens."""
+def write_answers(
+    args: argparse.Namespace,
+    entries: Sequence[str],
+    questions: Sequence[Question],
+    facts: Facts,
+    workers: Workers,
+) -> Summary:
+    """Have the workers answer what is not in the output yet, and write it."""
+    from blip2 import batch, inputs
+    from blip2.journal import Journal, fingerprint
+
+    for prompt in facts.prompts:
+        check_prompt_length(prompt, args.max_txt_len)
+    batch_size = args.batch_size or facts.batch_size
+    vision, opt = engine_directories(args)
+    made_with = {
+        "--input_dir": args.input_dir,
+        "--engine_dir": fingerprint(Path(vision)),
+        "--opt_engine_dir": fingerprint(Path(opt)),
+        "--query_tokens": fingerprint(Path(args.query_tokens)),
+        **batch.describe(facts, questions, batch_size),
+    }
+    with Journal(args.output, len(questions), made_with) as journal:
+        start = batch.find_start(entries, journal, batch_size)
+        work = batch.Work(entries, start, batch_size, facts.preprocessing, questions, facts.options)
+        total = inputs.count_pictures(entries)
+        return batch.write_answers(workers.answer(work), workers.count, total, journal)
+
+
+def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
+    """What opens the engines that the directories call for, and the tokenizer beside them."""
     from blip2.pipeline import open_pipeline
 
     vision, opt = engine_directories(args)
-    return open_pipeline(
+    return functools.partial(
+        open_pipeline,
         engine_dir=vision,
         opt_engine_dir=opt,
         query_tokens=args.query_tokens,
@@ -281,37 +324,32 @@ def load_saved_picture(path: Path) -> torch.Tensor:
     return pixel_values
 
 
-def decoding_options(args: argparse.Namespace, pipeline: Pipeline) -> GenerationOptions:
-    """The options of the command line; naming any of top_k, top_p, temperature asks for sampling."""
-    from blip2.language.session import GenerationOptions
-
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """GenerationOptions without the tokenizer's ids; any of top_k, top_p, temperature: sampling."""
     sampling = {"top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling:
         sampling.setdefault("top_k", 0)
-    return GenerationOptions(
-        end_id=pipeline.tokenizer.end_id,
-        pad_id=pipeline.tokenizer.pad_id,
-        max_output_len=args.max_output_len,
-        num_beams=args.num_beams,
-        length_penalty=args.length_penalty,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
+    return {
+        "max_output_len": args.max_output_len,
+        "num_beams": args.num_beams,
+        "length_penalty": args.length_penalty,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
         **sampling,
-    )
+    }
 
 
-def check_prompt_length(text: str, max_txt_len: int, pipeline: Pipeline) -> None:
+def check_prompt_length(prompt: Sequence[int], max_txt_len: int) -> None:
     """A prompt is never cut silently.
 
     Raises:
         UserError: it has more tokens than --max_txt_len.
     """
-    length = len(pipeline.tokenizer.encode(text))
-    if length > max_txt_len:
+    if len(prompt) > max_txt_len:
         raise UserError(
-            f"--input_text has {length} tokens, --max_txt_len allows {max_txt_len}; shorten the text"
-            " or raise --max_txt_len"
+            f"--input_text has {len(prompt)} tokens, --max_txt_len allows {max_txt_len}; shorten the"
+            " text or raise --max_txt_len"
         )
 
 

@@ -1,18 +1,25 @@
 """Many pictures through the pipeline: decoded ahead, each looked at once, every question asked of it.
 
+    start = find_start(entries, journal, batch_size)
+    work = Work(entries, start, batch_size, facts.preprocessing, questions, options)
+    summary = write_answers(workers.answer(work), workers.count, total, journal)
+
+`workers` are this process (`LocalWorkers`) or the machines of a Ray cluster (`blip2.cluster`).
+
 Batches are windows of the input: batch k holds pictures k * size … (k + 1) * size - 1 of it, those
-that cannot be read left out. So a run that goes on computes the batches that an uninterrupted one
-would, and gives the same answers, sampled ones too.
+that cannot be read left out. So a run that goes on, or has many workers, computes the batches that
+an uninterrupted one would, and gives the same answers, sampled ones too.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +28,13 @@ from tqdm import tqdm
 from blip2 import inputs
 from blip2.artifacts import UserError
 from blip2.decoders import Decoders
+from blip2.images import Preprocessing
 from blip2.inputs import Picture
 from blip2.journal import Journal
 from blip2.language import GenerationOptions
 from blip2.pipeline import Answer, Pipeline, Stopwatch
+
+WAIT = "wait for pictures"  # the stage of a worker that has none to look at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,118 +46,174 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a run did: pictures in the output, those of this run, and its seconds by stage."""
+class Facts:
+    """What a run must know of the engines, wherever they are: `prompts` are token ids."""
 
-    done: int
-    failed: int
-    new: int
-    wall_seconds: float
-    seconds: dict[str, float]
+    prompts: list[list[int]]
+    options: GenerationOptions
+    preprocessing: Preprocessing
+    batch_size: int
 
-    def __str__(self) -> str:
-        rate = self.new / self.wall_seconds if self.new else 0.0
-        lines = [
-            f"{self.done} pictures done, {self.failed} of them failed;"
-            f" {self.new} in this run, {rate:.1f} pictures/s",
-            f"{'stage':<18}{'time':>12}{'share':>8}",
-        ]
-        other = self.wall_seconds - sum(self.seconds.values())
-        for stage, seconds in [*self.seconds.items(), ("other", other)]:
-            lines.append(f"{stage:<18}{seconds:>10.1f} s{seconds / self.wall_seconds:>7.0%}")
-        return "\n".join(lines)
+    @classmethod
+    def of(
+        cls, pipeline: Pipeline, questions: Sequence[Question], decoding: dict[str, Any]
+    ) -> Facts:
+        """Read them off open engines; `batch_size` is the one to take where none is asked for.
+
+        Args:
+            decoding: fields of GenerationOptions, for `Pipeline.options`.
+
+        Raises:
+            UserError: the engines cannot take a question, or decode so.
+        """
+        prompts, options = [question.prompt for question in questions], pipeline.options(decoding)
+        pipeline.check(prompts, options)
+        return cls(
+            [pipeline.tokenizer.encode(prompt) for prompt in prompts],
+            options,
+            pipeline.vision.preprocessing,
+            _default_batch_size(pipeline),
+        )
 
 
-def default_batch_size(pipeline: Pipeline) -> int:
+def _default_batch_size(pipeline: Pipeline) -> int:
     """64 on a GPU, 16 on a CPU, and no more than either engine takes at once."""
     limits = (pipeline.vision.max_batch_size, pipeline.language.limits.max_batch_size)
     wanted = 64 if pipeline.vision.device.type == "cuda" else 16
     return min([wanted, *(limit for limit in limits if limit)])
 
 
-def describe(
-    pipeline: Pipeline, questions: Sequence[Question], options: GenerationOptions, batch_size: int
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins: at picture `position` of the input, picture `skip` of entry `entry`."""
+
+    position: int = 0
+    entry: int = 0
+    skip: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Pictures from `position` of the input on; decoded: each one's 3 x S x S, or what is wrong."""
+
+    position: int
+    pictures: Sequence[Picture]
+    decoded: Sequence[np.ndarray | str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be done: every question about every picture of `entries` from `start` on.
+
+    Attributes:
+        entries: what `inputs.list_entries` found.
+        batch_size: pictures looked at, and asked one question, at once.
+        preprocessing: what the engines' ViT takes.
+        options: how to decode; of a sampling, `seed` is the first of a series.
+    """
+
+    entries: Sequence[str]
+    start: Start
+    batch_size: int
+    preprocessing: Preprocessing
+    questions: Sequence[Question]
+    options: GenerationOptions
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches from `start` on, not decoded.
+
+        Raises:
+            UserError: there is a shard, but no webdataset to read it with.
+        """
+        pictures = inputs.read_pictures(self.entries[self.start.entry :])
+        pictures, position = itertools.islice(pictures, self.start.skip, None), self.start.position
+        while batch := list(itertools.islice(pictures, self.batch_size)):
+            yield Batch(position, batch)
+            position += len(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """The output's lines of each picture of the batch at `position`, and what its stages took."""
+
+    position: int
+    lines: list[list[dict[str, Any]]]
+    seconds: dict[str, float]
+
+
+class Workers(Protocol):
+    """Who answers: `count` engines at once."""
+
+    count: int
+
+    def answer(self, work: Work) -> Iterator[Answered]:
+        """Do the work, batch by batch in the input's order.
+
+        Raises:
+            UserError: a worker was killed, or its engines cannot take a question.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run did: pictures in the output, those of this run, and seconds by stage.
+
+    The seconds are those of all workers: shares are of `wall_seconds` times `workers`.
+    """
+
+    done: int
+    failed: int
+    new: int
+    wall_seconds: float
+    seconds: dict[str, float]
+    workers: int = 1
+
+    def __str__(self) -> str:
+        rate = self.new / self.wall_seconds if self.new else 0.0
+        total = self.wall_seconds * self.workers
+        of_workers = f" by {self.workers} workers" if self.workers > 1 else ""
+        lines = [
+            f"{self.done} pictures done, {self.failed} of them failed;"
+            f" {self.new} in this run{of_workers}, {rate:.1f} pictures/s",
+            f"{'stage':<18}{'time':>12}{'share':>8}",
+        ]
+        other = total - sum(self.seconds.values())
+        for stage, seconds in [*self.seconds.items(), ("other", other)]:
+            lines.append(f"{stage:<18}{seconds:>10.1f} s{seconds / total:>7.0%}")
+        return "\n".join(lines)
+
+
+def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> dict[str, Any]:
     """What must stay the same for a run to go on with the output of another, by flag."""
     return {
         "--input_text or --prompt_template": [dataclasses.asdict(q) for q in questions],
         "--batch_size": batch_size,
-        **{f"--{name}": value for name, value in dataclasses.asdict(options).items()},
-        "tokenizer": [pipeline.tokenizer.encode(question.prompt) for question in questions],
+        **{f"--{name}": value for name, value in dataclasses.asdict(facts.options).items()},
+        "tokenizer": facts.prompts,
     }
 
 
-def answer_all(
-    pipeline: Pipeline,
-    decoders: Decoders,
-    entries: Sequence[str],
-    questions: Sequence[Question],
-    options: GenerationOptions,
-    journal: Journal,
-    batch_size: int,
-) -> Summary:
-    """Ask every question of every picture that is not in the journal yet, and write the answers.
-
-    Args:
-        entries: what `inputs.list_entries` found.
-        options: how to decode; of a sampling, `seed` is the first of a series.
-        batch_size: pictures looked at, and asked one question, at once.
+def find_start(entries: Sequence[str], journal: Journal, batch_size: int) -> Start:
+    """Where the batch begins that holds the first picture which is not in the journal.
 
     Raises:
-        UserError: the input is another than that of the journal's pictures; the journal cannot be
-            written; the engines cannot take a question. What was written before stays.
+        UserError: the input is another than that of the journal's pictures, or there is a shard
+            but no webdataset to read it with.
     """
-    watch, start = Stopwatch(), time.perf_counter()
-    position = journal.done // batch_size * batch_size
-    done, failed = journal.done, journal.failed
-    batches = decoders.decode(
-        _open_batches(inputs.read_pictures(entries), journal, batch_size),
-        pipeline.vision.preprocessing,
-    )
-    with _progress_bar(inputs.count_pictures(entries), journal.done) as bar:
-        while True:
-            with watch.time("wait for pictures"):
-                pictures, decoded = next(batches, ((), []))
-            if not pictures:
-                break
-            answers = _answer(pipeline, decoded, questions, options, position, watch)
-            # Those before `new` were written by the run that this one goes on with.
-            new = max(0, journal.done - position)
-            lines = [
-                _lines(picture, outcome, questions)
-                for picture, outcome in zip(pictures[new:], answers[new:], strict=True)
-            ]
-            with watch.time("write"):
-                journal.append(list(itertools.chain.from_iterable(lines)))
-            position += len(pictures)
-            done += len(lines)
-            failed += sum(isinstance(outcome, str) for outcome in answers[new:])
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(len(lines))
-    wall = time.perf_counter() - start
-    return Summary(done, failed, done - journal.done, wall, watch.seconds)
-
-
-def _progress_bar(total: int, done: int) -> tqdm:
-    # In a log file every refresh is another line.
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, unit=" pictures", mininterval=interval, smoothing=0.1)
-
-
-def _open_batches(
-    pictures: Iterable[Picture], journal: Journal, size: int
-) -> Iterator[list[Picture]]:
-    """The batches that hold a picture which is not done, in order."""
-    source, names, position = iter(pictures), journal.names(), 0
-    while batch := list(itertools.islice(source, size)):
-        for picture, name in zip(batch, names, strict=False):
+    position, number, names = journal.done // batch_size * batch_size, 0, journal.names()
+    start = Start()
+    for index, entry in enumerate(entries):
+        for skip, picture in enumerate(inputs.read_pictures([entry])):
+            if number == position:
+                start = Start(position, index, skip)
+            if (name := next(names, None)) is None:
+                return start
             if picture.name != name:
                 raise _changed_input(journal, name)
-        position += len(batch)
-        if position > journal.done:
-            yield batch
+            number += 1
     if missing := next(names, None):
         raise _changed_input(journal, missing)
+    return Start(journal.done, len(entries))
 
 
 def _changed_input(journal: Journal, name: dict[str, str]) -> UserError:
@@ -157,23 +223,107 @@ def _changed_input(journal: Journal, name: dict[str, str]) -> UserError:
     )
 
 
-def _answer(
+def write_answers(
+    answers: Iterable[Answered], workers: int, total: int, journal: Journal
+) -> Summary:
+    """Write the lines of every batch, those of pictures that are in the journal left out.
+
+    Args:
+        answers: batches from the one with the first missing picture on, in order.
+        workers: how many engines they come from.
+        total: pictures of the input, for the progress bar.
+
+    Raises:
+        UserError: the journal cannot be written, or `answers` raises it. What was written stays.
+    """
+    begun, done, failed = time.perf_counter(), journal.done, journal.failed
+    seconds: collections.Counter[str] = collections.Counter()
+    watch = Stopwatch()
+    with _progress_bar(total, done) as bar:
+        for answered in answers:
+            # The first batch may be one that a killed run wrote in part.
+            new = answered.lines[max(0, journal.done - answered.position) :]
+            with watch.time("write"):
+                journal.append(list(itertools.chain.from_iterable(new)))
+            seconds.update(answered.seconds)
+            done += len(new)
+            failed += sum("error" in lines[0] for lines in new)
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(len(new))
+    wall = time.perf_counter() - begun
+    return Summary(done, failed, done - journal.done, wall, {**seconds, **watch.seconds}, workers)
+
+
+def _progress_bar(total: int, done: int) -> tqdm:
+    # In a log file every refresh is another line.
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, unit=" pictures", mininterval=interval, smoothing=0.1)
+
+
+class LocalWorkers:
+    """The engines of this process, its pictures decoded by others: see `Workers`."""
+
+    count = 1
+
+    def __init__(self, pipeline: Pipeline, decoders: Decoders) -> None:
+        self._pipeline, self._decoders = pipeline, decoders
+
+    def answer(self, work: Work) -> Iterator[Answered]:
+        """Do the work, batch by batch.
+
+        Raises:
+            UserError: a decoding process was killed, or the engines cannot take a question.
+        """
+        batches = (batch.pictures for batch in work.batches())
+        decoded = self._decoders.decode(batches, work.preprocessing)
+        position = work.start.position
+        while True:
+            watch = Stopwatch()
+            with watch.time(WAIT):
+                pictures, values = next(decoded, ((), []))
+            if not pictures:
+                return
+            batch = Batch(position, pictures, values)
+            yield answer_batch(self._pipeline, batch, work.questions, work.options, watch)
+            position += len(pictures)
+
+
+def answer_batch(
     pipeline: Pipeline,
-    decoded: Sequence[np.ndarray | str],
+    batch: Batch,
     questions: Sequence[Question],
     options: GenerationOptions,
-    position: int,
+    watch: Stopwatch,
+) -> Answered:
+    """Ask every question of every picture of a decoded batch; the stages are added to `watch`.
+
+    Raises:
+        UserError: the engines cannot take a question.
+    """
+    outcomes = _outcomes(pipeline, batch, questions, options, watch)
+    lines = [
+        _lines(picture, outcome, questions)
+        for picture, outcome in zip(batch.pictures, outcomes, strict=True)
+    ]
+    return Answered(batch.position, lines, watch.seconds)
+
+
+def _outcomes(
+    pipeline: Pipeline,
+    batch: Batch,
+    questions: Sequence[Question],
+    options: GenerationOptions,
     watch: Stopwatch,
 ) -> list[list[list[Answer]] | str]:
     """For each picture its answers, question by question, beams best first; or what is wrong."""
-    values = [picture for picture in decoded if not isinstance(picture, str)]
+    values = [picture for picture in batch.decoded if not isinstance(picture, str)]
     if not values:
-        return list(decoded)
+        return list(batch.decoded)
     look = pipeline.look(torch.from_numpy(np.stack(values)), watch)
     asked = []
     for number, question in enumerate(questions):
         # The seed counts requests over: equal draws in every batch would make them alike.
-        seed = options.seed + position * len(questions) + number * len(decoded)
+        seed = options.seed + batch.position * len(questions) + number * len(batch.decoded)
         with watch.time("OPT"):
             asked.append(
                 pipeline.ask(
@@ -183,7 +333,7 @@ def _answer(
                 )
             )
     of_picture = (list(answers) for answers in zip(*asked, strict=True))
-    return [outcome if isinstance(outcome, str) else next(of_picture) for outcome in decoded]
+    return [outcome if isinstance(outcome, str) else next(of_picture) for outcome in batch.decoded]
 
 
 def _lines(

@@ -66,7 +66,7 @@ class Decoders:
         Raises:
             UserError: a worker was killed.
         """
-        return self._map(batches, _pixel_values, preprocessing)
+        return self._map(batches, decode_picture, preprocessing)
 
     def thumbnails(
         self, batches: Iterable[Sequence[Picture]]
@@ -136,7 +136,8 @@ def _load(picture: Picture) -> Image.Image:
     return images.decode_image(picture.content, name)
 
 
-def _pixel_values(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
+def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
+    """A picture's 3 x S x S float32 values, or what is wrong with it."""
     try:
         return images.pixel_values(_load(picture), preprocessing).numpy()
     except (UserError, MemoryError) as error:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -95,6 +95,15 @@ class Pipeline:
                 f"the Q-Former's output has hidden size {self.vision.output_size}, this OPT has"
                 f" {self.language.hidden_size}; use the OPT that belongs to the BLIP-2 checkpoint"
             )
+
+    def options(self, decoding: dict[str, Any]) -> GenerationOptions:
+        """How to decode: fields of GenerationOptions, and the ids that this tokenizer has for it.
+
+        Raises:
+            UserError: a field has a value that it cannot have.
+        """
+        ids = {"end_id": self.tokenizer.end_id, "pad_id": self.tokenizer.pad_id}
+        return GenerationOptions(**ids, **decoding)
 
     def check(self, texts: Sequence[str], options: GenerationOptions) -> None:
         """See that the engine can take such questions, before any work.

@@ -105,6 +105,33 @@ def tiny_opt(tiny_export, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def demo_opt(tmp_path_factory) -> Path:
+    """The demo checkpoint's OPT as opt/convert_checkpoint.py writes it."""
+    directory = tmp_path_factory.mktemp("demo_opt")
+    done = run_program(
+        *("opt/convert_checkpoint.py", "--model_dir", ROOT / "demo" / "checkpoint"),
+        *("--output_dir", directory),
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Scenes in two folders, named in the order of their seeds."""
+    from batch_runs import SCENES, scene
+
+    directory = tmp_path_factory.mktemp("photos")
+    (directory / "b").mkdir()
+    for number in range(SCENES):
+        folder = directory / "b" if number < 5 else directory / "c" / "d"
+        folder.mkdir(parents=True, exist_ok=True)
+        scene(number).image.save(folder / f"{number}.{'png' if number % 2 else 'PNG'}")
+    (directory / "b" / "notes.md").write_text("no picture")
+    return directory
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyPlans:
     """A tiny BLIP-2 in float16, as onnx/ and as plan/ of TensorRT-RTX for two GPUs."""

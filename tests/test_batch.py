@@ -15,16 +15,16 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from batch_runs import SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
 
 from blip2 import inputs, report
 from blip2.artifacts import UserError
-from blip2.batch import Question, Summary, answer_all, flags
+from blip2.batch import LocalWorkers, Question, Summary, Work, find_start, flags, write_answers
 from blip2.decoders import Decoders
 from blip2.images import Preprocessing, load_image, pixel_values
 from blip2.journal import Journal, fingerprint
@@ -33,54 +33,12 @@ from blip2.pipeline import Answer
 from blip2.prompts import fill_template
 from demo import scenes
 
-CHECKPOINT = ROOT / "demo" / "checkpoint"
 COUNT = "How many objects are there?"
 NASTY = "<img src=x onerror=alert(1)>.png"
-SCENES = 9
 POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def opt(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("demo_opt")
-    done = run_program(
-        *("opt/convert_checkpoint.py", "--model_dir", CHECKPOINT, "--output_dir", directory)
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Nine scenes in two folders, named in the order of their seeds."""
-    directory = tmp_path_factory.mktemp("photos")
-    (directory / "b").mkdir()
-    for number in range(SCENES):
-        folder = directory / "b" if number < 5 else directory / "c" / "d"
-        folder.mkdir(parents=True, exist_ok=True)
-        scene(number).image.save(folder / f"{number}.{'png' if number % 2 else 'PNG'}")
-    (directory / "b" / "notes.md").write_text("no picture")
-    return directory
-
-
-def scene(number: int):
-    """A scene that the demo checkpoint was not trained on."""
-    return scenes.draw(scenes.EVALUATION_SEED + number)
-
-
-def command(opt: Path, output: Path, *arguments: object) -> list[str]:
-    return [
-        "run.py",
-        *("--engine_dir", str(CHECKPOINT), "--opt_engine_dir", str(opt), "--workers", "2"),
-        *("--max_output_len", "40", "--output", str(output), *map(str, arguments)),
-    ]
-
-
-def read(output: Path) -> list[dict]:
-    return [json.loads(line) for line in output.read_text().splitlines()]
-
-
-def test_each_picture_and_question_has_its_line(opt, photos, tmp_path):
+def test_each_picture_and_question_has_its_line(demo_opt, photos, tmp_path):
     """The truth is what was drawn; the pictures come as a folder, a list, a shard and a pattern."""
     wds = pytest.importorskip("webdataset")
     folder = shutil.copytree(photos, tmp_path / "photos")
@@ -97,7 +55,7 @@ def test_each_picture_and_question_has_its_line(opt, photos, tmp_path):
     output, page = tmp_path / "new" / "out.jsonl", tmp_path / "page.html"
     sources = [folder, tmp_path / "list.txt", tmp_path / "shard.tar", folder / "b" / "[3-4].*"]
     done = run_program(
-        *command(opt, output, "--input_dir", *sources, "--html", page, "--batch_size", 4),
+        *command(demo_opt, output, "--input_dir", *sources, "--html", page, "--batch_size", 4),
         *("--input_text", "", "--input_text", COUNT, "--input_text", f"Question: {COUNT} Answer:"),
         *("--num_beams", "2"),
         cwd=elsewhere,
@@ -165,31 +123,12 @@ def check_page(path: Path, pictures: int, texts: list[str]) -> None:
         assert text in page.text
 
 
-def processes_of(marker: str) -> list[int]:
-    """The processes that have `marker` in their environment, other than zombies."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < end:
-        time.sleep(0.01)
-    return met
-
-
-def test_runs_that_are_killed_go_on(opt, photos, tmp_path):
+def test_runs_that_are_killed_go_on(demo_opt, photos, tmp_path):
     """kill -9, Ctrl-C or SIGTERM at random moments, in a sampled run, where batches show."""
     sampling = ("--top_p", 0.9, "--temperature", 3.0, "--seed", 3, "--batch_size", 2)
     arguments = ("--input_dir", photos, photos, photos, *sampling, "--max_output_len", 16)
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    done = run_program(*command(opt, whole, *arguments))
+    done = run_program(*command(demo_opt, whole, *arguments))
     assert done.returncode == 0, done.stderr
     expected = whole.read_bytes()
     answers = [line["answer"] for line in read(whole)]
@@ -201,7 +140,7 @@ def test_runs_that_are_killed_go_on(opt, photos, tmp_path):
         before = output.read_bytes() if output.exists() else b""
         target = before.count(b"\n") + random.choice((1, 3))
         process = subprocess.Popen(
-            [sys.executable, *command(opt, output, *arguments)],
+            [sys.executable, *command(demo_opt, output, *arguments)],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             env={**os.environ, **dict([marker.split("=")])},
@@ -221,7 +160,7 @@ def test_runs_that_are_killed_go_on(opt, photos, tmp_path):
         assert wait_for(lambda: not processes_of(marker), 10)
         with open(output, "ab") as file:
             file.write(expected[len(written) :][: random.randint(1, 60)])  # a torn line
-    done = run_program(*command(opt, output, *arguments))
+    done = run_program(*command(demo_opt, output, *arguments))
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == expected
 
@@ -271,7 +210,6 @@ class FakePipeline:
     """Answers with the first value that it sees of a picture; notes every look and question."""
 
     def __init__(self) -> None:
-        self.vision = SimpleNamespace(preprocessing=Preprocessing(4, 4))
         self.looks: list[int] = []
         self.asked: list[tuple[list[str], int]] = []
 
@@ -296,10 +234,12 @@ def fake_run(decoders, tmp_path):
 
     def run(files: list[str]) -> tuple[FakePipeline, Summary]:
         pipeline = FakePipeline()
+        workers = LocalWorkers(pipeline, decoders)
         questions = [Question("", ""), Question("q", "Question: q Answer:")]
         with journal(tmp_path / "out.jsonl") as lines:
-            options = GenerationOptions(end_id=0)
-            return pipeline, answer_all(pipeline, decoders, files, questions, options, lines, 3)
+            start, options = find_start(files, lines, 3), GenerationOptions(end_id=0)
+            work = Work(files, start, 3, Preprocessing(4, 4), questions, options)
+            return pipeline, write_answers(workers.answer(work), 1, len(files), lines)
 
     return run
 

@@ -108,6 +108,33 @@ def test_other_ranks_of_the_python_session_decode_silently(ask, truth, tmp_path)
     assert "absent" in err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_many_pictures_are_refused_where_every_process_would_write_them(
+    tiny_export, truth, tmp_path, monkeypatch, capsys, rank
+):
+    """ModelRunner's processes all take the requests, and there is one output."""
+    engine = write_engine(tmp_path / "engine", truth, world_size=2, kv_cache_type="CONTINUOUS")
+    install_double(monkeypatch, tmp_path / "site", rank=rank, size=2)
+    out, output = tiny_export.output, tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            *("run.py", "--opt_engine_dir", str(engine), "--engine_dir", str(out / "onnx")),
+            *("--query_tokens", str(out / "query_tokens.pt"), "--workers", "1"),
+            *("--input_dir", str(tiny_export.picture), "--output", str(output)),
+        ],
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(run.main)
+    forget_double()
+    assert stopped.value.code == 2
+    assert (
+        "--output cannot write from several processes; leave out mpirun" in capsys.readouterr().err
+    )
+    assert not output.exists()
+
+
 def test_a_foreign_vocabulary_is_refused_before_the_engine_is_loaded(ask, truth, tmp_path):
     engine = write_engine(tmp_path / "engine", truth)
     config = json.loads((engine / "config.json").read_text())

@@ -97,7 +97,8 @@ class LanguageSession(abc.ABC):
 
     An engine split over several GPUs has one process a GPU. Each opens the session; then
     `takes_requests` says whether this process has to call `generate` too, or only lends its GPU to
-    what rank 0 asks, and `is_leader` says which one of them has the answers to show.
+    what rank 0 asks, `is_leader` which one of them has the answers to show, and `is_in_step` whether
+    all of them must call it alike.
     """
 
     vocab_size: int
@@ -105,6 +106,7 @@ class LanguageSession(abc.ABC):
     limits: Limits
     takes_requests: bool = True
     is_leader: bool = True
+    is_in_step: bool = False
 
     def load(self) -> None:  # noqa: B027 - most engines load when they are opened
         """Load what opening the session left on disk, if anything; `generate` does so too.

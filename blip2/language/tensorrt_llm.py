@@ -82,7 +82,8 @@ class TensorRTLLMSession(LanguageSession):
             max_table_rows=config.rows_per_request,
         )
         self.is_leader = self._rank == 0
-        self.takes_requests = self.is_leader or not config.runs_in_executor
+        self.is_in_step = processes > 1 and not config.runs_in_executor
+        self.takes_requests = self.is_leader or self.is_in_step
         self._engine_dir = engine_dir
         self._config = config
         self._runner: Any = None
