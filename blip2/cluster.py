@@ -19,9 +19,11 @@ import dataclasses
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,8 +49,6 @@ except ImportError:
         "--ray needs Ray; install it with: pip install -r requirements-ray.txt"
     ) from None
 
-LOCAL = "local"  # Ray's name for a cluster of this machine alone, for this process only
-
 Row = dict[str, Any]
 OpenPipeline = Callable[[], Pipeline]
 
@@ -70,7 +70,7 @@ class Cluster:
         """Join a cluster, or start one.
 
         Args:
-            address: of a cluster, as Ray takes it, or LOCAL.
+            address: of a cluster, as Ray takes it; "local" starts one of this machine.
             open_pipeline: opens the engines; run on the machines that have the GPUs.
             actors: how many engines at once; None is one for each GPU, or without any GPU one for
                 each machine.
@@ -150,17 +150,18 @@ class Cluster:
 
 
 def _connect(address: str) -> None:
-    # Workers of this machine import what this process does.
-    others = {"py_modules": [str(Path(blip2.__file__).parent)]} if address != LOCAL else None
     on_sigterm = signal.getsignal(signal.SIGTERM)
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _check_reachable(address)
-        with _quiet_stderr():
+        with tempfile.TemporaryDirectory() as code, _quiet_stderr():
+            # On this machine too: without it, workers import from the current directory first.
+            no_caches = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(Path(blip2.__file__).parent, Path(code, "blip2"), ignore=no_caches)
             ray.init(
                 address=address,
-                runtime_env=others,
+                runtime_env={"working_dir": code},
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import html.parser
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -407,3 +409,69 @@ def test_refusals_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# Reported by the page itself: what a phone would show of it.
+MEASURE = """<script>
+addEventListener("load", async () => {
+  const images = [...document.images];
+  for (const image of images) image.loading = "eager";
+  await Promise.all(images.map((image) => image.decode().catch(() => 0)));
+  document.body.dataset.measured = JSON.stringify({
+    width: innerWidth,
+    content: document.documentElement.scrollWidth,
+    images: images.filter((image) => image.naturalWidth > 0).length,
+    columns: new Set(images.map((image) => image.getBoundingClientRect().left)).size,
+    small: [...document.querySelectorAll("p")].filter(
+      (text) => parseFloat(getComputedStyle(text).fontSize) < 16).length,
+  });
+});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt-get install chromium")
+@pytest.mark.parametrize(("width", "columns"), [(500, 1), (1200, 4)])
+def test_a_browser_shows_the_page_without_sideways_scrolling(
+    decoders, photos, tmp_path, width, columns
+):
+    """500 pixels is the narrowest window that headless Chromium opens."""
+    files, output = inputs.list_entries([str(photos)]), tmp_path / "out.jsonl"
+    long = "Question" + "abcdefghij" * 30
+    with journal(output) as lines:
+        for file in files:
+            lines.append(
+                [
+                    {"path": file, "question": "", "answer": long, "flags": ["loop"]},
+                    {"path": file, "question": long, "answer": "<b>3</b>", "flags": []},
+                ]
+            )
+    page, shown = tmp_path / "page.html", tmp_path / "measured.html"
+    report.write_report(page, output, files, decoders, 2)
+    shown.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
+
+    def browse(*arguments: str) -> str:
+        done = subprocess.run(
+            [
+                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
+                *("--virtual-time-budget=5000", *arguments, shown.as_uri()),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    [found] = re.findall(r"data-measured=\"([^\"]*)\"", browse("--dump-dom"))
+    found = json.loads(html.unescape(found))
+    assert found["width"] == width
+    assert found["content"] <= width
+    assert found["images"] == SCENES
+    assert found["columns"] == columns
+    assert found["small"] == 0
+    browse(f"--screenshot={tmp_path / 'page.png'}")
+    colours = Image.open(tmp_path / "page.png").convert("RGB").getcolors(1 << 24)
+    assert len(colours) > 500  # scenes, not an empty page

@@ -67,14 +67,15 @@ class Begun:
     expected: bytes
     output: Path
     arguments: list[str]
+    directory: Path
 
     def lines(self) -> int:
         return self.output.read_bytes().count(b"\n")
 
     def start(self, marker: str, *ray: object) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, *self.arguments, *map(str, ray), "--ray_actors", "2"],
-            cwd=ROOT,
+            [sys.executable, ROOT / "run.py", *self.arguments, *map(str, ray), "--ray_actors", "2"],
+            cwd=self.directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(marker),
@@ -83,6 +84,7 @@ class Begun:
     def wait_for_lines(self, process: subprocess.Popen) -> None:
         before = self.lines()
         assert wait_for(lambda: self.lines() > before or process.poll() is not None, 150)
+        assert process.poll() is None, process.communicate()[1].decode()
 
 
 @pytest.fixture
@@ -105,7 +107,10 @@ def begun(demo_opt, photos, tmp_path) -> Begun:
     head = b"".join(expected.splitlines(keepends=True)[:7])
     output.write_bytes(head + expected[len(head) :][:20])
     shutil.copy(f"{whole}.options", f"{output}.options")
-    return Begun(expected, output, command(demo_opt, output, *arguments))
+    # The workers import nothing of what lies where the run was started.
+    (tmp_path / "blip2").mkdir()
+    (tmp_path / "blip2" / "__init__.py").touch()
+    return Begun(expected, output, command(demo_opt, output, *arguments)[1:], tmp_path)
 
 
 def test_the_lines_are_those_of_one_process_though_an_actor_is_killed(begun, marker):
