@@ -414,10 +414,8 @@ def test_refusals_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Reported by the page itself: what a phone would show of it.
 MEASURE = """<script>
-addEventListener("load", async () => {
+addEventListener("load", () => {
   const images = [...document.images];
-  for (const image of images) image.loading = "eager";
-  await Promise.all(images.map((image) => image.decode().catch(() => 0)));
   document.body.dataset.measured = JSON.stringify({
     width: innerWidth,
     content: document.documentElement.scrollWidth,
@@ -448,7 +446,9 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(
             )
     page, shown = tmp_path / "page.html", tmp_path / "measured.html"
     report.write_report(page, output, files, decoders, 2)
-    shown.write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
+    # The load event waits for pictures, but not for those that are lazy.
+    at_once = page.read_text().replace('loading="lazy"', "")
+    shown.write_text(at_once.replace("</body>", MEASURE + "</body>"))
 
     def browse(*arguments: str) -> str:
         done = subprocess.run(
@@ -456,7 +456,8 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(
                 *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
                 *("--disable-background-networking", "--disable-component-update"),
                 *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
-                *("--virtual-time-budget=5000", *arguments, shown.as_uri()),
+                *arguments,
+                shown.as_uri(),
             ],
             capture_output=True,
             text=True,
