@@ -11,7 +11,7 @@ TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow test-lavis lint clean
+.PHONY: demo test test-slow test-lavis lint environments clean
 
 demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
@@ -37,6 +37,8 @@ test-lavis: $(VENV)/test-installed .venv-lavis/installed
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+environments: $(VENV)/test-installed .venv-oldest/installed .venv-lavis/installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_program
 
+# In one process: each would export for itself.
+pytestmark = pytest.mark.xdist_group("demo")
+
 CHECKPOINT = ROOT / "demo" / "checkpoint"
 
 

@@ -6,9 +6,11 @@ Needs .venv-lavis (make test-lavis), which makes tiny models of LAVIS's own clas
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +71,32 @@ class Export:
     truth: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=ROUTES)
-def export(request, home, tmp_path_factory) -> Export:
-    model_type, route = request.param
-    output = tmp_path_factory.mktemp("export")
-    arguments = (
-        *("--hf_model_location", home / "facebook" / "opt-2.7b", "--image", home / "picture.png"),
-        *("--dtype", "float32", "--output_dir", output),
-    )
-    if route == "lavis":
-        source = ("--source", "lavis", "--model_dir", model_type)
-        done = tiny_lavis(home, "export", *source, *arguments)
-    else:
-        pth = home / "torch" / "hub" / "checkpoints" / PTH_FILES[model_type]
-        done = run_program("onnx_export.py", "--model_dir", pth, *arguments)
-    assert done.returncode == 0, done.stderr
-    return Export(output, torch.load(home / f"{model_type}.pt", weights_only=True))
+@pytest.fixture(scope="module")
+def exports(home, tmp_path_factory) -> Callable[[str, str], Export]:
+    """Export a model by a route; each is made once, in whatever order the tests ask for them."""
+
+    @functools.cache
+    def export(model_type: str, route: str) -> Export:
+        output = tmp_path_factory.mktemp("export")
+        arguments = (
+            *("--hf_model_location", home / "facebook" / "opt-2.7b"),
+            *("--image", home / "picture.png", "--dtype", "float32", "--output_dir", output),
+        )
+        if route == "lavis":
+            source = ("--source", "lavis", "--model_dir", model_type)
+            done = tiny_lavis(home, "export", *source, *arguments)
+        else:
+            pth = home / "torch" / "hub" / "checkpoints" / PTH_FILES[model_type]
+            done = run_program("onnx_export.py", "--model_dir", pth, *arguments)
+        assert done.returncode == 0, done.stderr
+        return Export(output, torch.load(home / f"{model_type}.pt", weights_only=True))
+
+    return export
+
+
+@pytest.fixture(params=ROUTES)
+def export(request, exports) -> Export:
+    return exports(*request.param)
 
 
 @pytest.fixture(scope="module")

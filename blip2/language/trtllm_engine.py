@@ -73,10 +73,11 @@ class EngineConfig:
         if architecture != ARCHITECTURE or config.dtype not in list(DTYPES):
             raise _bad_engine(path, f"the model is {architecture} in {config.dtype}, not OPT")
         check_version(config.version, f"{engine_dir} was built by")
-        if config.rows_per_request < 1:
+        rows = config.max_prompt_embedding_table_size
+        if type(rows) is not int or config.rows_per_request < 1:
             raise _bad_engine(
                 path,
-                f"max_prompt_embedding_table_size is {config.max_prompt_embedding_table_size} for"
+                f"max_prompt_embedding_table_size is {rows} for"
                 f" max_batch_size {config.max_batch_size}; it must be query tokens x max_batch_size",
             )
         for rank in range(config.world_size):
