@@ -1,6 +1,6 @@
 """OPT on an NVIDIA GPU: the model of `model.py` with kernels of its own, in float16.
 
-`prompt.py` reads prompts; `fused_step.py` appends a token to a few rows, `layered_step.py` to many.
+`prompt.py` reads prompts; `fused_step.py` appends a token to one row, `layered_step.py` to more.
 Each is prepared once for a size and kept.
 """
 

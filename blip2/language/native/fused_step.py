@@ -1,4 +1,4 @@
-"""A decoding step for few rows as one kernel, step.cu: the weights stream in without a pause."""
+"""A decoding step for one row as one kernel, step.cu: the weights stream in without a pause."""
 
 from __future__ import annotations
 

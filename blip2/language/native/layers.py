@@ -17,8 +17,7 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
-# Rows above which cuBLAS is faster, though it has to have weights unpacked first, by their bits.
-_MOST_ROWS = {16: 64, 8: 64, 4: 64}
+_MOST_ROWS = 64  # with more cuBLAS is faster, though packed weights are unpacked for it first
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -71,7 +70,7 @@ class Layers:
 
     def _add(self, x: torch.Tensor, linear: PackedLinear) -> None:
         """self.x += x Wᵀ + b, now or together with the next norm."""
-        if self._few_rows(linear):
+        if self._few_rows:
             self._launch(x, linear, self.x, residual=True)
         else:
             torch.mm(x, linear.unpacked().T, out=self._added)
@@ -101,7 +100,7 @@ class Layers:
         self, x: torch.Tensor, linear: PackedLinear, out: torch.Tensor, *, relu: bool = False
     ) -> None:
         """out = [ReLU](x Wᵀ + b)."""
-        if self._few_rows(linear):
+        if self._few_rows:
             self._launch(x, linear, out, relu=relu)
         elif relu and linear.bias is not None:
             # The product's own epilogue: no other function of PyTorch asks cuBLAS for it.
@@ -110,8 +109,9 @@ class Layers:
             y = linear(x)
             out.copy_(y.relu() if relu else y)
 
-    def _few_rows(self, linear: PackedLinear) -> bool:
-        return self._on_gpu and self._tokens <= _MOST_ROWS[linear.bits]
+    @property
+    def _few_rows(self) -> bool:
+        return self._on_gpu and self._tokens <= _MOST_ROWS
 
     def _launch(
         self,
