@@ -233,11 +233,15 @@ _POOL = torch.empty(1 << 24).normal_(0, 0.02, generator=torch.Generator().manual
 
 
 def fill(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite with random values, repeated from a pool: drawing billions would take minutes."""
+    """Overwrite with random values from a pool: drawing billions would take minutes.
+
+    Each call begins elsewhere in the pool, or ONNX Runtime would keep equal weights once.
+    """
     flat = tensor.view(-1)
-    for start in range(0, len(flat), len(_POOL)):
-        part = flat[start : start + len(_POOL)]
-        part.copy_(_POOL[: len(part)])
+    first = torch.randint(len(_POOL), ()).item()
+    for start in range(-first, len(flat), len(_POOL)):
+        part = flat[max(start, 0) : start + len(_POOL)]
+        part.copy_(_POOL[max(-start, 0) :][: len(part)])
     return tensor
 
 
