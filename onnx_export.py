@@ -49,9 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", default=MERLION, help="picture to save as image.pt: file or URL")
     parser.add_argument(
         "--dtype",
-        choices=("float16", "float32"),
+        choices=("float16", "float32", "int8"),
         default="float16",
-        help="precision of the ViT, and of the Q-Former's inputs and output",
+        help="precision of the ViT, and of the Q-Former's inputs and output; int8, for CPUs only:"
+        " the ViT's linear layers, dynamically quantised, and float32 for all else",
     )
     parser.add_argument(
         "--qformer_dtype",
@@ -101,12 +102,15 @@ def main() -> None:
         image_embeds, differences = export.export_vit(
             checkpoint, pixel_values, dtype, vit, args.opset
         )
-        export.write_sidecar(vit, **source, preprocessing=dataclasses.asdict(preprocessing))
+        export.write_sidecar(
+            vit, **source, compute_dtype=args.dtype, preprocessing=dataclasses.asdict(preprocessing)
+        )
         lines = [report(output_dir / "onnx" / VIT_FILE, vit, differences)]
 
         qformer = stage / "onnx" / QFORMER_FILE
         differences = export.export_qformer(
-            checkpoint, query_tokens, image_embeds, dtype, qformer_dtype, qformer, args.opset
+            *(checkpoint, query_tokens, image_embeds),
+            *(export.dtype_between(dtype), qformer_dtype, qformer, args.opset),
         )
         export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype)
         lines.append(report(output_dir / "onnx" / QFORMER_FILE, qformer, differences))

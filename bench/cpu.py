@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,12 @@ NATIVE = {  # name: the checkpoint's type, bits of the layers, bits of the head
     "native float16": (torch.float16, None, None),
     "native INT8": (torch.float16, 8, 8),
     "native INT4": (torch.float16, 4, 8),
+}
+ONNX = {  # name: onnx_export.py's --dtype, and --opset
+    "ONNX float32": (torch.float32, 18),
+    "ONNX float32, opset 23": (torch.float32, 23),
+    "ONNX float16": (torch.float16, 18),
+    "ONNX INT8": (torch.int8, 18),
 }
 DEMO = Path("demo")
 DEMO_TEXTS = ("", "Question: What colour is the circle? Answer:")
@@ -102,8 +109,8 @@ def main() -> None:
 
 
 def opt(args: argparse.Namespace) -> None:
-    """Decoding steps, and 40 rows as in the prompt of one picture."""
-    args.rows = args.rows or [1, 5, 8, 40]
+    """Decoding steps of one prompt's rows: beams, or requests."""
+    args.rows = args.rows or [1, 5, 8, 40]  # 8 requests of 5 beams
     layers = min(args.layers, 32)
     table = Table(f"OPT-2.7B, {layers} layers, a step", memory_bandwidth(), "GB/s", args)
     for name in REFERENCES:
@@ -130,10 +137,9 @@ def vit(args: argparse.Namespace) -> None:
             dtype = getattr(torch, name.split()[1])
             if chosen(name, args):
                 table.add(name, lambda dtype=dtype, stage=stage: stage.transformers(dtype))
-        for opset in (18, 23):
-            name = f"ONNX, opset {opset}"
-            if chosen(name, args):
-                table.add(name, lambda opset=opset, stage=stage: stage.onnx(opset))
+        for name, precision in ONNX.items():
+            if chosen(name, args) and (precision[0] in stage.onnx_dtypes):
+                table.add(name, lambda how=precision, stage=stage: stage.onnx(*how))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -281,10 +287,11 @@ def transformers_step(layers: int, dtype: torch.dtype) -> Work:
     model.tie_weights()
 
     def start(rows: int) -> Run:
-        prompt = torch.randint(VOCABULARY, (rows, CONTEXT))
-        token = prompt[:, :1]
+        prompt = torch.randint(VOCABULARY, (1, CONTEXT))
+        token = torch.randint(VOCABULARY, (rows, 1))
         with torch.inference_mode():
             cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(rows)
 
         @torch.inference_mode()
         def step() -> object:
@@ -341,16 +348,17 @@ def native_step(layers: int, dtype: torch.dtype, bits: int | None, head_bits: in
     model = OPTModel(config, weights)
 
     def start(rows: int) -> Run:
-        lengths = torch.full((rows,), CONTEXT)
-        cache = model.new_cache(lengths, 1, 64)
-        prompt = torch.randint(VOCABULARY, (rows, CONTEXT))
+        lengths = torch.tensor([CONTEXT])
+        cache = model.new_cache(lengths, rows, 64)
+        prompt = torch.randint(VOCABULARY, (1, CONTEXT))
+        tokens = torch.randint(VOCABULARY, (rows,))
         with torch.inference_mode(), model.computing():
-            model.prefill(prompt, lengths, torch.zeros(rows, 0, WIDTH), cache)
+            model.prefill(prompt, lengths, torch.zeros(1, 0, WIDTH), cache)
 
         @torch.inference_mode()
         def step() -> object:
             with model.computing():
-                return model.step(prompt[:, 0], cache)
+                return model.step(tokens, cache)
 
         return step
 
@@ -365,6 +373,7 @@ class VitStage:
     """pixel_values → image_embeds."""
 
     config: VisionConfig
+    onnx_dtypes: ClassVar = (torch.float32, torch.float16, torch.int8)
 
     def transformers(self, dtype: torch.dtype) -> Work:
         import transformers
@@ -380,12 +389,12 @@ class VitStage:
 
         return Work(start, self.operations)
 
-    def onnx(self, opset: int) -> Work:
+    def onnx(self, dtype: torch.dtype, opset: int) -> Work:
         from blip2.vision.modules import VisionTransformer
 
         with torch.device("meta"):
             module = VisionTransformer(self.config)
-        return onnx_work(module, self, opset)
+        return onnx_work(module, self, dtype, opset)
 
     def inputs(self, pictures: int) -> dict[str, torch.Tensor]:
         size = self.config.image_size
@@ -404,6 +413,7 @@ class QFormerStage:
     """image_embeds → query_output."""
 
     config: QFormerConfig
+    onnx_dtypes: ClassVar = (torch.float32, torch.float16)
 
     def transformers(self, dtype: torch.dtype) -> Work:
         import transformers
@@ -431,12 +441,12 @@ class QFormerStage:
 
         return Work(start, self.operations)
 
-    def onnx(self, opset: int) -> Work:
+    def onnx(self, dtype: torch.dtype, opset: int) -> Work:
         from blip2.vision.modules import QFormer
 
         with torch.device("meta"):
             module = QFormer(self.config, WIDTH)
-        return onnx_work(module, self, opset)
+        return onnx_work(module, self, dtype, opset)
 
     def inputs(self, pictures: int) -> dict[str, torch.Tensor]:
         tokens, queries = VisionConfig().num_tokens, self.config.num_query_tokens
@@ -464,21 +474,29 @@ class QFormerStage:
         return pictures * (len(layers) * own + crossing * cross + 2 * queries * width * WIDTH)
 
 
-def onnx_work(module: torch.nn.Module, stage: VitStage | QFormerStage, opset: int) -> Work:
-    """A stage's module in float32, exported and run as onnx_export.py and run.py do."""
-    from blip2.vision.export import write_graph
+def onnx_work(
+    module: torch.nn.Module, stage: VitStage | QFormerStage, dtype: torch.dtype, opset: int
+) -> Work:
+    """A stage's module, exported and run as onnx_export.py and run.py do."""
+    from blip2.vision.export import dtype_between, narrow, write_graph
     from blip2.vision.onnx_runtime import open_graph, run_graph
 
+    def inputs(pictures: int) -> dict[str, torch.Tensor]:
+        between = dtype_between(dtype)
+        given = stage.inputs(pictures)
+        return {k: x.to(between) if x.is_floating_point() else x for k, x in given.items()}
+
     module = filled(module, torch.float32)
+    narrow(module, dtype)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "graph.onnx"
-        write_graph(module, stage.inputs(2), "output", path, opset)
+        write_graph(module, inputs(2), "output", path, opset)
         del module
         graph = open_graph(path)
 
     def start(pictures: int) -> Run:
-        inputs = stage.inputs(pictures)
-        return lambda: run_graph(graph, inputs)
+        given = inputs(pictures)
+        return lambda: run_graph(graph, given)
 
     return Work(start, stage.operations)
 

@@ -437,12 +437,12 @@ def test_an_export_that_overflows_float16_says_so(tmp_path):
     assert torch.isfinite(expected[0]).all()
     narrow = {"input": case["input"].half()}
     path = tmp_path / "loud.onnx"
-    export._narrow(module, torch.float16)
+    export.narrow(module, torch.float16)
     export.write_graph(module, narrow, "output", path)
     with pytest.raises(UserError, match=r"loud\.onnx overflows float16: .* --dtype float32"):
         export.check_graph(path, [narrow], expected, 1e-2)
     with pytest.raises(UserError, match="weight has weights too large for float16; export with"):
-        export._narrow(Loud(weight=1e5), torch.float16)
+        export.narrow(Loud(weight=1e5), torch.float16)
 
 
 # --- the network -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import nn
 from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint
-from blip2.vision import modules
+from blip2.vision import int8, modules
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
 if TYPE_CHECKING:
@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 
 # 17 is the first whose LayerNormalization is one node, in fp32 precision; 23 has Attention and Gelu.
 OPSETS = (18, 23)
-# ‖file − reference‖ / ‖reference‖ that rounding explains; anything above is a wrong file.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1.4e-2}  # the latter is a cosine of 0.9999
+# ‖file − reference‖ / ‖reference‖ that rounding explains; anything above is a wrong file, or
+# weights that the precision is too coarse for.
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 1.4e-2,  # a cosine of 0.9999
+    torch.int8: 1.4e-1,  # 0.99
+}
 
 Inputs = dict[str, torch.Tensor]
 
@@ -57,7 +62,8 @@ def export_vit(
     Args:
         checkpoint: a BLIP-2 checkpoint.
         pixel_values: 1 x 3 x S x S, the picture to check it with.
-        dtype: precision of the weights, inputs and outputs.
+        dtype: precision of the weights, inputs and outputs; of torch.int8 the linear layers are
+            dynamically quantised, all else is float32.
         path: the .onnx file to write.
         opset: one of OPSETS.
 
@@ -66,12 +72,17 @@ def export_vit(
     """
     torch.manual_seed(0)
     three = torch.cat([pixel_values, torch.randn(2, *pixel_values.shape[1:])])
-    cases = [{"input": pixel_values.to(dtype)}, {"input": three.to(dtype)}]
+    cases = [{"input": pixels.to(dtype_between(dtype))} for pixels in (pixel_values, three)]
     module = modules.load_vision_transformer(checkpoint, torch.float32)
     expected = references(module, cases)
-    _narrow(module, dtype)
+    narrow(module, dtype)
     write_graph(module, cases[1], "output", path, opset)
     return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
+
+
+def dtype_between(vit_dtype: torch.dtype) -> torch.dtype:
+    """Precision of the stages' inputs and outputs for a ViT in `vit_dtype`."""
+    return torch.float32 if vit_dtype == torch.int8 else vit_dtype
 
 
 def export_qformer(
@@ -104,13 +115,20 @@ def export_qformer(
     ]
     module = modules.load_qformer(checkpoint, torch.float32)
     expected = references(module, cases)
-    _narrow(module, compute_dtype)
+    narrow(module, compute_dtype)
     write_graph(module, cases[-1], "query_output", path, opset)
     return check_graph(path, cases, expected, TOLERANCE[dtype])
 
 
-def _narrow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights in place; UserError where one is too large for `dtype`."""
+def narrow(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights in place; of torch.int8, those of linear layers.
+
+    Raises:
+        UserError: one is too large for `dtype`.
+    """
+    if dtype == torch.int8:
+        int8.quantize_linears(module)
+        return
     module.to(dtype)
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -214,9 +232,9 @@ def check_graph(
         difference = _compare(output, reference)
         if not difference.relative <= tolerance:
             raise UserError(
-                f"the exported {path.name} disagrees with PyTorch: relative error"
-                f" {difference.relative:.1e} at batch {difference.batch_size}, at most"
-                f" {tolerance:.1e} is rounding; try --dtype float32, and please report it"
+                f"the exported {path.name} disagrees with PyTorch in float32: relative error"
+                f" {difference.relative:.1e} at batch {difference.batch_size}, where rounding should"
+                f" cost at most {tolerance:.1e}; export with a --dtype of more bits"
             )
         differences.append(difference)
     return differences

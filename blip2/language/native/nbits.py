@@ -24,6 +24,7 @@ from blip2.artifacts import UserError
 from blip2.language.native.linear import Linear, quantize
 
 _BLOCKS = (128, 64, 32)  # inputs that share a scale; the channel's scale is repeated for each
+_ROWS = 128  # of a weight, quantised at a time: rounding's many passes then stay in the cache
 _INT8_INPUTS = 4  # MatMulNBits' accuracy_level
 
 
@@ -48,7 +49,8 @@ class NBitsLinear(Linear):
                 f"INT8 and INT4 on a CPU need {error.name}; install it with: pip install -r"
                 " requirements.txt"
             ) from None
-        values, scales = quantize(weight, bits)
+        parts = (quantize(rows, bits) for rows in weight.split(_ROWS))
+        values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         session = _session(*_model(values, scales.to(weight.dtype).float(), bias, bits))
         memory.trim()
         return cls(session)

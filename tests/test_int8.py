@@ -1,0 +1,96 @@
+"""The ViT's dynamically quantised linear layers, as ONNX Runtime computes them."""
+
+from __future__ import annotations
+
+import json
+
+import models
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import run_program
+
+from blip2.vision.export import write_graph
+from blip2.vision.int8 import quantize_linears
+
+IN, OUT = 96, 40
+
+
+def run_linear(linear: torch.nn.Linear, x: torch.Tensor, tmp_path) -> torch.Tensor:
+    module = torch.nn.Sequential(linear)
+    quantize_linears(module)
+    path = tmp_path / "linear.onnx"
+    write_graph(module, {"x": torch.randn(2, *x.shape[1:])}, "y", path)
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_errors_are_those_of_rounding_each_token_and_channel(tmp_path, bias):
+    """Against float64, for tokens and channels of very different sizes, none and one too large."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(IN, OUT, bias=bias)
+    linear.weight.data *= torch.logspace(-4, 2, OUT)[:, None]
+    linear.weight.data[3] = 0
+    x = torch.randn(4, 7, IN) * torch.logspace(-5, 5, 7)[:, None]
+    x[2, 4] = 0
+    weight, inputs = linear.weight.detach().double(), x.double()
+    expected = torch.nn.functional.linear(
+        inputs, weight, linear.bias.detach().double() if bias else None
+    )
+    y = run_linear(linear, x, tmp_path).double()
+
+    # Half a step each: of a weight 1/128 of its channel's largest, of an input 1/254 of its token's.
+    weight_error = weight.abs().amax(dim=1) / 128
+    input_error = inputs.abs().amax(dim=-1) / 254
+    bound = inputs.abs().sum(dim=-1)[..., None] * weight_error
+    bound += input_error[..., None] * (weight.abs().sum(dim=1) + IN * weight_error)
+    assert ((y - expected).abs() <= bound + 1e-5 * expected.abs()).all()
+    # The bound is for the worst case: rounding at random is far from it.
+    large = expected.abs() > bound
+    assert large.sum() > 100
+    assert ((y - expected)[large].norm() / expected[large].norm()) < 0.02
+
+
+def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path):
+    """The ViT in 8 bits, near transformers' own, and answers from it."""
+    # Weights as large as tests usually take make every rounding grow from layer to layer.
+    vision = {"initializer_range": 0.05}
+    model = models.tiny_blip2(tmp_path / "checkpoint", vision=vision)
+    done = run_program(
+        *("onnx_export.py", "--model_dir", tmp_path / "checkpoint", "--dtype", "int8"),
+        *("--image", tiny_checkpoint.picture, "--output_dir", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "onnx/visual_encoder/visual_encoder.onnx"
+    weights = {tuple(w.dims): w.data_type for w in onnx.load(path).graph.initializer}
+    width = model.config.vision_config.hidden_size
+    assert weights[width, 3 * width] == onnx.TensorProto.INT8
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert (facts["dtype"], facts["compute_dtype"]) == ("float32", "int8")
+
+    pixel_values = torch.randn(3, 3, 28, 28)
+    embeds = onnxruntime.InferenceSession(path).run(None, {"input": pixel_values.numpy()})[0]
+    with torch.inference_mode():
+        theirs = model.vision_model(pixel_values).last_hidden_state.numpy()
+    assert np.linalg.norm(embeds - theirs) < 0.05 * np.linalg.norm(theirs)
+
+    pixel_values[1, 0, 5, 5] = torch.nan
+    spoiled = onnxruntime.InferenceSession(path).run(None, {"input": pixel_values.numpy()})[0]
+    assert np.isfinite(spoiled).all(axis=(1, 2)).tolist() == [True, False, True]
+
+    asked = run_program(
+        *("run.py", "--engine_dir", tmp_path / "onnx", "--opt_engine_dir", tiny_opt, "--json"),
+        *("--query_tokens", tmp_path / "query_tokens.pt", "--input_dir", tmp_path / "image.pt"),
+        *("--input_text", ""),
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["answers"]
+
+    built = run_program(
+        *("build_vit_qformer.py", "0", "--onnx_dir", tmp_path / "onnx", "--plan_dir", tmp_path)
+    )
+    assert built.returncode == 2
+    assert "visual_encoder.onnx is float32" in built.stderr
+    assert built.stderr.endswith("python onnx_export.py --dtype float16\n")
