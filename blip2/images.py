@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 import stat
 import sys
 import warnings
@@ -95,8 +94,9 @@ class Preprocessing:
             all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides)
             and len(self.mean) == len(self.std) == 3
             and all(isinstance(value, int | float) for value in statistics)
-            and all(math.isfinite(value) for value in statistics)
-            and all(value > 0 for value in self.std)
+            # Within what leaves every pixel a number in float32; NaN is not.
+            and all(abs(value) <= 1e6 for value in statistics)
+            and all(value >= 1e-6 for value in self.std)
             and self.resample in list(Image.Resampling)
         )
         if not valid:

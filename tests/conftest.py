@@ -36,11 +36,10 @@ def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
 
 
 def measured(*arguments: object) -> tuple[str, float, float]:
-    """Run a script; return what it printed, its seconds and the most memory it held, in bytes."""
-    script, *rest = map(str, arguments)
+    """Run Python; return what it printed, its seconds and the most memory it held, in bytes."""
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, ROOT / script, *rest], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         printed = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)

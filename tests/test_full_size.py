@@ -7,15 +7,33 @@ from pathlib import Path
 
 import models
 import pytest
-from conftest import measured
+from conftest import measured, run_program
 from PIL import Image
 
 pytestmark = pytest.mark.slow
+GENERATE = """
+import sys, time, torch
+from pathlib import Path
+from blip2.language import GenerationOptions, open_language_session
+start = time.perf_counter()
+session = open_language_session(Path(sys.argv[1]))
+print(f"loaded in {time.perf_counter() - start:.1f} s")
+ids = [torch.randint(session.vocab_size, (40,))]
+options = GenerationOptions(end_id=-1, pad_id=1, max_output_len=8, num_beams=5)
+table = torch.zeros(1, 0, session.hidden_size)
+print(session.generate(ids, table, options)[0].beams[0])
+"""
 
 
-def test_export_convert_run(tmp_path: Path, capsys):
-    checkpoint, out, picture = (tmp_path / name for name in ("checkpoint", "out", "picture.png"))
-    models.full_size_blip2(checkpoint, language=True)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("full") / "checkpoint"
+    models.full_size_blip2(directory, language=True)
+    return directory
+
+
+def test_export_convert_run(checkpoint: Path, tmp_path: Path, capsys):
+    out, picture = (tmp_path / name for name in ("out", "picture.png"))
     Image.effect_noise((300, 200), 80).convert("RGB").save(picture)
     source = ("--model_dir", checkpoint, "--output_dir")
     outputs = {}
@@ -36,3 +54,18 @@ def test_export_convert_run(tmp_path: Path, capsys):
         if name == "convert":
             assert memory < 1.5e9  # little more than the embedding
     assert json.loads(outputs["run"])["answers"]
+
+
+@pytest.mark.parametrize("precision, most", {"fp16": 12e9, "int8": 5e9, "int4": 3.5e9}.items())
+def test_opt_on_a_cpu_fits_in_memory(checkpoint: Path, tmp_path: Path, capsys, precision, most):
+    rounding = ("--use_weight_only", "--weight_only_precision", precision)
+    converted = run_program(
+        *("opt/convert_checkpoint.py", "--model_dir", checkpoint, "--output_dir", tmp_path),
+        *(() if precision == "fp16" else rounding),
+    )
+    assert converted.returncode == 0, converted.stderr
+    printed, seconds, memory = measured("-c", GENERATE, tmp_path)
+    with capsys.disabled():
+        print(f"\n{precision}: {seconds:.0f} s, {memory / 1e9:.1f} GB\n{printed.rstrip()}")
+    assert printed
+    assert memory < most

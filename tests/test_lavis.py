@@ -25,19 +25,17 @@ from blip2.prompts import load_tokenizer
 from blip2.vision.modules import load_qformer, load_vision_transformer
 
 LAVIS = ROOT / ".venv-lavis" / "bin" / "python"
-pytestmark = pytest.mark.skipif(
-    not LAVIS.exists(), reason="no .venv-lavis; make test-lavis makes it"
-)
+pytestmark = [
+    pytest.mark.skipif(not LAVIS.exists(), reason="no .venv-lavis; make test-lavis makes it"),
+    pytest.mark.xdist_group("lavis"),  # in one process: each would make the models for itself
+]
 PTH_FILES = {
     "pretrain_opt2.7b": "blip2_pretrained_opt2.7b.pth",  # its ViT was frozen: eva_vit_g.pth
     "caption_coco_opt2.7b": "blip2_caption_opt2.7b.pth",
 }
 PROMPTS = ["", "a photo of", "Question: what is it? Answer:"]
-# Those of a model in one process, as each export is made once a process.
 ROUTES = [
-    pytest.param(
-        (model_type, route), id=f"{model_type}-{route}", marks=pytest.mark.xdist_group(model_type)
-    )
+    pytest.param((model_type, route), id=f"{model_type}-{route}")
     for model_type in PTH_FILES
     for route in ("lavis", "pth")
 ]
@@ -189,7 +187,6 @@ def test_run_gives_lavis_answers(export, home, opt, tmp_path, num_beams):
     assert ours == {text: export.truth["answers"][num_beams, text] for text in PROMPTS}
 
 
-@pytest.mark.xdist_group("pretrain_opt2.7b")
 def test_norms_have_lavis_epsilons(home):
     for model_type, file in PTH_FILES.items():
         truth = torch.load(home / f"{model_type}.pt", weights_only=True)
@@ -203,7 +200,6 @@ def test_norms_have_lavis_epsilons(home):
         }
 
 
-@pytest.mark.xdist_group("caption_coco_opt2.7b")
 def test_damaged_download_is_one_line(home, tmp_path):
     for part in ("facebook", "bert-base-uncased", "picture.png"):
         (tmp_path / part).symlink_to(home / part)

@@ -284,6 +284,16 @@ def test_quantisation_rounds_halves_away_from_zero_and_clips():
     assert values.tolist() == [[7, -8, 7, 7, -8]]
 
 
+def test_quantisation_rounds_what_is_next_to_halves():
+    halves = np.arange(-127, 127, dtype=np.float32) + np.float32(0.5)
+    beside = [np.nextafter(halves, np.float32(to)) for to in (-200, 200)]
+    row = np.concatenate([[np.float32(-128)], *beside])
+    values, _ = quantize(torch.from_numpy(row)[None], 8)
+    exact = row.astype(np.float64)
+    rounded = np.sign(exact) * np.floor(np.abs(exact) + 0.5)
+    assert values[0].tolist() == np.clip(rounded, -128, 127).tolist()
+
+
 @pytest.mark.parametrize("bits, limit", [(8, 128), (4, 8)])
 def test_scales_have_the_checkpoints_type(bits, limit):
     # Of a weight as small as this, float16 keeps a scale with few digits.

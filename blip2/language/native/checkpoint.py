@@ -162,15 +162,16 @@ def _build(
             proj=linear(f"{prefix}.mlp.proj"),
         )
 
-    embedding = read("transformer.vocab_embedding.weight")
-    head = read("lm_head.weight")
+    embedding, head = read("transformer.vocab_embedding.weight"), read("lm_head.weight")
+    # The format stores the tied head twice; memory need not.
     tied = torch.equal(embedding, head)
     embedding = place_embedding(embedding)
+    # Before the layers, while there is room for what packing the largest weight takes besides.
+    head = pack(embedding if tied else head, None, None if bits is None else _HEAD_BITS)
     return OPTWeights(
         embedding=embedding,
         positions=place(read("transformer.position_embedding.weight")),
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
         final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
-        # The format stores the tied head twice; memory need not.
-        head=pack(embedding if tied else head, None, None if bits is None else _HEAD_BITS),
+        head=head,
     )

@@ -47,6 +47,10 @@ class FloatLinear(Linear):
         return functional.linear(x, self.weight, self.bias)
 
 
+# The largest float32 below 0.5: added to the float32 just below a half, 0.5 itself would round up.
+_BELOW_HALF = 0.5 - 2**-25
+
+
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight of shape out x in to signed integers of `bits` bits.
 
@@ -55,18 +59,16 @@ def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     """
     limit = 1 << (bits - 1)
     weight = weight.float()
-    scales = weight.abs().amax(dim=1) / limit
+    lowest, highest = weight.aminmax(dim=1)
+    scales = torch.maximum(-lowest, highest) / limit
     # A row of zeros has scale 0; dividing by 1 instead leaves its zeros alone.
     scaled = weight / torch.where(scales > 0, scales, 1.0)[:, None]
-    return _round_half_away(scaled).clamp(-limit, limit - 1).to(torch.int8), scales
+    # Halves away from zero, which torch.round takes to even: the conversion cuts the fraction off.
+    scaled.add_(scaled.sign(), alpha=_BELOW_HALF)
+    return scaled.clamp_(-limit, limit - 1).to(torch.int8), scales
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The float32 weight (out x in) that integers and scales stand for."""
     return values.float() * scales.float()[:, None]
 
-
-def _round_half_away(x: torch.Tensor) -> torch.Tensor:
-    # torch.round takes halves to even, and adding 0.5 is inexact just below a half.
-    whole = x.trunc()
-    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0.0)

@@ -84,7 +84,7 @@ def _model(
 
     channels, inputs = values.shape
     block = next(size for size in _BLOCKS if inputs % size == 0)
-    unsigned = (values.short() + (1 << (bits - 1))).to(torch.uint8)
+    unsigned = values.view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     if bits == 4:
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
     packed = unsigned.reshape(channels, inputs // block, block * bits // 8)
