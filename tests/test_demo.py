@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,26 @@ CHECKPOINT = ROOT / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("demo")
-    done = run_program(
-        *("onnx_export.py", "--model_dir", CHECKPOINT, "--image", ROOT / "demo" / "scene.png"),
-        *("--output_dir", directory),
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
+def export(tmp_path_factory) -> Callable[[str], Path]:
+    @functools.cache
+    def exported(dtype: str) -> Path:
+        directory = tmp_path_factory.mktemp("demo")
+        done = run_program(
+            *("onnx_export.py", "--model_dir", CHECKPOINT, "--image", ROOT / "demo" / "scene.png"),
+            *("--dtype", dtype, "--output_dir", directory),
+        )
+        assert done.returncode == 0, done.stderr
+        return directory
+
+    return exported
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-def test_answers_are_right(export, tmp_path, precision):
+@pytest.mark.parametrize(
+    "dtype, precision", [("float16", "fp16"), ("int8", "int8"), ("float16", "int4")]
+)
+def test_answers_are_right(export, tmp_path, dtype, precision):
+    """`dtype` is the ViT's, `precision` the OPT's."""
+    exported = export(dtype)
     rounding = ["--use_weight_only", "--weight_only_precision", precision]
     done = run_program(
         *("opt/convert_checkpoint.py", "--model_dir", CHECKPOINT, "--output_dir", tmp_path),
@@ -38,7 +48,7 @@ def test_answers_are_right(export, tmp_path, precision):
     judged = subprocess.run(
         [
             *(sys.executable, "-m", "demo.evaluate", "--json", "--scenes", "24"),
-            *("--engine_dir", export / "onnx", "--query_tokens", export / "query_tokens.pt"),
+            *("--engine_dir", exported / "onnx", "--query_tokens", exported / "query_tokens.pt"),
             *("--opt_engine_dir", tmp_path),
         ],
         cwd=ROOT,

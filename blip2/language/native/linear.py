@@ -71,4 +71,3 @@ def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The float32 weight (out x in) that integers and scales stand for."""
     return values.float() * scales.float()[:, None]
-
