@@ -176,7 +176,7 @@ def test_run_gives_lavis_answers(export, home, opt, tmp_path, num_beams):
         *(word for text in PROMPTS for word in ("--input_text", text)),
         *("--input_dir", home / "picture.png", "--output", tmp_path / "answers.jsonl"),
         *("--num_beams", num_beams, "--length_penalty", options["length_penalty"]),
-        *("--max_output_len", options["max_length"]),
+        *("--max_output_len", options["max_length"], "--workers", 1),
     )
     assert done.returncode == 0, done.stderr
     lines = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
