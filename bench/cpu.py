@@ -138,7 +138,7 @@ def vit(args: argparse.Namespace) -> None:
             if chosen(name, args):
                 table.add(name, lambda dtype=dtype, stage=stage: stage.transformers(dtype))
         for name, precision in ONNX.items():
-            if chosen(name, args) and (precision[0] in stage.onnx_dtypes):
+            if chosen(name, args) and precision[0] in stage.onnx_dtypes:
                 table.add(name, lambda how=precision, stage=stage: stage.onnx(*how))
 
 

@@ -200,7 +200,7 @@ def test_image_processors(tmp_path, processor):
     preprocessing = survives(images.Preprocessing.of, open_checkpoint(tmp_path))
     if preprocessing is not None:
         pixels = survives(images.pixel_values, noise(), preprocessing)
-        assert pixels is None or pixels.shape == (3, 28, 28)
+        assert pixels is None or (pixels.shape == (3, 28, 28) and torch.isfinite(pixels).all())
 
 
 @pytest.fixture(scope="module")

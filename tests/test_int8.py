@@ -53,6 +53,15 @@ def test_errors_are_those_of_rounding_each_token_and_channel(tmp_path, bias):
     assert ((y - expected)[large].norm() / expected[large].norm()) < 0.02
 
 
+def test_a_picture_does_not_depend_on_the_others_of_its_batch(tmp_path):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(IN, OUT)
+    x = torch.randn(3, 7, IN).abs() * torch.tensor([1.0, 50.0, 0.01])[:, None, None]
+    x[1] *= -1
+    together = run_linear(linear, x, tmp_path)
+    assert torch.equal(together[:1], run_linear(linear, x[:1], tmp_path))
+
+
 def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path):
     """The ViT in 8 bits, near transformers' own, and answers from it."""
     # Weights as large as tests usually take make every rounding grow from layer to layer.
