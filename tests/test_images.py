@@ -140,3 +140,18 @@ def test_missing_file_and_directory(tmp_path):
 def test_unreachable_url_names_it():
     with pytest.raises(UserError, match=r"cannot download http://127\.0\.0\.1:9/x\.png"):
         images.load_image("http://127.0.0.1:9/x.png")
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"rescale_factor": 1e300},
+        {"rescale_factor": float("nan")},
+        {"mean": (0.5, -1e300, 0.5)},
+        {"std": (0.5, 0.5, 1e-300)},
+        {"std": (0.5, 0.5, 0.0)},
+    ],
+)
+def test_statistics_that_no_float32_bears_are_refused(absurd):
+    with pytest.raises(ValueError, match="no preprocessing of pictures"):
+        images.Preprocessing(28, 28, **absurd)
