@@ -4,15 +4,15 @@
     logits = prompt logits, one row a request, repeated for its beams
     for _ in range(options.max_output_len):
         next_tokens, source_rows = strategy.advance(logits)
-        if strategy.finished():                  # the only call that waits for the device
+        if strategy.ended().all():               # waits for the device, as what follows the loop does
             break
         logits = logits after next_tokens, on top of the cache rows source_rows
-    generations = strategy.results()
+    if strategy.finite():
+        generations = strategy.results()
 
 `advance` has no step argument and no branch that depends on data: its state, the step included,
 lies in tensors of fixed shape that are updated in place, so a GPU can run it inside a captured
-graph. Steps taken after everything has finished change no result; `finished` may therefore be
-asked as rarely as one likes.
+graph. Steps taken after everything has ended change no result; `ended` may therefore be read late.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def make_strategy(
     vocab_size: int,
     first_request: int = 0,
     device: torch.device | str = "cpu",
+    greedy: type[Greedy] | None = None,
 ) -> Strategy:
     """Choose the strategy that the options ask for.
 
@@ -44,12 +45,13 @@ def make_strategy(
         vocab_size: columns of the logits.
         first_request: index of input_ids[0] among all requests; sampling seeds depend on it.
         device: where the logits will be.
+        greedy: what to search greedily with, if something faster than `Greedy`.
     """
     if options.num_beams > 1:
         return BeamSearch(options, input_ids, vocab_size, device)
     if options.samples:
         return Sampling(options, input_ids, vocab_size, device, first_request)
-    return Greedy(options, input_ids, vocab_size, device)
+    return (greedy or Greedy)(options, input_ids, vocab_size, device)
 
 
 class Strategy(abc.ABC):
@@ -71,18 +73,30 @@ class Strategy(abc.ABC):
             (self.rows, options.max_output_len), options.pad_id, dtype=torch.int64, device=device
         )
         self._penalty = RepetitionPenalty(options, input_ids, vocab_size, device)
+        # Of all logits: NaN or Inf in one of them stays. A sum a row, so that rows can be separate.
+        self._sums = torch.zeros(self.rows, device=device)
 
-    @abc.abstractmethod
     def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose each row's next token from logits of shape rows x vocab_size.
 
         Returns the tokens (rows, int64) and the rows they continue (rows, int64), or None where
         every row continues itself.
         """
+        logits = logits.float()
+        self._sums += logits.sum(dim=1)
+        return self._advance(logits)
 
     @abc.abstractmethod
-    def finished(self) -> bool:
-        """Whether no further step can change a result. Waits for the device."""
+    def _advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `advance`, for float32."""
+
+    @abc.abstractmethod
+    def ended(self) -> torch.Tensor:
+        """Flags on the device: once all are set, no further step can change a result."""
+
+    def finite(self) -> bool:
+        """Whether no logits were NaN or Inf. Waits for the device."""
+        return bool(torch.isfinite(self._sums).all())
 
     @abc.abstractmethod
     def results(self) -> list[Generation]:
@@ -102,8 +116,8 @@ class Greedy(Strategy):
         super().__init__(options, input_ids, vocab_size, device)
         self._ended = torch.zeros(self.rows, dtype=torch.bool, device=device)
 
-    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
-        chosen = self._choose(self._penalty.apply(logits.float()))
+    def _advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        chosen = self._choose(self._penalty.apply(logits))
         next_tokens = torch.where(self._ended, self.options.pad_id, chosen)
         self._tokens.index_copy_(1, self._step, next_tokens[:, None])
         self._ended |= next_tokens == self.options.end_id
@@ -114,8 +128,8 @@ class Greedy(Strategy):
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         return scores.argmax(dim=-1)
 
-    def finished(self) -> bool:
-        return bool(self._ended.all())
+    def ended(self) -> torch.Tensor:
+        return self._ended
 
     def results(self) -> list[Generation]:
         steps = int(self._step)
@@ -200,9 +214,9 @@ class BeamSearch(Strategy):
         # Twice the beams are kept, as each beam can end in one way: that many always go on.
         self._may_finish = torch.arange(2 * options.num_beams, device=device) < options.num_beams
 
-    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_beams, vocab_size = self.options.num_beams, logits.shape[-1]
-        log_probs = self._penalty.apply(logits.float().log_softmax(dim=-1))
+        log_probs = self._penalty.apply(logits.log_softmax(dim=-1))
         totals = log_probs.view(self.requests, num_beams, -1) + self._running_scores[:, :, None]
         scores, flat = totals.view(self.requests, -1).topk(2 * num_beams)
         parents, tokens = flat // vocab_size, flat % vocab_size
@@ -256,11 +270,9 @@ class BeamSearch(Strategy):
         worst = torch.where(self._is_finished, worst, _RULED_OUT)
         self._can_improve &= (best_running > worst).any(dim=1, keepdim=True)
 
-    def finished(self) -> bool:
-        done = ~self._can_improve.any()
-        if self.options.early_stopping:
-            done |= self._is_finished.all()
-        return bool(done)
+    def ended(self) -> torch.Tensor:
+        hopeless = ~self._can_improve
+        return hopeless | self._is_finished.all() if self.options.early_stopping else hopeless
 
     def results(self) -> list[Generation]:
         tokens, parents = self._tokens.tolist(), self._parents.tolist()

@@ -9,14 +9,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from blip2.decoding import BeamSearch, Greedy
 from blip2.language.native import fused_step
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
-from blip2.language.native.layers import SOURCE
+from blip2.language.native.cuda_greedy import CudaGreedy
+from blip2.language.native.layered_step import ATTENTION_SOURCE
+from blip2.language.native.layers import HOPPER_SOURCE, SOURCE
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import SOURCE as UNPACK_SOURCE
 from blip2.language.native.packing import PackedLinear
+from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 CONFIG = OPTCheckpointConfig(
@@ -187,3 +191,66 @@ def test_the_large_kernel_compiles(architecture, bits):
         assert compiled.compile_source(SOURCE, tuple(macros.items()), architecture)
     with pytest.raises(RuntimeError, match=r"linear\.cu with .*error"):
         compiled.compile_source(SOURCE, (("BITS", bits),), architecture)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_the_steps_attention_compiles(architecture, head_size):
+    compiled = pytest.importorskip("blip2.language.native.compiled")
+    macros = (("HEAD_SIZE", head_size), ("WARPS", 4))
+    assert compiled.compile_source(ATTENTION_SOURCE, macros, architecture)
+
+
+@pytest.mark.parametrize("bits, tiles, split", [(16, 2, 1), (16, 8, 4), (8, 6, 8), (4, 4, 3)])
+def test_hoppers_kernel_compiles(bits, tiles, split):
+    compiled = pytest.importorskip("blip2.language.native.compiled")
+    macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "SPLIT": split, "DEPTH": 4}
+    macros |= {"WIDTH": 2560, "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
+    assert compiled.compile_source(HOPPER_SOURCE, tuple(macros.items()), "sm_90a")
+
+
+def test_greedy_search_as_one_kernel():
+    """Against the one of many: ties, and rows that end."""
+    generator = torch.Generator().manual_seed(0)
+    options = GenerationOptions(end_id=7, pad_id=1, max_output_len=9)
+    texts = [torch.tensor([3])] * 3
+    one_kernel = CudaGreedy(options, texts, 9000, torch.device("cpu"))  # more than a block
+    plain = Greedy(options, texts, 9000, "cpu")
+    for step in range(9):
+        logits = torch.randn(3, 9000, generator=generator)
+        logits[:, [100, 8500]] = 9.0  # the first of several is chosen
+        if step in (2, 5):
+            logits[step // 3, 7] = 10.0
+        assert torch.equal(one_kernel.advance(logits)[0], plain.advance(logits)[0])
+        assert torch.equal(one_kernel.ended(), plain.ended())
+    assert one_kernel.ended().tolist() == [True, True, False]
+    assert one_kernel.results() == plain.results()
+    assert one_kernel.finite()
+    assert plain.finite()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("search", [CudaGreedy, Greedy, BeamSearch])
+def test_nan_and_inf_of_an_early_step_are_remembered(search, value):
+    options = GenerationOptions(
+        end_id=7, max_output_len=3, num_beams=2 if search is BeamSearch else 1
+    )
+    strategy = search(options, [torch.tensor([3])] * 2, 50, torch.device("cpu"))
+    logits = torch.randn(strategy.rows, 50)
+    strategy.advance(logits)
+    assert strategy.finite()
+    broken = logits.clone()
+    broken[1, 30] = value
+    strategy.advance(broken)
+    strategy.advance(logits)
+    assert not strategy.finite()
+
+
+def test_a_penalty_takes_the_plain_greedy_search():
+    options = GenerationOptions(end_id=7, max_output_len=4, repetition_penalty=1.5)
+    texts = [torch.tensor([3, 5])] * 2
+    searches = [search(options, texts, 50, torch.device("cpu")) for search in (CudaGreedy, Greedy)]
+    logits = torch.randn(4, 2, 50)
+    for step in logits:
+        assert len({tuple(search.advance(step)[0].tolist()) for search in searches}) == 1
+    assert searches[0].results() == searches[1].results()

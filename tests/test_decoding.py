@@ -121,9 +121,9 @@ def test_greedy_takes_the_largest_and_stops_at_the_end():
             steps[step, row, token] = 1
     strategy = make(GenerationOptions(end_id=9, pad_id=1, max_output_len=4), requests=2)
     fed = [strategy.advance(steps[0])[0]]
-    assert not strategy.finished()
+    assert not strategy.ended().all()
     fed += [strategy.advance(logits)[0] for logits in steps[1:]]
-    assert strategy.finished()
+    assert strategy.ended().all()
     assert [ids.tolist() for ids in fed] == [[7, 8], [9, 3], [1, 4], [1, 9]]
     answers = [generation.beams[0] for generation in strategy.results()]
     assert [beam.token_ids for beam in answers] == [[7], [8, 3, 4]]
@@ -142,11 +142,11 @@ def test_steps_after_the_end_change_nothing(early_stopping):
     finished_at = None
     for step, logits in enumerate(steps[:-1]):
         strategy.advance(logits)
-        if strategy.finished() and finished_at is None:
+        if strategy.ended().all() and finished_at is None:
             finished_at, results = step, strategy.results()
     assert finished_at is not None
     assert finished_at < 30
-    assert strategy.finished()
+    assert strategy.ended().all()
     assert strategy.results() == results
 
 

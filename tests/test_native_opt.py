@@ -154,6 +154,29 @@ def test_ids_and_scores_are_those_of_transformers(pair):
     assert sum(length < NEW_TOKENS for length in lengths) > 10
 
 
+def test_no_step_is_taken_once_all_have_ended_but_those_queued_ahead(pair, monkeypatch):
+    """As a GPU's session does it: the end is read some steps late, and nothing else changes."""
+    model, session = pair
+    prompts, images = random_prompts(model, 1)
+    table = table_of(model, images)
+    [endless] = session.generate(prompts, table, GenerationOptions(-1, max_output_len=NEW_TOKENS))
+    options = GenerationOptions(endless.beams[0].token_ids[3], max_output_len=NEW_TOKENS)
+    answers, steps = [], []
+    step = type(session._model).step
+    monkeypatch.setattr(
+        session._model, "step", lambda *a: steps.append(1) or step(session._model, *a)
+    )
+    taken = []
+    for ahead in (0, 1, 2, NEW_TOKENS):
+        monkeypatch.setattr(session._model, "steps_ahead", ahead)
+        answers.append(session.generate(prompts, table, options))
+        taken.append(len(steps))
+        steps.clear()
+    assert all(answer == answers[0] for answer in answers)
+    assert taken[0] <= 3
+    assert taken[1:] == [taken[0] + 1, taken[0] + 2, NEW_TOKENS - 1]
+
+
 def logits_of_both(model, session):
     """After four prompts and after two further tokens each: (ours, transformers'), B x 3 x V."""
     prompts, images = random_prompts(model, 4)

@@ -30,13 +30,15 @@ class CompiledKernel:
         threads: int,
         *arguments: Any,
         shared_bytes: int = 0,
+        cluster: int = 1,
         together: bool = False,
     ) -> None:
         """Launch, dependent on the kernel before where the GPU can (PDL, Hopper and later).
 
-        Tensors go as their addresses, None as a null pointer, int and float as 32 bits. Blocks
-        that wait for one another have to run `together` (a cooperative launch), and such a launch
-        waits for the kernel before as usual.
+        Tensors go as their addresses, None as a null pointer, int and float as 32 bits. A `cluster`
+        of so many blocks, side by side in x, sees one another's shared memory (Hopper and later).
+        Blocks that wait for one another have to run `together` (a cooperative launch), and such a
+        launch waits for the kernel before as usual.
         """
         config = driver.CUlaunchConfig()
         config.sharedMemBytes = shared_bytes
@@ -44,23 +46,32 @@ class CompiledKernel:
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
         config.hStream = torch.cuda.current_stream().cuda_stream
-        kinds = driver.CUlaunchAttributeID
-        if together or self._dependent:
-            attribute = driver.CUlaunchAttribute()
-            if together:
-                attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-                attribute.value.cooperative = 1
-            else:
-                attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-                attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+        config.attrs = attributes = self._attributes(cluster, together)
+        config.numAttrs = len(attributes)
         if shared_bytes > self._shared_bytes:
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
             self._shared_bytes = shared_bytes
         values, types = zip(*map(_as_argument, arguments), strict=True)
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+    def _attributes(self, cluster: int, together: bool) -> list[driver.CUlaunchAttribute]:
+        kinds, attributes = driver.CUlaunchAttributeID, []
+
+        def attribute(kind: driver.CUlaunchAttributeID) -> Any:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = kind
+            return attributes[-1].value
+
+        if together:
+            attribute(kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE).cooperative = 1
+        elif self._dependent:
+            value = attribute(kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            value.programmaticStreamSerializationAllowed = 1
+        if cluster > 1:
+            size = attribute(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION).clusterDim
+            size.x, size.y, size.z = cluster, 1, 1
+        return attributes
 
 
 def _as_argument(argument: Any) -> tuple[Any, Any]:
@@ -108,7 +119,8 @@ def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture
 def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]) -> CompiledKernel:
     """Compile a kernel for the current GPU and load it; once a process."""
     major, minor = torch.cuda.get_device_capability()
-    cubin = compile_source(path, macros, f"sm_{major}{minor}")
+    # With "a", what only this very architecture has: what is compiled here need not run elsewhere.
+    cubin = compile_source(path, macros, f"sm_{major}{minor}" + ("a" if major >= 9 else ""))
     return CompiledKernel(name, cubin)
 
 

@@ -15,19 +15,16 @@ import torch
 
 from blip2.language.native.checkpoint import OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
+from blip2.language.native.cuda_greedy import CudaGreedy
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
-from blip2.language.native.prompt import Prompt
+from blip2.language.native.prompt import Prompt, is_captured, padded_length
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
-# A cache is made for a multiple of this many tokens, and a prompt, so that few sizes are prepared.
-_CACHE_MULTIPLE = 128
-_PROMPT_MULTIPLE = 16
-
+_CACHE_MULTIPLE = 128  # a cache is made for such a number of tokens, so that few are prepared
 _MOST_CACHES = 4  # kept, each with its step and prompts
 _MOST_PROMPTS = 4  # kept a cache
-_MOST_KEPT_TOKENS = 8192  # of all prompts: the buffers of larger ones are freed at once
 
 
 @dataclasses.dataclass
@@ -40,17 +37,21 @@ class _Prepared:
 class CudaModel(OPTModel):
     """OPT whose layers normalise first, for one GPU."""
 
-    steps_between_checks = 4
+    steps_ahead = 1  # one is enough for the GPU never to wait for the host
+    greedy = CudaGreedy
     max_batch_size = 64  # larger ones are hardly faster a request, and their cache is large
 
     @staticmethod
     def runs(config: OPTCheckpointConfig) -> bool:
         """Whether the kernels take such an OPT."""
         widths = (config.hidden_size, config.ffn_size)
+        head_size = config.hidden_size // config.num_attention_heads
         return (
             config.do_layer_norm_before
             and config.hidden_act == "relu"
             and all(width % INPUTS_MULTIPLE == 0 for width in widths)
+            and head_size % 8 == 0
+            and head_size <= 256
         )
 
     @classmethod
@@ -77,8 +78,9 @@ class CudaModel(OPTModel):
     def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> CudaCache:
         """The cache for so many rows and tokens, emptied; the one before it becomes invalid."""
         longest = int(lengths.max())
-        needed = max(longest + max_new_tokens, _rounded(longest, _PROMPT_MULTIPLE))
-        max_len = min(_rounded(needed, _CACHE_MULTIPLE), self.config.max_position_embeddings)
+        needed = max(longest + max_new_tokens, padded_length(len(lengths), longest))
+        max_len = math.ceil(needed / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+        max_len = min(max_len, self.config.max_position_embeddings)
         key = (len(lengths) * num_beams, max_len)
         if key not in self._prepared:
             while len(self._prepared) >= _MOST_CACHES:
@@ -107,13 +109,13 @@ class CudaModel(OPTModel):
         cache: CudaCache,
     ) -> torch.Tensor:
         """As in the base class; the logits returned are overwritten by the next prompts."""
-        length = min(_rounded(input_ids.shape[1], _PROMPT_MULTIPLE), cache.max_len)
+        length = min(padded_length(*input_ids.shape), cache.max_len)
         shape = (len(input_ids), length, prompt_table.shape[1])
         prompts = self._prepared[cache.rows, cache.max_len].prompts
         prompt = prompts.get(shape)
         if prompt is None:
             prompt = Prompt(self.config, self.weights, cache, self._embed, shape)
-            if shape[0] * length <= _MOST_KEPT_TOKENS:
+            if is_captured(shape):
                 while len(prompts) >= _MOST_PROMPTS:
                     _forget_oldest(prompts)
                 prompts[shape] = prompt
@@ -122,10 +124,6 @@ class CudaModel(OPTModel):
     def step(self, tokens: torch.Tensor, cache: CudaCache) -> torch.Tensor:
         """As in the base class; the logits returned are overwritten by the next step."""
         return self._prepared[cache.rows, cache.max_len].step(tokens)
-
-
-def _rounded(number: int, multiple: int) -> int:
-    return math.ceil(number / multiple) * multiple
 
 
 def _forget_oldest(kept: dict) -> None:

@@ -24,6 +24,17 @@ __device__ inline u16 float_to_half(float f) {
   return h;
 }
 
+// Four halves to floats, and back.
+__device__ inline void spread(uint2 halves, float* out) {
+  out[0] = half_to_float(halves.x & 0xffff), out[1] = half_to_float(halves.x >> 16);
+  out[2] = half_to_float(halves.y & 0xffff), out[3] = half_to_float(halves.y >> 16);
+}
+
+__device__ inline uint2 gather(const float* in) {
+  return {float_to_half(in[0]) | (u32)float_to_half(in[1]) << 16,
+          float_to_half(in[2]) | (u32)float_to_half(in[3]) << 16};
+}
+
 __device__ inline u32 subtract(u32 a, u32 b) {
   u32 d;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

@@ -1,4 +1,4 @@
-"""The small kernels of a decoding step, in Triton; linear.cu holds the large one.
+"""The small kernels of prompts and of steps, in Triton; those in CUDA C++ are the .cu files.
 
 Each is launched dependent on the one before it (PDL, Hopper and later): it starts while its
 predecessor drains and waits, before it reads what that one wrote, in `gdc_wait`.
@@ -73,94 +73,6 @@ def norm_kernel(
 
 
 @triton.jit
-def _load_slots(
-    keys,
-    values,
-    sources,
-    start,
-    length,
-    row,
-    head,
-    heads,
-    max_len,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """BLOCK_L cached keys and values of a row, float16, and which of them exist."""
-    depth = tl.arange(0, BLOCK_D)
-    slots = start + tl.arange(0, BLOCK_L)
-    there = slots < length
-    source = tl.load(sources + row * max_len + slots, mask=there, other=0)
-    at = ((source * heads + head).to(tl.int64) * max_len + slots)[:, None] * D + depth[None, :]
-    seen = there[:, None] & (depth < D)[None, :]
-    k = tl.load(keys + at, mask=seen, other=0.0)
-    v = tl.load(values + at, mask=seen, other=0.0)
-    return k, v, there
-
-
-@triton.jit
-def _attend_slots(query, k, v, there, highest, norm, mixed):
-    """One step of the online softmax: (highest score, sum of weights, weighted values)."""
-    scores = tl.sum(k.to(tl.float32) * query[None, :], axis=1)
-    scores = tl.where(there, scores, float("-inf"))
-    higher = tl.maximum(highest, tl.max(scores, axis=0))
-    weights = tl.exp(scores - higher)
-    fade = tl.exp(highest - higher)
-    norm = norm * fade + tl.sum(weights, axis=0)
-    mixed = mixed * fade + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
-    return higher, norm, mixed
-
-
-@triton.jit
-def attention_kernel(
-    qkv,  # rows x 3 x heads x D, float16
-    keys,  # cache rows x heads x max_len x D, this layer's
-    values,
-    lengths,  # rows, int64: tokens in the cache, without this one
-    sources,  # rows x max_len, int32: in which cache row each slot of a row lies
-    out,  # rows x heads x D, float16
-    max_len,
-    softmax_scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Attention of each row's new token over its cache, to which its key and value are added."""
-    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    depth = tl.arange(0, BLOCK_D)
-    deep = depth < D
-    # The cache is from earlier steps: its first slots are read before the query is there.
-    length = tl.load(lengths + row).to(tl.int32)
-    k, v, there = _load_slots(
-        keys, values, sources, 0, length, row, head, heads, max_len, D, BLOCK_D, BLOCK_L
-    )
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    own = qkv + (row * 3 * heads + head) * D + depth
-    query = tl.load(own, mask=deep, other=0.0).to(tl.float32) * softmax_scale
-    key = tl.load(own + heads * D, mask=deep, other=0.0)
-    value = tl.load(own + 2 * heads * D, mask=deep, other=0.0)
-    slot = ((row * heads + head).to(tl.int64) * max_len + length) * D + depth
-    tl.store(keys + slot, key, mask=deep)
-    tl.store(values + slot, value, mask=deep)
-
-    # The new token is seen from registers; the others come from the cache.
-    highest = tl.sum(query * key.to(tl.float32), axis=0)
-    norm = 1.0
-    mixed = value.to(tl.float32)
-    highest, norm, mixed = _attend_slots(query, k, v, there, highest, norm, mixed)
-    for start in range(BLOCK_L, length, BLOCK_L):
-        k, v, there = _load_slots(
-            keys, values, sources, start, length, row, head, heads, max_len, D, BLOCK_D, BLOCK_L
-        )
-        highest, norm, mixed = _attend_slots(query, k, v, there, highest, norm, mixed)
-    tl.store(out + (row * heads + head) * D + depth, mixed / norm, mask=deep)
-
-
-@triton.jit
 def prompt_attention_kernel(
     qkv,  # requests x length x 3 x heads x D, float16
     keys,  # cache rows x heads x max_len x D, this layer's
@@ -211,3 +123,47 @@ def prompt_attention_kernel(
         highest = higher
     at = ((request * length + own) * heads + head).to(tl.int64)[:, None] * D + depth[None, :]
     tl.store(out + at, mixed / norm[:, None], mask=there)
+
+
+@triton.jit
+def greedy_kernel(
+    logits,  # rows x vocab_size, float32
+    chosen,  # rows, int64: each row's next token
+    tokens,  # rows x max_tokens, int64: those chosen so far
+    steps,  # rows, int64: how many they are
+    ended,  # rows, bool
+    sums,  # rows, float32: of all logits so far, where NaN and Inf stay
+    vocab_size,
+    max_tokens,
+    end_id,
+    pad_id,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Append to each row the likeliest token, of several the first; a row that has ended is padded."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for start in range(0, vocab_size, BLOCK):
+        column = start + columns
+        at = row.to(tl.int64) * vocab_size + column
+        values = tl.load(logits + at, mask=column < vocab_size, other=float("-inf"))
+        total += tl.where(column < vocab_size, values, 0.0)
+        where = tl.where(values > highest, column, where)
+        highest = tl.maximum(highest, values)
+    best = tl.max(highest, axis=0)
+    # NaN is no maximum: whatever is chosen then has to be a token.
+    token = tl.min(tl.where(highest == best, where, vocab_size - 1), axis=0)
+    had_ended = tl.load(ended + row)
+    token = tl.where(had_ended, pad_id, token).to(tl.int64)
+    step = tl.load(steps + row)
+    tl.store(chosen + row, token)
+    tl.store(tokens + row * max_tokens + step, token)
+    tl.store(steps + row, step + 1)
+    tl.store(ended + row, had_ended | (token == end_id))
+    tl.store(sums + row, tl.load(sums + row) + tl.sum(total, axis=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import triton
 
@@ -11,6 +13,10 @@ from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.graphs import capture
 from blip2.language.native.layers import Layers
 from blip2.language.trtllm_format import OPTCheckpointConfig
+
+ATTENTION_SOURCE = Path(__file__).with_name("attention.cu")
+_MANY_HEADS = 1024  # of all rows: with so many one warp each keeps the memory busy
+_FEW_HEADS_WARPS = 4
 
 
 class LayeredStep:
@@ -49,19 +55,43 @@ class LayeredStep:
         self._cache.lengths += 1
 
     def _attend(self, layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
-        heads, cache = self._config.num_attention_heads, self._cache
-        head_size = self._config.hidden_size // heads
-        kernels.attention_kernel[(cache.rows, heads)](
+        cache = self._cache
+        keys, values = cache.keys[layer], cache.values[layer]
+        heads, head_size = keys.shape[1], keys.shape[3]
+        if not qkv.is_cuda:
+            _attend_in_torch(cache, layer, qkv, attended)
+            return
+        from blip2.language.native.compiled import load_kernel
+
+        warps = 1 if cache.rows * heads >= _MANY_HEADS else _FEW_HEADS_WARPS
+        macros = (("HEAD_SIZE", head_size), ("WARPS", warps))
+        kernel = load_kernel(ATTENTION_SOURCE, "attention", macros)
+        kernel(
+            (heads, cache.rows),
+            32 * warps,
             qkv,
-            cache.keys[layer],
-            cache.values[layer],
+            keys,
+            values,
             cache.lengths,
             cache.sources,
             attended,
             cache.max_len,
             head_size**-0.5,
-            D=head_size,
-            BLOCK_D=triton.next_power_of_2(head_size),
-            BLOCK_L=64,
-            **self._layers.pdl_options,
         )
+
+
+def _attend_in_torch(
+    cache: CudaCache, layer: int, qkv: torch.Tensor, attended: torch.Tensor
+) -> None:
+    """What attention.cu computes."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    rows, slots = torch.arange(cache.rows), torch.arange(cache.max_len)
+    query, key, value = qkv.unflatten(1, (3, keys.shape[1], -1)).unbind(1)
+    keys[rows, :, cache.lengths] = key
+    values[rows, :, cache.lengths] = value
+    sources = cache.sources.long()
+    scores = torch.einsum("rhd,rlhd->rhl", query.float(), keys[sources, :, slots].float())
+    visible = slots <= cache.lengths[:, None]
+    scores = (scores * keys.shape[3] ** -0.5).masked_fill(~visible[:, None], -torch.inf)
+    mixed = torch.einsum("rhl,rlhd->rhd", scores.softmax(-1), values[sources, :, slots].float())
+    attended.copy_(mixed.flatten(1))

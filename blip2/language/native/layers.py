@@ -12,12 +12,18 @@ import triton
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
-from blip2.language.native.packing import CHANNELS, PackedLinear
+from blip2.language.native.packing import CHANNELS, INPUTS_MULTIPLE, PackedLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
-_TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that the kernel is compiled for
+HOPPER_SOURCE = Path(__file__).with_name("linear_hopper.cu")
+_TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that linear.cu is compiled for
+_HOPPER_TILES = (2, 4, 6, 8)  # and linear_hopper.cu, which is faster where it runs
 _MOST_ROWS = 64  # with more cuBLAS is faster, though packed weights are unpacked for it first
+_HOPPER_WARPS = 8  # of a block of linear_hopper.cu, each with CHANNELS
+_HOPPER_BLOCKS = 2  # on a multiprocessor
+_HOPPER_DEPTHS = {16: 3, 8: 4, 4: 4}  # steps copied ahead, by bits; more gain nothing
+_SPLITS = (1, 2, 4, 8)  # blocks in a cluster; of other sizes fewer are on the GPU at once
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -42,31 +48,46 @@ class Layers:
         # What is still to be added to x: a linear's product, of which cuBLAS leaves the bias out.
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._on_gpu = device.type == "cuda"  # else in Triton's interpreter
+        if self._on_gpu:
+            properties = torch.cuda.get_device_properties(device)
+            self._hopper = properties.major == 9
+            self._multiprocessors = properties.multi_processor_count
         self.pdl_options = pdl_options(device)
 
     def run(self, attend: Attend) -> None:
         """Queue all layers; `attend(layer, qkv, attended)` fills `attended` from tokens x 3 x width."""
-        for index, layer in enumerate(self._weights.layers):
-            self.linear(self._norm(layer.input_norm), layer.qkv, self._qkv)
-            attend(index, self._qkv, self._attended)
-            self._add(self._attended, layer.dense)
-            self.linear(self._norm(layer.post_norm), layer.fc, self._hidden, relu=True)
-            self._add(self._hidden, layer.proj)
+        for index in range(len(self._weights.layers)):
+            self._read(index, attend)
+            self._think(index)
+
+    def run_prompts(self, attend: Attend, last: torch.Tensor, rest: Layers) -> None:
+        """The same, but of the tokens `last` (int64) alone what follows the last attention.
+
+        That goes on in `rest`, which has as many tokens.
+        """
+        *first, final = range(len(self._weights.layers))
+        for index in first:
+            self._read(index, attend)
+            self._think(index)
+        self._read(final, attend)
+        torch.index_select(self.x, 0, last, out=rest.x)
+        torch.index_select(self._attended, 0, last, out=rest._attended)
+        rest._think(final)
+
+    def _read(self, index: int, attend: Attend) -> None:
+        layer = self._weights.layers[index]
+        self.linear(self._norm(layer.input_norm), layer.qkv, self._qkv)
+        attend(index, self._qkv, self._attended)
+
+    def _think(self, index: int) -> None:
+        layer = self._weights.layers[index]
+        self._add(self._attended, layer.dense)
+        self.linear(self._norm(layer.post_norm), layer.fc, self._hidden, relu=True)
+        self._add(self._hidden, layer.proj)
 
     def logits(self, out: torch.Tensor) -> None:
         """Queue the final norm and the head of every token; out: tokens x vocab_size, float32."""
         self.linear(self._norm(self._weights.final_norm), self._weights.head, out)
-
-    def last_logits(self, last: torch.Tensor, rest: Layers, out: torch.Tensor) -> None:
-        """Queue the same for the tokens `last` (int64) alone, in the buffers of `rest`."""
-        x = self.x.index_select(0, last)
-        if self._pending is not None:
-            product, bias = self._pending
-            x += product.index_select(0, last)
-            x += 0 if bias is None else bias
-            self._pending = None
-        rest.x.copy_(x)
-        rest.logits(out)
 
     def _add(self, x: torch.Tensor, linear: PackedLinear) -> None:
         """self.x += x Wᵀ + b, now or together with the next norm."""
@@ -102,12 +123,13 @@ class Layers:
         """out = [ReLU](x Wᵀ + b)."""
         if self._few_rows:
             self._launch(x, linear, out, relu=relu)
-        elif relu and linear.bias is not None:
+        elif linear.bias is None:
+            out.copy_(linear(x))  # the head's: float16 to float32
+        elif relu:
             # The product's own epilogue: no other function of PyTorch asks cuBLAS for it.
             torch.ops.aten._addmm_activation.out(linear.bias, x, linear.unpacked().T, out=out)
         else:
-            y = linear(x)
-            out.copy_(y.relu() if relu else y)
+            torch.addmm(linear.bias, x, linear.unpacked().T, out=out)
 
     @property
     def _few_rows(self) -> bool:
@@ -123,44 +145,72 @@ class Layers:
     ) -> None:
         from blip2.language.native.compiled import load_kernel
 
-        tiles = next((n for n in _TILES if 8 * n >= self._tokens), _TILES[-1])
         channels, inputs = linear.shape
-        warps = _warps(channels, tiles)
         macros = {
             "BITS": linear.bits,
-            "TILES": tiles,
-            "WARPS": warps,
             "WIDTH": inputs,
             "RELU": relu,
             "RESIDUAL": residual,
             "OUT_FLOAT": out.dtype == torch.float32,
             "HAS_BIAS": linear.bias is not None,
         }
-        kernel = load_kernel(
-            SOURCE, "linear", tuple((name, int(value)) for name, value in macros.items())
-        )
-        kernel(
-            (triton.cdiv(channels, CHANNELS), triton.cdiv(self._tokens, 8 * tiles)),
-            32 * warps,
-            x,
-            linear.weight,
-            linear.scales,
-            linear.bias,
-            out,
-            self._tokens,
-            channels,
-        )
+        sizes = (self._tokens, channels)
+        arguments = (x, linear.weight, linear.scales, linear.bias, out, *sizes)
+        if self._hopper and self._tokens > 8:
+            tiles = _enough(_HOPPER_TILES, self._tokens)
+            split = _split(channels, inputs, self._multiprocessors)
+            depth = _HOPPER_DEPTHS[linear.bits]
+            macros |= {"TILES": tiles, "WARPS": _HOPPER_WARPS, "SPLIT": split, "DEPTH": depth}
+            kernel = load_kernel(HOPPER_SOURCE, "linear", _as_macros(macros))
+            block_channels = CHANNELS * _HOPPER_WARPS
+            kernel(
+                (split, triton.cdiv(channels, block_channels)),
+                32 * _HOPPER_WARPS,
+                *arguments,
+                # Two steps of inputs, and DEPTH of what each thread copies.
+                shared_bytes=2048 * tiles
+                + depth * 4096 * (linear.bits // 4 + triton.cdiv(tiles, 4)),
+                cluster=split,
+            )
+            return
+        tiles = _enough(_TILES, self._tokens)
+        warps = _warps(channels, tiles)
+        macros |= {"TILES": tiles, "WARPS": warps}
+        kernel = load_kernel(SOURCE, "linear", _as_macros(macros))
+        grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(self._tokens, 8 * tiles))
+        kernel(grid, 32 * warps, *arguments)
+
+
+def _enough(tiles: tuple[int, ...], rows: int) -> int:
+    return next((n for n in tiles if 8 * n >= rows), tiles[-1])
+
+
+def _warps(channels: int, tiles: int) -> int:
+    """Warps that share the 16 channels of a block of linear.cu: so many that all blocks are on the
+    GPU at once.
+
+    The kernel leaves room for about 20 warps on a multiprocessor.
+    """
+    return 4 if channels >= 4096 and tiles == 1 else 8
+
+
+def _split(channels: int, inputs: int, multiprocessors: int) -> int:
+    """How many blocks of linear_hopper.cu share the inputs of their channels.
+
+    As many as there is room for at once; where there is none, so many that the last wave is full.
+    """
+    at_once = _HOPPER_BLOCKS * multiprocessors
+    blocks = triton.cdiv(channels, CHANNELS * _HOPPER_WARPS)
+    splits = [n for n in _SPLITS if n <= inputs // INPUTS_MULTIPLE]
+    fitting = [n for n in splits if blocks * n <= at_once]
+    return fitting[-1] if fitting else min(splits, key=lambda n: -blocks * n % at_once)
+
+
+def _as_macros(macros: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, int(value)) for name, value in macros.items())
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """For a Triton launch: dependent launches exist from Hopper on, and not in the interpreter."""
     pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-def _warps(channels: int, tiles: int) -> int:
-    """Warps that share a block's 16 channels: so many that all blocks are on the GPU at once.
-
-    The kernel leaves room for about 20 warps on a multiprocessor.
-    """
-    return 4 if channels >= 4096 and tiles == 1 else 8

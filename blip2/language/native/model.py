@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from blip2.decoding import Greedy
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
 from blip2.language.native.fp16 import Float16Linear
@@ -28,12 +29,13 @@ Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 class OPTModel:
     """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP.
 
-    `steps_between_checks` is how often it pays to ask whether every answer has ended: asking makes
-    the host wait for the device, which costs nothing where they are the same.
+    `steps_ahead` is how many steps to queue before reading whether every answer had ended by then:
+    none where host and device are the same. `greedy` is what searches greedily.
     """
 
-    steps_between_checks = 1
+    steps_ahead = 0
     max_batch_size: int | None = None
+    greedy: type[Greedy] = Greedy
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         self.config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,24 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+_CAPTURED_TOKENS = 1024  # at most: the GPU is busy with more for longer than their launches take
+_CAPTURED_MULTIPLE = 16  # of a captured prompt's tokens, so that there are few
+_TOKENS_MULTIPLE = 8  # of all prompts' tokens together: cuBLAS is slower where they are no such
+
+
+def is_captured(shape: tuple[int, ...]) -> bool:
+    """Whether prompts of a shape (B, T, …) are a CUDA graph, worth keeping."""
+    return shape[0] * shape[1] <= _CAPTURED_TOKENS
+
+
+def padded_length(requests: int, length: int) -> int:
+    """What prompts of `length` tokens at most are padded to."""
+    padded = -(-length // _CAPTURED_MULTIPLE) * _CAPTURED_MULTIPLE
+    if is_captured((requests, padded)):
+        return padded
+    multiple = _TOKENS_MULTIPLE // math.gcd(requests, _TOKENS_MULTIPLE)
+    return -(-length // multiple) * multiple
+
 
 class Prompt:
     """B prompts of up to T tokens, their image features n rows each, over static buffers."""
@@ -28,7 +47,7 @@ class Prompt:
         embed: Embed,
         shape: tuple[int, int, int],
     ) -> None:
-        """Make buffers for `shape` (B, T, n) and capture the graph.
+        """Make buffers for `shape` (B, T, n), and capture the graph where it pays.
 
         `embed(input_ids, prompt_table)` yields B x T x hidden_size, without positions.
         """
@@ -44,7 +63,7 @@ class Prompt:
         self._layers = Layers(config, weights, requests * length, device)
         self._last_layers = Layers(config, weights, requests, device)
         self._logits = torch.empty((requests, config.vocab_size), device=device)
-        self._run = capture(self._launch, device)
+        self._run = capture(self._launch, device) if is_captured(shape) else self._launch
 
     def __call__(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_table: torch.Tensor
@@ -60,14 +79,14 @@ class Prompt:
         x = self._embed(self._input_ids, self._table)
         x = x + self._weights.positions[: self._input_ids.shape[1]]
         self._layers.x.copy_(x.flatten(0, 1))
-        self._layers.run(self._attend)
-        self._layers.last_logits(self._last, self._last_layers, self._logits)
+        self._layers.run_prompts(self._attend, self._last, self._last_layers)
+        self._last_layers.logits(self._logits)
 
     def _attend(self, layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
         heads, cache = self._config.num_attention_heads, self._cache
         head_size = self._config.hidden_size // heads
         requests, length = self._input_ids.shape
-        block = min(64, max(16, triton.next_power_of_2(length)))
+        block = 16 if length <= 64 else 64  # with more blocks each reads again what is before it
         kernels.prompt_attention_kernel[(triton.cdiv(length, block), heads, requests)](
             qkv,
             cache.keys[layer],
@@ -80,5 +99,6 @@ class Prompt:
             D=head_size,
             BLOCK_D=max(16, triton.next_power_of_2(head_size)),
             BLOCK=block,
+            num_warps=block // 16 if block > 16 else 2,
             **self._layers.pdl_options,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,29 +69,43 @@ class NativeSession(LanguageSession):
         padded = pad_sequence(list(input_ids), batch_first=True).long().to(self.device)
         cache = self._model.new_cache(lengths, options.num_beams, options.max_output_len)
         strategy = decoding.make_strategy(
-            options, input_ids, self.vocab_size, first_request, self.device
+            options, input_ids, self.vocab_size, first_request, self.device, self._model.greedy
         )
 
         logits = self._model.prefill(padded, lengths, prompt_table.to(self.device), cache)
-        finite = torch.isfinite(logits).all()  # asked when the host waits for the results anyway
         logits = logits.repeat_interleave(options.num_beams, dim=0)
+        ends: collections.deque[_Flags] = collections.deque()
         for step in range(options.max_output_len):
             next_tokens, source_rows = strategy.advance(logits)
-            # Asked every step: on a CPU the answer is there, and a step costs far more.
             if step == options.max_output_len - 1:
                 break
-            if (step + 1) % self._model.steps_between_checks == 0:
-                finite &= torch.isfinite(logits).all()
-                if strategy.finished():
-                    break
+            ends.append(_Flags(strategy.ended()))
+            if len(ends) > self._model.steps_ahead and ends.popleft().all():
+                break
             if source_rows is not None:
                 cache.reorder(source_rows)
             logits = self._model.step(next_tokens, cache)
-        if not finite & torch.isfinite(logits).all():
+        if not strategy.finite():
             raise UserError(
                 "the OPT yields NaN or Inf; make its checkpoint again from the original"
             )
         return strategy.results()
+
+
+class _Flags:
+    """Flags of the device, on their way to the host."""
+
+    def __init__(self, flags: torch.Tensor) -> None:
+        self._flags = flags.to("cpu", non_blocking=True, copy=True)  # a strategy updates its own
+        self._copied = torch.cuda.Event() if flags.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def all(self) -> bool:
+        """Whether all are set. Waits until they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._flags.all())
 
 
 def _best_device() -> torch.device:

@@ -17,10 +17,12 @@
 // LAYERS and VOCAB defined; step.py says how they are chosen. WIDTH / 64 and FFN / 64 are multiples
 // of WARPS, VOCAB of 16.
 
+#define HEAD_SIZE (WIDTH / HEADS)
+
 #include "fragments.cuh"
+#include "heads.cuh"
 
 #define THREADS (32 * WARPS)
-#define HEAD_SIZE (WIDTH / HEADS)
 #define OWN ((WIDTH / 4 + THREADS - 1) / THREADS)  // fours of the residual stream a thread keeps
 #define PITCH(inputs) (inputs + 32)                // of a row of inputs: rows 64 bytes apart in banks
 
@@ -243,16 +245,6 @@ struct Fours {  // of three vectors as wide as the stream, in float16
 };
 
 __device__ inline int own(int i) { return 4 * (threadIdx.x + i * THREADS); }
-
-__device__ inline void spread(uint2 halves, float* out) {
-  out[0] = half_to_float(halves.x & 0xffff), out[1] = half_to_float(halves.x >> 16);
-  out[2] = half_to_float(halves.y & 0xffff), out[3] = half_to_float(halves.y >> 16);
-}
-
-__device__ inline uint2 gather(const float* in) {
-  return {float_to_half(in[0]) | (u32)float_to_half(in[1]) << 16,
-          float_to_half(in[2]) | (u32)float_to_half(in[3]) << 16};
-}
 
 __device__ inline Fours fours(const Norm& norm, const u16* added) {
   Fours f;
@@ -487,8 +479,6 @@ struct Split {
 
 // ---- Attention
 
-#define PIECES (HEAD_SIZE / 8)            // 16 bytes of a key or value: one lane's
-#define ABREAST (32 / PIECES)             // slots that a warp attends to at a time
 #define PASS (WARPS * ABREAST)            // and a block
 #define EARLY (PASS >= 60 ? 1 : 2)                           // passes whose keys and values are read ahead
 
@@ -533,17 +523,6 @@ struct Attention {
     }
   };
 
-  static __device__ float group_sum(float x) {
-    int lane = threadIdx.x % 32, piece = lane % PIECES;
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-      if (offset >= PIECES) continue;
-      float other = __shfl_down_sync(~0u, x, offset);
-      if (piece < offset && piece + offset < PIECES) x += other;
-    }
-    return __shfl_sync(~0u, x, lane - piece);
-  }
-
   __device__ void attend(Mix& mix, const float* query, const float* own_key, const float* own_value,
                          int slot, int length, uint4 key, uint4 value) const {
     int piece = threadIdx.x % 32 % PIECES * 8;
@@ -555,7 +534,7 @@ struct Attention {
       if (slot == length) k[j] = own_key[piece + j], v[j] = own_value[piece + j];
       score += k[j] * query[piece + j];
     }
-    score = group_sum(score);
+    score = piece_sum(score);
     mix.add(slot <= length ? score : -1e30f, v);
   }
 

@@ -1,0 +1,17 @@
+// How a warp reads heads: PIECES lanes have 16 bytes of a key or value each, so that it attends to
+// ABREAST slots of the cache at a time. HEAD_SIZE is a multiple of 8, at most 256.
+
+#define PIECES (HEAD_SIZE / 8)
+#define ABREAST (32 / PIECES)
+
+// The sum over the PIECES lanes of a slot, in each of them.
+__device__ inline float piece_sum(float x) {
+  int lane = threadIdx.x % 32, piece = lane % PIECES;
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) {
+    if (offset >= PIECES) continue;
+    float other = __shfl_down_sync(~0u, x, offset);
+    if (piece < offset && piece + offset < PIECES) x += other;
+  }
+  return __shfl_sync(~0u, x, lane - piece);
+}
