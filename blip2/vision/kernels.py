@@ -101,7 +101,6 @@ def _attend_rows(
     class_high = tl.load(key + high, mask=high < D, other=0.0).to(tl.float32)
     highest = tl.sum(q_low.to(tl.float32) * class_low[None, :], axis=1)
     highest += tl.sum(q_high.to(tl.float32) * class_high[None, :], axis=1)
-    highest *= softmax_scale
     norm = tl.full((BLOCK_M,), 1.0, tl.float32)
     class_low = tl.load(value + low, mask=low < D, other=0.0).to(tl.float32)
     class_high = tl.load(value + high, mask=high < D, other=0.0).to(tl.float32)
@@ -112,13 +111,13 @@ def _attend_rows(
         k_low = qkv_low.load([at_key, heads + head, 0]).reshape(BLOCK_N, D_LOW)
         k_high = qkv_high.load([at_key, heads + head, D_LOW]).reshape(BLOCK_N, D_HIGH)
         scores = tl.dot(q_low, k_low.T)
-        scores = tl.dot(q_high, k_high.T, scores) * softmax_scale
+        scores = tl.dot(q_high, k_high.T, scores)
         if not EVEN:
             slot = start + tl.arange(0, BLOCK_N)
             scores = tl.where((slot < tokens)[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(highest - higher)
+        weights = tl.exp2(scores * softmax_scale - (higher * softmax_scale)[:, None])
+        fade = tl.exp2((highest - higher) * softmax_scale)
         norm = norm * fade + tl.sum(weights, axis=1)
         highest = higher
         v_low = qkv_low.load([at_key, 2 * heads + head, 0]).reshape(BLOCK_N, D_LOW)
