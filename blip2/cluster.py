@@ -31,7 +31,16 @@ from typing import Any
 
 import blip2
 from blip2.artifacts import UserError
-from blip2.batch import WAIT, Answered, Batch, Facts, Question, Work, answer_batch
+from blip2.batch import (
+    WAIT,
+    Answered,
+    Batch,
+    Facts,
+    Question,
+    Work,
+    answer_batch,
+    stack_pictures,
+)
 from blip2.decoders import decode_picture
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
@@ -304,7 +313,10 @@ class _Answerer:
             batch = _unpacked(row)
             if isinstance(self._opened, UserError):
                 raise self._opened
-            answered = answer_batch(self._opened, batch, self._questions, self._options, watch)
+            values = stack_pictures(batch, self._opened.vision)
+            answered = answer_batch(
+                self._opened, batch, values, self._questions, self._options, watch
+            )
         except UserError as error:
             return _packed(error)
         self._idle_since = time.perf_counter()

@@ -17,9 +17,11 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from batch_runs import SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
@@ -210,6 +212,10 @@ def test_a_journal_refuses_what_would_mix(tmp_path):
 
 class FakePipeline:
     """Answers with the first value that it sees of a picture; notes every look and question."""
+
+    vision = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.float32, preprocessing=Preprocessing(4, 4)
+    )
 
     def __init__(self) -> None:
         self.looks: list[int] = []
