@@ -69,6 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
         model = random_model(Path(directory))
         bench = Bench(report, model, *open_sessions(Path(directory)))
+        bench.first_answers()
         bench.correctness()
         bench.stages()
         bench.whole()
@@ -185,6 +186,12 @@ class Bench:
             **options,
         )[:, -tokens:]
 
+    def first_answers(self) -> None:
+        """Seconds from loaded weights to an answer: kernels are compiled, graphs captured."""
+        for precision in self.languages:
+            asked = (self.pictures(1), self.text_ids(1), 30)
+            timed(f"first answer, {precision}", self.ours, precision, *asked)
+
     def correctness(self) -> None:
         """Errors and equal ids, against transformers in float32 on the same weights."""
         exact = copy.deepcopy(self.model).float()
@@ -296,9 +303,7 @@ class Bench:
         for rows in STEP_ROWS:
             lengths = torch.full((rows,), 45, device=DEVICE)
             token = torch.randint(4, self.image_id, (rows,), device=DEVICE)
-            prompt = token[:, None].expand(-1, 45)
-            past = decoder(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-            theirs = median_ms(self.their_step, token[:, None], past)
+            theirs = self.their_step(token[:, None].expand(-1, 45))
             for precision, session in self.languages.items():
                 opt = session._model
                 cache = opt.new_cache(lengths, 1, 80)
@@ -306,12 +311,22 @@ class Bench:
                 read = weight_bytes(opt) + rows * cache_bytes(opt, 60)
                 report.add(f"step, {precision}, rows {rows}", ms, theirs, read=read)
 
-    def their_step(self, tokens: torch.Tensor, past) -> None:
-        """A token more for each row of a cache, asked for as `generate` does."""
-        seen = tokens.new_ones(len(tokens), past.get_seq_length() + 1)
-        self.model.language_model(
-            input_ids=tokens, attention_mask=seen, past_key_values=past, use_cache=True
-        )
+    def their_step(self, prompts: torch.Tensor) -> float:
+        """Milliseconds that `generate` takes for one more token of each prompt."""
+
+        def generate_ms(tokens: int) -> float:
+            return median_wall_ms(
+                self.model.language_model.generate,
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=END_ID,
+                repeats=3,
+            )
+
+        return (generate_ms(11) - generate_ms(1)) / 10
 
     def their_qformer(self, model, embeds: torch.Tensor) -> torch.Tensor:
         """Language features of image embeddings, as transformers' model makes them."""
