@@ -279,9 +279,8 @@ class LocalWorkers:
         batches = (batch.pictures for batch in work.batches())
         decoded = self._decoders.decode(batches, work.preprocessing)
         position = work.start.position
-        with ThreadPoolExecutor(
-            1
-        ) as ahead:  # the next batch is laid out while this one is answered
+        # The next batch is laid out while this one is answered.
+        with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self._next_batch, decoded, position)
             while True:
                 watch = Stopwatch()

@@ -28,7 +28,17 @@ from PIL import Image
 
 from blip2 import inputs, report
 from blip2.artifacts import UserError
-from blip2.batch import LocalWorkers, Question, Summary, Work, find_start, flags, write_answers
+from blip2.batch import (
+    Batch,
+    LocalWorkers,
+    Question,
+    Summary,
+    Work,
+    find_start,
+    flags,
+    stack_pictures,
+    write_answers,
+)
 from blip2.decoders import Decoders
 from blip2.images import Preprocessing, load_image, pixel_values
 from blip2.journal import Journal, fingerprint
@@ -257,6 +267,18 @@ def gray(directory: Path, count: int) -> list[str]:
     for number, file in enumerate(files):
         Image.new("RGB", (5, 5), (20 * number,) * 3).save(file)
     return files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pictures_are_stacked_in_the_vits_type(dtype):
+    """As torch rounds them; those that cannot be read are left out, what overflows is Inf."""
+    pictures = torch.randn(2, 3, 4, 4)
+    pictures[1, 0, 0, 0] = 1e6
+    batch = Batch(0, [], [pictures[0].numpy(), "no picture", pictures[1].numpy()])
+    vision = SimpleNamespace(**{**vars(FakePipeline.vision), "dtype": dtype})
+    stacked = stack_pictures(batch, vision)
+    assert stacked.dtype == dtype
+    assert torch.equal(stacked, pictures.to(dtype))
 
 
 def test_each_picture_is_looked_at_once_and_batches_stay_the_same(fake_run, tmp_path):

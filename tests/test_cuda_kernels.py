@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from blip2.decoding import BeamSearch, Greedy
-from blip2.language.native import fused_step
+from blip2.language.native import fused_step, layers, prompt
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
 from blip2.language.native.cuda_greedy import CudaGreedy
@@ -126,9 +126,12 @@ def test_packed_weights_lie_where_the_kernel_reads_them(bits):
     assert (packed.unpacked().float() - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("most_captured", [1024, 8])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_image_features_stand_where_their_ids_do(rows):
-    """Prompts padded to a multiple of what is prepared, with rows of a prompt table among them."""
+def test_image_features_stand_where_their_ids_do(rows, most_captured, monkeypatch):
+    """Prompts padded to what is prepared, or as they come, with rows of a prompt table among them."""
+    monkeypatch.setattr(prompt, "_CAPTURED_TOKENS", most_captured)
+    assert prompt.padded_length(rows, 19) == (32 if most_captured > 8 else 24)
     reference, packed = random_models(None, seed=rows)
     generator = torch.Generator().manual_seed(rows)
     lengths = torch.randint(5, 20, (rows,), generator=generator)
@@ -254,3 +257,17 @@ def test_a_penalty_takes_the_plain_greedy_search():
     for step in logits:
         assert len({tuple(search.advance(step)[0].tolist()) for search in searches}) == 1
     assert searches[0].results() == searches[1].results()
+
+
+@pytest.mark.parametrize(
+    "channels, inputs, split",
+    [
+        (7680, 2560, 4),  # OPT-2.7B's qkv: 60 blocks, of which an H100 has room for 264
+        (2560, 2560, 8),
+        (10240, 2560, 2),
+        (50272, 2560, 2),  # three waves, the last one full but for six
+        (2560, 128, 2),  # no more than there are steps of inputs
+    ],
+)
+def test_hoppers_blocks_fill_the_gpu(channels, inputs, split):
+    assert layers._split(channels, inputs, 132) == split

@@ -160,7 +160,8 @@ class CudaVisionTransformer:
         low = max(16, 1 << ((head_size - 1).bit_length() - 1))
         high = max(16, triton.next_power_of_2(max(1, head_size - low)))
         # Blocks as large as leave enough programs for the whole GPU.
-        block_m, block_n = 128 if images >= 16 else 64, 128 if images == 1 else 64
+        many = images >= 16
+        block_m, block_n = 128 if many else 64, 128 if images == 1 else 64
         by_head = qkv.view(-1, 3 * heads, head_size)
         kernels.attention_kernel[(triton.cdiv(tokens - 1, block_m) + 1, heads, images)](
             TensorDescriptor.from_tensor(by_head, [block_n, 1, low]),
@@ -176,7 +177,7 @@ class CudaVisionTransformer:
             BLOCK_N=block_n,
             EVEN=(tokens - 1) % block_n == 0,
             num_warps=4,
-            num_stages=3 if images >= 16 else 2,
+            num_stages=3 if many else 2,
             **_launch_options(qkv),
         )
 

@@ -313,8 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     if (in_fours && OUT_FLOAT) {
       *(float4*)((float*)out + at) = float4{y[0], y[1], y[2], y[3]};
     } else if (in_fours) {
-      *(uint2*)((u16*)out + at) = uint2{float_to_half(y[0]) | (u32)float_to_half(y[1]) << 16,
-                                        float_to_half(y[2]) | (u32)float_to_half(y[3]) << 16};
+      *(uint2*)((u16*)out + at) = gather(y);
     } else {
       for (int i = 0; i < 4; ++i) {
         if (channel + i >= N) break;
