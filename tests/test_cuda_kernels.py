@@ -221,7 +221,7 @@ def test_greedy_search_as_one_kernel():
     plain = Greedy(options, texts, 9000, "cpu")
     for step in range(9):
         logits = torch.randn(3, 9000, generator=generator)
-        logits[:, [100, 8500]] = 9.0  # the first of several is chosen
+        logits[:, [100, 308, 8292, 8500]] = 9.0  # the first; the third is 8192 behind it
         if step in (2, 5):
             logits[step // 3, 7] = 10.0
         assert torch.equal(one_kernel.advance(logits)[0], plain.advance(logits)[0])
