@@ -25,22 +25,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+from transformers import Blip2ForConditionalGeneration
 
+from bench.random_blip2 import (
+    DEVICE,
+    cache_bytes,
+    float_weights,
+    open_sessions,
+    parameters,
+    random_model,
+    timed,
+    weight_bytes,
+)
 from blip2 import cli
 from blip2.batch import Batch, LocalWorkers, Question, Start
-from blip2.checkpoints import open_checkpoint
 from blip2.inputs import Picture
-from blip2.language.conversion import ConversionOptions, convert, target_config
 from blip2.language.native.model import OPTModel
-from blip2.language.native.packing import PackedLinear
 from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
 from blip2.pipeline import Pipeline
 from blip2.vision.torch_session import TorchSession
 
-DEVICE = "cuda"
-PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
 COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
 TEXT_TOKENS = 13  # of a question; the picture's are 32 more
 BATCHES = (1, 8, 64)
@@ -418,109 +423,9 @@ class Work:
         return ((pictures, list(values)) for pictures in batches)
 
 
-def random_model(directory: Path) -> Blip2ForConditionalGeneration:
-    """A BLIP-2 OPT-2.7B with random weights, in `directory`, and read as users read it: float16."""
-    text = OPTConfig(
-        vocab_size=50272,
-        hidden_size=2560,
-        ffn_dim=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        word_embed_proj_dim=2560,
-    )
-    config = Blip2Config(text_config=text.to_dict(), image_token_index=50265)
-    with torch.device(DEVICE):
-        torch.set_default_dtype(torch.float16)
-        model = Blip2ForConditionalGeneration(config).eval()
-        torch.set_default_dtype(torch.float32)
-    # Biases begin as zeros, and so do the ViT's weights, for which a GPU needs less power and time.
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or name.startswith("vision_model."):
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    model.query_tokens.data.normal_()
-    model.save_pretrained(directory)
-    del model
-    model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float16)
-    return model.to(DEVICE).eval()
-
-
-def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSession]]:
-    """The sessions that run.py would open, from converted checkpoints."""
-    vision = timed("load ViT and Q-Former", TorchSession, directory, None)
-    checkpoint = open_checkpoint(directory)
-    languages = {}
-    for name, quant_algo in PRECISIONS.items():
-        config = target_config(checkpoint, ConversionOptions(quant_algo=quant_algo))
-        target = directory / name
-        if not languages:
-            first = target
-            timed("convert OPT", convert, checkpoint, config, target, 8)
-        else:  # the same tensors: they are quantised when they are loaded
-            target.mkdir()
-            for file in first.glob("rank0*"):
-                (target / file.name).symlink_to(file)
-            (target / "config.json").write_text(json.dumps(config.to_json()))
-        languages[name] = timed(f"load OPT, {name}", NativeSession, target)
-    return vision, languages
-
-
-def timed(name: str, function: Callable, *arguments):
-    started = time.perf_counter()
-    result = function(*arguments)
-    torch.cuda.synchronize()
-    print(f"{name:<34} {time.perf_counter() - started:>8.1f} s", flush=True)
-    return result
-
-
 def _dtype(model: Blip2ForConditionalGeneration) -> torch.dtype:
     # model.dtype is that of its first parameter, and transformers keeps the Q-Former in float32
     return model.language_projection.weight.dtype
-
-
-class FloatOf:
-    """y = x Wᵀ + b in float32, on the weights that a packed linear stands for."""
-
-    def __init__(self, linear: PackedLinear) -> None:
-        self._linear = linear
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self._linear.bias is None else self._linear.bias.float()
-        return torch.nn.functional.linear(x, self._linear.unpacked().float(), bias)
-
-
-def float_weights(weights):
-    """The same weights for `OPTModel` in float32."""
-
-    def floats(part):
-        if isinstance(part, PackedLinear):
-            return FloatOf(part)
-        if isinstance(part, torch.Tensor):
-            return part.float()
-        if isinstance(part, tuple):
-            return tuple(map(floats, part))
-        return type(part)(**{name: floats(value) for name, value in vars(part).items()})
-
-    return floats(weights)
-
-
-def linears(opt: OPTModel) -> Iterator[PackedLinear]:
-    for layer in opt.weights.layers:
-        yield from (layer.qkv, layer.dense, layer.fc, layer.proj)
-    yield opt.weights.head
-
-
-def parameters(opt: OPTModel) -> int:
-    """Of the layers' linears, which every token of a prompt is multiplied with."""
-    return sum(math.prod(linear.shape) for linear in list(linears(opt))[:-1])
-
-
-def weight_bytes(opt: OPTModel) -> int:
-    """Read by one step."""
-    return sum(linear.weight.nbytes for linear in linears(opt))
-
-
-def cache_bytes(opt: OPTModel, tokens: int) -> int:
-    return 2 * 2 * opt.config.num_hidden_layers * opt.config.hidden_size * tokens
 
 
 def median_ms(run: Callable, *arguments, repeats: int = 7, inner: int = 1, **options) -> float:
