@@ -165,16 +165,22 @@ GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)
 def test_the_fused_step_compiles(gpu, bits):
     compiled = pytest.importorskip("blip2.language.native.compiled")
     architecture, multiprocessors, shared = GPUS[gpu]
-    macros = fused_step.shape_macros(opt_2_7b(), 1, bits, multiprocessors, shared)
+    macros = fused_step.shape_macros(opt_2_7b(), bits, multiprocessors, shared)
     assert compiled.compile_source(fused_step.SOURCE, tuple(macros.items()), architecture)
 
 
 def test_the_fused_step_knows_what_it_cannot_take():
     small = dataclasses.replace(opt_2_7b(), hidden_size=192, num_attention_heads=4)
-    assert fused_step.shape_macros(small, 1, (16, 16), 132, 227 << 10) is None
+    assert fused_step.shape_macros(small, (16, 16), 132, 227 << 10) is None
     odd = dataclasses.replace(opt_2_7b(), vocab_size=50271)
-    assert fused_step.shape_macros(odd, 1, (16, 16), 132, 227 << 10) is None
-    assert fused_step.shape_macros(odd, 1, (8, 8), 132, 227 << 10) is not None
+    assert fused_step.shape_macros(odd, (16, 16), 132, 227 << 10) is None
+    assert fused_step.shape_macros(odd, (8, 8), 132, 227 << 10) is not None
+
+
+def test_every_block_of_the_fused_step_has_a_share():
+    small = dataclasses.replace(opt_2_7b(), hidden_size=640, num_attention_heads=8)
+    macros = fused_step.shape_macros(small, (16, 16), 132, 227 << 10)
+    assert macros["BLOCKS"] == 3 * 640 // 16  # tiles of qkv: fewer than multiprocessors
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -15,16 +15,15 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("step.cu")
 
-_MOST_ROWS = 1  # with more, the kernels of layers.py are faster
 _MOST_WARPS = 11  # what registers suffice for
 _FEWEST_WARPS = 8  # fewer cannot keep up with the memory
 _INPUTS = 64  # of a warp at a time, at most
 _CHANNELS = 16  # of a tile
 _MOST_TILES = 8  # summed up at a time
-_STAGE = 8  # bits of a packed stage for each input and channel: as large as a slab of 8 bits
-# Copies under way in each block, by the weights' bits: enough to keep the memory busy. With more,
-# whatever blocks tell one another waits behind them.
-_BYTES_UNDER_WAY = {16: 44 << 10, 8: 32 << 10, 4: 52 << 10}
+_STAGE = 16  # bits of a packed stage for each input and channel: two slabs of 8 bits
+# Copies under way in each block: enough to keep the memory busy. With more, whatever blocks tell one
+# another waits behind them.
+_BYTES_UNDER_WAY = 44 << 10
 _STATIC_BYTES = 9 << 10  # shared memory that step.cu declares itself, at most, and the driver's own
 
 
@@ -38,24 +37,26 @@ class FusedStep:
         cache: CudaCache,
         macros: dict[str, int],
     ) -> None:
-        """Lay out buffers for the rows of `cache`; `macros` are from `macros_for`."""
-        device, rows, width = cache.keys.device, cache.rows, config.hidden_size
+        """Lay out buffers for a `cache` of one row; `macros` are from `macros_for`."""
+        device, width = cache.keys.device, config.hidden_size
 
-        def buffer(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        # What blocks tell one another has a mark in each word, and begins unmarked: as zeros.
+        def told(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self._cache, self._macros = cache, macros
         self._addresses = _addresses(weights).to(device)
         self._weights = weights  # what the addresses are of
-        self._qkv, self._attended = buffer(rows, 3 * width), buffer(rows, width)
-        self._hidden = buffer(rows, config.ffn_size)
-        self._parts = buffer(_slots(macros), rows, width, dtype=torch.float32)
-        self._logits = buffer(rows, config.vocab_size, dtype=torch.float32)
-        self._barriers = torch.zeros(2, dtype=torch.int32, device=device)
+        self._qkv, self._attended = told(3 * width), told(width)
+        self._hidden = told(config.ffn_size, dtype=torch.float16)
+        self._slots = told(_slots(macros), width)
+        self._first_mark = torch.ones(1, dtype=torch.int32, device=device)
+        shape = (1, config.vocab_size)
+        self._logits = torch.empty(shape, dtype=torch.float32, device=device)
         self._kernel: CompiledKernel = load_kernel(SOURCE, "step", tuple(macros.items()))
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: rows, int64 → logits: rows x vocab_size, float32, overwritten by the next."""
+        """tokens: 1, int64 → logits: 1 x vocab_size, float32, overwritten by the next."""
         cache, macros = self._cache, self._macros
         self._kernel(
             (macros["BLOCKS"], 1),
@@ -63,15 +64,14 @@ class FusedStep:
             self._addresses,
             tokens,
             cache.lengths,
-            cache.sources,
             cache.keys,
             cache.values,
             self._qkv,
             self._attended,
             self._hidden,
-            self._parts,
+            self._slots,
             self._logits,
-            self._barriers,
+            self._first_mark,
             cache.max_len,
             shared_bytes=macros["SHARED"],
             together=True,
@@ -85,11 +85,11 @@ def macros_for(
     """How step.cu is to be compiled for these weights and rows, or None where it does not pay."""
     properties = torch.cuda.get_device_properties(device)
     bits = {layer.qkv.bits for layer in weights.layers}
-    if rows > _MOST_ROWS or properties.major < 9 or len(bits) > 1:  # bulk copies: Hopper and later
+    # With more rows the kernels of layers.py are faster; bulk copies are Hopper's and later ones'.
+    if rows > 1 or properties.major < 9 or len(bits) > 1:
         return None
     return shape_macros(
         config,
-        rows,
         (bits.pop(), weights.head.bits),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
@@ -98,7 +98,6 @@ def macros_for(
 
 def shape_macros(
     config: OPTCheckpointConfig,
-    rows: int,
     bits: tuple[int, int],
     multiprocessors: int,
     shared_bytes: int,
@@ -117,9 +116,9 @@ def shape_macros(
         return None
     warps = counts[-1]
     shared = shared_bytes - _STATIC_BYTES
-    tiles = min(_MOST_TILES, 32 * warps // (_CHANNELS * rows))
-    parts = 4 * tiles * warps * _CHANNELS * rows
-    inputs = 2 * rows * (ffn + 32)
+    tiles = min(_MOST_TILES, 32 * warps // _CHANNELS)
+    parts = 4 * tiles * warps * _CHANNELS
+    inputs = 2 * ffn
     attention = 4 * (3 * head_size + 2 * warps + warps * head_size)
     # As step.cu lays a stage out: for each warp 64 inputs of 16 channels, or of packed ones more.
     stage = 16 * (128 * warps + 64) if 16 in bits else 128 * _STAGE * warps
@@ -127,14 +126,14 @@ def shape_macros(
     if depth < 2:
         return None
     return {
-        "ROWS": rows,
         "BITS": bits[0],
         "HEAD_BITS": bits[1],
         "WARPS": warps,
-        "BLOCKS": multiprocessors,
+        # Every block has to have a share of qkv and of fc (step.cu says why).
+        "BLOCKS": min(multiprocessors, 3 * width // _CHANNELS, ffn // _CHANNELS),
         "STAGE": _STAGE,
         "DEPTH": depth,
-        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY[bits[0]] // stage)),
+        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY // stage)),
         "SHARED": shared,
         "WIDTH": width,
         "FFN": ffn,
@@ -145,7 +144,7 @@ def shape_macros(
 
 
 def _slots(macros: dict[str, int]) -> int:
-    """At least as many blocks as share a tile of dense or proj."""
+    """At least as many blocks as share a tile of dense or proj: their parts of it are kept apart."""
     return math.ceil(macros["BLOCKS"] * _CHANNELS / macros["WIDTH"]) + 1
 
 

@@ -1,11 +1,17 @@
-// One decoding step of OPT for up to 8 rows, as one kernel: from tokens to logits.
+// One decoding step of OPT for one row, as one kernel: from the token to logits.
 //
 // A step reads every weight once and does little else, so what counts is that the memory never
-// waits. One block on every multiprocessor runs all layers, with a barrier between the blocks where
-// one linear needs what another made. Weights depend on nothing: in each block a warp of its own
-// copies them into a ring of DEPTH stages in shared memory (bulk copies, Hopper and later), so that
-// those of this linear, the next one and the next layer's are under way across all barriers. Plain
-// asynchronous copies by all threads would do too, but block the loads of everything else.
+// waits. One block on every multiprocessor runs all layers, and the blocks tell one another what a
+// linear made. Weights depend on nothing: in each block a warp of its own copies them into a ring of
+// DEPTH stages in shared memory (bulk copies, Hopper and later), so that those of this linear, the
+// next one and the next layer's are under way whatever the blocks wait for. Plain asynchronous
+// copies by all threads would do too, but block the loads of everything else.
+//
+// The blocks never meet at a barrier: that takes a round trip for the writes to arrive, one for the
+// count and one for the reads. Each word that one block writes for others has a mark instead, a bit
+// that says whether it is of this time or of the time before, and readers ask until all they read
+// has it. A word is overwritten only by a block that has read, directly or through others, something
+// that all of its readers wrote later. That is why every block has a share of qkv and of fc.
 //
 // A linear's tiles of 16 channels are dealt out to the blocks, and the inputs of a tile to a
 // block's warps. Where tiles are few for the number of blocks (dense, proj) a tile may be shared by
@@ -13,9 +19,9 @@
 // slots in the same order. So results never depend on timing. Each block keeps the residual stream
 // in its registers, and normalises it for itself.
 //
-// Compiled by NVRTC with ROWS, BITS, HEAD_BITS, WARPS, BLOCKS, DEPTH, SHARED, WIDTH, FFN, HEADS,
-// LAYERS and VOCAB defined; step.py says how they are chosen. WIDTH / 64 and FFN / 64 are multiples
-// of WARPS, VOCAB of 16.
+// Compiled by NVRTC with BITS, HEAD_BITS, WARPS, BLOCKS, STAGE, DEPTH, UNDER_WAY, SHARED, WIDTH, FFN,
+// HEADS, LAYERS and VOCAB defined; fused_step.py says how they are chosen. WIDTH / 64 and FFN / 64
+// are multiples of WARPS, VOCAB of 16 where the head has 16 bits.
 
 #define HEAD_SIZE (WIDTH / HEADS)
 
@@ -24,7 +30,6 @@
 
 #define THREADS (32 * WARPS)
 #define OWN ((WIDTH / 4 + THREADS - 1) / THREADS)  // fours of the residual stream a thread keeps
-#define PITCH(inputs) (inputs + 32)                // of a row of inputs: rows 64 bytes apart in banks
 
 struct Linear {
   const char* weight;
@@ -40,7 +45,7 @@ struct Layer {
   Norm input_norm, post_norm;
 };
 
-struct Model {  // the table of addresses that step.py makes
+struct Model {  // the table of addresses that fused_step.py makes
   Layer layers[LAYERS];
   Linear head;
   Norm final_norm;
@@ -48,6 +53,8 @@ struct Model {  // the table of addresses that step.py makes
 };
 
 enum { QKV, DENSE, FC, PROJ, HEAD };
+
+__host__ __device__ constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
 
 template <int WHICH>
 struct Shape {
@@ -58,7 +65,8 @@ struct Shape {
   // A slab is what a block multiplies at a time: 64 inputs for each warp, of one tile.
   static constexpr int SLABS = K / 64 / WARPS;  // of a tile
   static constexpr int LOADS = bits / 4;        // of 16 bytes, a thread's
-  static constexpr int GANG = bits == 16 ? 1 : STAGE / bits;  // slabs copied at a time
+  // Slabs copied at a time, of one tile.
+  static constexpr int GANG = bits == 16 ? 1 : common_divisor(STAGE / bits, SLABS);
   static constexpr bool SPLIT = WHICH == DENSE || WHICH == PROJ;
   static constexpr int DEALT = SPLIT ? TILES * SLABS : TILES;
   static constexpr int SHARERS = DEALT < BLOCKS ? DEALT : BLOCKS;
@@ -78,8 +86,7 @@ __host__ __device__ constexpr int most_slots(int tiles, int slabs, int blocks) {
 }
 constexpr int DENSE_SLOTS = most_slots(Shape<DENSE>::TILES, Shape<DENSE>::SLABS, BLOCKS);
 constexpr int PROJ_SLOTS = most_slots(Shape<PROJ>::TILES, Shape<PROJ>::SLABS, BLOCKS);
-constexpr int SLOTS = DENSE_SLOTS > PROJ_SLOTS ? DENSE_SLOTS : PROJ_SLOTS;
-constexpr int CHUNK = THREADS / (CHANNELS * ROWS) < 8 ? THREADS / (CHANNELS * ROWS) : 8;  // tiles summed up at a time
+constexpr int CHUNK = THREADS / CHANNELS < 8 ? THREADS / CHANNELS : 8;  // tiles summed up at a time
 
 // ---- Weights, copied far ahead
 
@@ -93,11 +100,13 @@ constexpr int STAGE_BYTES = BITS == 16 || HEAD_BITS == 16 ? slab_bytes(16) : WAR
 struct Ring {
   u32 stages, full, empty;  // shared memory addresses
   int stage = 0, phase = 0;
-  int used = 0;  // slabs of the stage, by this warp
+  unsigned long long once;  // the L2 cache may forget weights first: what blocks tell and all else stays
 
   __device__ Ring(const void* stages, const void* barriers)
       : stages((u32)__cvta_generic_to_shared(stages)), full((u32)__cvta_generic_to_shared(barriers)),
-        empty(full + 8 * DEPTH) {}
+        empty(full + 8 * DEPTH) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  }
 
   __device__ void prepare() const {  // by one thread, before any other uses it
     for (int i = 0; i < DEPTH; ++i) {
@@ -119,19 +128,17 @@ struct Ring {
         : "memory");
   }
 
-  // The address of the next slab, of `bytes` bytes, once it is there.
-  __device__ u32 wait_slab(int bytes) const {
-    if (used == 0) wait(full + 8 * stage, phase);
-    return stages + stage * STAGE_BYTES + used * bytes;
+  // The address of the next stage, once it is there.
+  __device__ u32 wait_full() const {
+    wait(full + 8 * stage, phase);
+    return stages + stage * STAGE_BYTES;
   }
 
-  // By a whole warp, when it has read its part of a slab: `last` is whether the stage ends there.
-  __device__ void release_slab(int gang, bool last) {
-    if (++used < gang && !last) return;
+  // By a whole warp, when it has read its part of the stage.
+  __device__ void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
       asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(empty + 8 * stage) : "memory");
-    used = 0;
     next();
   }
 
@@ -151,9 +158,9 @@ struct Ring {
     __syncwarp();
     if (lane < pieces)
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
               stages + stage * STAGE_BYTES + lane * pitch),
-          "l"(from + (long long)lane * stride), "r"(bytes), "r"(barrier)
+          "l"(from + (long long)lane * stride), "r"(bytes), "r"(barrier), "l"(once)
           : "memory");
     next();
   }
@@ -162,16 +169,17 @@ struct Ring {
 template <int WHICH>
 __device__ inline void copy_linear(Ring& ring, const Linear& linear) {
   using S = Shape<WHICH>;
-  int slab = S::first_slab(blockIdx.x), end = S::first_slab(blockIdx.x + 1);
-  for (; slab < end; slab += S::GANG) {
+  int end = S::first_slab(blockIdx.x + 1);
+  for (int slab = S::first_slab(blockIdx.x), next; slab < end; slab = next) {
+    next = min((slab / S::GANG + 1) * S::GANG, end);
     long long tile = slab / S::SLABS;
     int part = slab % S::SLABS;
     if (S::bits == 16)
       ring.copy(linear.weight + (tile * CHANNELS * S::K + part * WARPS * 64) * 2, CHANNELS,
                 WARPS * 128, S::K * 2, PITCH16);
-    else  // one slab behind the other, also from tile to tile
+    else  // one slab behind the other
       ring.copy(linear.weight + (tile * S::SLABS + part) * slab_bytes(S::bits), 1,
-                min(S::GANG, end - slab) * slab_bytes(S::bits), 0, 0);
+                (next - slab) * slab_bytes(S::bits), 0, 0);
   }
 }
 
@@ -208,39 +216,66 @@ __device__ inline void sync() {  // all warps but the copying one
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
-struct Barrier {
-  u32* arrived;
-  u32 target;
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
 
-  __device__ void arrive() {
-    sync();
-    target += BLOCKS;
-    if (threadIdx.x == 0)
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+// A word's mark is the lowest bit of a float, or the signs of two halves that are never negative.
+constexpr u32 FLOAT_MARK = 1, HALVES_MARK = 0x80008000;
+
+__device__ inline void tell(float* at, float value, u32 mark) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at),
+               "r"(__float_as_uint(value) & ~FLOAT_MARK | mark)
+               : "memory");
+}
+
+__device__ inline void tell(u16* at, u16 value, u32 mark) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(at), "h"((u16)(value & 0x7fff | mark << 15))
+               : "memory");
+}
+
+// Reads COUNT times 16 bytes, those i for which asked(i), from at(i), once all are marked so, and
+// takes the marks off.
+template <u32 MARK, int COUNT, typename Asked, typename At>
+__device__ inline void hear(uint4 (&words)[COUNT], u32 mark, Asked asked, At at) {
+  u32 wanted = mark ? MARK : 0, missing = 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    words[i] = uint4{};  // else registers would be kept for what they are before
+    if (asked(i)) missing |= 1u << i;
   }
-
-  __device__ void wait() {
-    if (threadIdx.x == 0) {
-      u32 seen;
-      do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-      while (seen < target);
+  do {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      if (missing >> i & 1)
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
+                     : "l"(at(i))
+                     : "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const uint4& w = words[i];
+      u32 others = (w.x ^ wanted | w.y ^ wanted | w.z ^ wanted | w.w ^ wanted) & MARK;
+      if (!others) missing &= ~(1u << i);
     }
-    sync();
-  }
-};
+  } while (missing);
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    words[i].x &= ~MARK, words[i].y &= ~MARK, words[i].z &= ~MARK, words[i].w &= ~MARK;
+}
 
-// Reads of what other blocks wrote go past the L1 cache.
-__device__ inline uint4 load16(const void* at) { return __ldcg((const uint4*)at); }
-__device__ inline float4 load4(const float* at) { return __ldcg((const float4*)at); }
-__device__ inline u16 load_half(const u16* at) { return __ldcg(at); }
+__device__ inline float hear(const float* at, u32 mark) {
+  u32 word;
+  do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  while ((word & FLOAT_MARK) != mark);
+  return __uint_as_float(word & ~FLOAT_MARK);
+}
 
 // ---- Inputs of the linears, in shared memory
 
-struct Stream {  // the residual stream, each thread's fours of it
-  float x[ROWS][OWN][4];
-};
-
-struct Fours {  // of three vectors as wide as the stream, in float16
+struct Fours {  // of three vectors as wide as the residual stream, in float16
   uint2 weight[OWN], bias[OWN], added[OWN];
 };
 
@@ -258,89 +293,89 @@ __device__ inline Fours fours(const Norm& norm, const u16* added) {
   return f;
 }
 
-// The sums over a block of one value a row, in every thread.
-__device__ inline void block_sums(float (&sums)[ROWS], float* scratch) {
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], offset);
-    if (threadIdx.x % 32 == 0) scratch[r * WARPS + threadIdx.x / 32] = sums[r];
-  }
-  sync();
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    sums[r] = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) sums[r] += scratch[r * WARPS + warp];
-  }
-}
+struct Stream {  // the residual stream, each thread's fours of it
+  float x[OWN][4];
 
-// Adds what dense or proj made to the stream, and lays its LayerNorm out as inputs.
-__device__ inline void stage_norm(Stream& stream, const float* slots, int num_slots, const Fours& f,
-                                  u16* input, float* scratch) {
+  // Adds what dense or proj made.
+  template <int SLOTS>
+  __device__ void add(const float* slots, u32 mark, const Fours& f) {
+    uint4 parts[OWN * SLOTS];
+    hear<FLOAT_MARK>(
+        parts, mark, [](int i) { return own(i / SLOTS) < WIDTH; },
+        [&](int i) { return slots + i % SLOTS * WIDTH + own(i / SLOTS); });
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    if (own(i) >= WIDTH) continue;
-    float added[4];
-    spread(f.added[i], added);
+    for (int i = 0; i < OWN; ++i) {
+      if (own(i) >= WIDTH) continue;
+      float sums[4];
+      spread(f.added[i], sums);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      float4 parts[SLOTS];
-#pragma unroll
-      for (int s = 0; s < SLOTS; ++s)
-        if (s < num_slots) parts[s] = load4(slots + (s * ROWS + r) * WIDTH + own(i));
-      float* x = stream.x[r][i];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float sum = added[j];
-#pragma unroll
-        for (int s = 0; s < SLOTS; ++s)
-          if (s < num_slots) sum += ((const float*)&parts[s])[j];
-        x[j] += sum;
+      for (int s = 0; s < SLOTS; ++s) {
+        const uint4& part = parts[i * SLOTS + s];
+        sums[0] += __uint_as_float(part.x), sums[1] += __uint_as_float(part.y);
+        sums[2] += __uint_as_float(part.z), sums[3] += __uint_as_float(part.w);
       }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[i][j] += sums[j];
     }
   }
-  float sums[ROWS], squares[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    sums[r] = 0;
+
+  // Lays its LayerNorm out as inputs. A warp finds the mean and the squares about it for itself;
+  // what they are for all follows from those.
+  __device__ void stage_norm(const Fours& f, u16* input, float2* scratch) const {
+    float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
       if (own(i) < WIDTH)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[r] += stream.x[r][i][j];
-  }
-  block_sums(sums, scratch);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    squares[r] = 0;
+        for (int j = 0; j < 4; ++j) sum += x[i][j];
+    sum = warp_sum(sum);
+    float mean = __fdividef(sum, max(1, count(threadIdx.x / 32)));
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
       if (own(i) < WIDTH)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float centred = stream.x[r][i][j] - sums[r] / WIDTH;
-          squares[r] += centred * centred;
-        }
-  }
-  block_sums(squares, scratch + ROWS * WARPS);
+        for (int j = 0; j < 4; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = {sum, squares};
+    sync();
+    float2 of_warp[WARPS];
+    sum = squares = 0;
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    if (own(i) >= WIDTH) continue;
-    float weight[4], bias[4];
-    spread(f.weight[i], weight);
-    spread(f.bias[i], bias);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      float scale = rsqrtf(squares[r] / WIDTH + 1e-5f), normed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        normed[j] = (stream.x[r][i][j] - sums[r] / WIDTH) * scale * weight[j] + bias[j];
-      *(uint2*)(input + r * PITCH(WIDTH) + own(i)) = gather(normed);
+    for (int warp = 0; warp < WARPS; ++warp) {
+      of_warp[warp] = scratch[warp];
+      sum += of_warp[warp].x;
     }
+    mean = sum / WIDTH;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+      float away = of_warp[warp].x - count(warp) * mean;  // the warp's mean's distance, count times
+      squares += of_warp[warp].y + __fdividef(away * away, max(1, count(warp)));
+    }
+    float scale = rsqrtf(squares / WIDTH + 1e-5f);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      if (own(i) >= WIDTH) continue;
+      float weight[4], bias[4], normed[4];
+      spread(f.weight[i], weight);
+      spread(f.bias[i], bias);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) normed[j] = (x[i][j] - mean) * scale * weight[j] + bias[j];
+      *(uint2*)(input + own(i)) = gather(normed);
+    }
+    sync();
   }
-  sync();
-}
+
+  // How many numbers of the stream a warp has.
+  static __device__ constexpr int count(int warp) {
+    if (WIDTH / 4 % THREADS == 0) return WIDTH / WARPS;
+    int fours = 0;
+    for (int i = 0; i < OWN; ++i) {
+      int left = WIDTH / 4 - i * THREADS - warp * 32;
+      fours += left < 0 ? 0 : left < 32 ? left : 32;
+    }
+    return 4 * fours;
+  }
+};
 
 // Where each block begins to read what all read, lest all ask for the same at a time.
 template <int COUNT>
@@ -349,89 +384,152 @@ __device__ inline int rotated(int i) {
   return i < COUNT ? i : i - COUNT;
 }
 
-// Lays out what other blocks wrote.
-template <int INPUTS>
-__device__ inline void stage(const u16* from, u16* input) {
-  constexpr int EACH = (ROWS * INPUTS / 8 + THREADS - 1) / THREADS;
-  uint4 read[EACH];  // all at once: what counts is the latency
+// Lays out what attention made.
+__device__ inline void stage_attended(const float* attended, u16* input, u32 mark) {
+  constexpr int PIECES_16 = WIDTH / 4, EACH = (PIECES_16 + THREADS - 1) / THREADS;
+  auto asked = [](int i) { return threadIdx.x + i * THREADS < PIECES_16; };
+  auto place = [](int i) { return 4 * rotated<PIECES_16>(threadIdx.x + i * THREADS); };
+  uint4 words[EACH];
+  hear<FLOAT_MARK>(words, mark, asked, [&](int i) { return attended + place(i); });
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    int k = rotated<ROWS * INPUTS / 8>(threadIdx.x + i * THREADS) * 8;
-    if (threadIdx.x + i * THREADS < ROWS * INPUTS / 8) read[i] = load16(from + k);
-  }
+  for (int i = 0; i < EACH; ++i)
+    if (asked(i)) *(uint2*)(input + place(i)) = gather((const float*)&words[i]);
+  sync();
+}
+
+// Lays out what fc made.
+__device__ inline void stage_hidden(const u16* hidden, u16* input, u32 mark) {
+  constexpr int PIECES_16 = FFN / 8, EACH = (PIECES_16 + THREADS - 1) / THREADS;
+  auto asked = [](int i) { return threadIdx.x + i * THREADS < PIECES_16; };
+  auto place = [](int i) { return 8 * rotated<PIECES_16>(threadIdx.x + i * THREADS); };
+  uint4 words[EACH];
+  hear<HALVES_MARK>(words, mark, asked, [&](int i) { return hidden + place(i); });
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    int k = rotated<ROWS * INPUTS / 8>(threadIdx.x + i * THREADS) * 8;
-    if (threadIdx.x + i * THREADS < ROWS * INPUTS / 8) *(uint4*)(input + k / INPUTS * PITCH(INPUTS) + k % INPUTS) = read[i];
-  }
+  for (int i = 0; i < EACH; ++i)
+    if (asked(i)) *(uint4*)(input + place(i)) = words[i];
   sync();
 }
 
 // ---- Linears
 
-// Sums a block's slabs [slab, end) of at most CHUNK tiles; thread o gets output o of them, which is
-// channel o / ROWS % 16 of tile o / ROWS / 16 for row o % ROWS.
+// Packed weights are multiplied as they are: a byte or nibble n alone is the float16 n / 2^24, an
+// upper nibble 16 n / 2^24. What they are biased by is taken off by way of the inputs' sum.
+template <int bits>
+struct Packed {
+  static constexpr float UNIT = bits == 16 ? 1.0f : 16777216.0f;
+  static constexpr float BIAS = bits == 16 ? 0.0f : (1 << (bits - 1)) / UNIT;
+
+  // sums += a slab's products; for 4 bits the last two of them 16 times too large.
+  static __device__ void multiply(float (*sums)[4], const uint4* w, const uint4* inputs) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 x = inputs[4 * half];  // 32 inputs on
+      if constexpr (bits == 16) {
+        const uint4 &near = w[2 * half], &far = w[2 * half + 1];
+        mma(sums[2 * half], near.x, far.x, near.y, far.y, x.x, x.y);
+        mma(sums[2 * half + 1], near.z, far.z, near.w, far.w, x.z, x.w);
+      } else if constexpr (bits == 8) {
+        const uint4& q = w[half];
+        mma(sums[2 * half], low(q.x), low(q.z), high(q.x), high(q.z), x.x, x.y);
+        mma(sums[2 * half + 1], low(q.y), low(q.w), high(q.y), high(q.w), x.z, x.w);
+      } else {
+        u32 near = half ? w[0].z : w[0].x, far = half ? w[0].w : w[0].y;
+        u32 near_later = near >> 8, far_later = far >> 8;
+        const u32 low = 0x000f000f, high = 0x00f000f0;
+        mma(sums[half], near & low, far & low, near_later & low, far_later & low, x.x, x.z);
+        mma(sums[2 + half], near & high, far & high, near_later & high, far_later & high, x.y, x.w);
+      }
+    }
+  }
+
+  static __device__ u32 low(u32 q) { return __byte_perm(q, 0, 0x4140); }
+  static __device__ u32 high(u32 q) { return __byte_perm(q, 0, 0x4342); }
+
+  static __device__ float total(float (*sums)[4], int i) {
+    float last = sums[2][i] + sums[3][i];
+    return sums[0][i] + sums[1][i] + (bits == 4 ? last / 16 : last);
+  }
+};
+
+// Sums a block's slabs [slab, end) of at most CHUNK tiles; thread o gets output o of them, in units
+// of 1 / UNIT.
 template <int WHICH>
 __device__ inline float product(Ring& ring, const u16* input, float* partial, int slab, int end) {
   using S = Shape<WHICH>;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const u16* x = input + min(g, ROWS - 1) * PITCH(S::K) + warp * 64 + t * 8;
-  float* part = partial + warp * CHANNELS * ROWS;
-  int in_tile = slab % S::SLABS, last_slab = S::first_slab(blockIdx.x + 1);
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u16* x = input + warp * 64 + lane % 4 * 8;  // the same row for all eight columns of an mma
+  const u16* pair = input + warp * 64 + lane * 2;   // a lane's share of the inputs' sum
+  auto pair_sum = [&](int slab) {
+    u32 two = *(const u32*)(pair + slab * (WARPS * 64));
+    return half_to_float(two) + half_to_float(two >> 16);
+  };
+  float inputs = 0;
+  if (S::bits < 16 && !S::SPLIT) {  // the same for all tiles
+#pragma unroll
+    for (int i = 0; i < S::SLABS; ++i) inputs += pair_sum(i);
+    inputs = warp_sum(inputs);
+  }
+  float* part = partial + warp * CHANNELS;
+  int in_tile = slab % S::SLABS;
 #pragma unroll 1
   while (slab < end) {
     int last = min(S::SLABS, in_tile + end - slab);
+    slab += last - in_tile;
     float sums[4][4] = {};
-#pragma unroll 2
-    for (; in_tile < last; ++in_tile) {
-      uint4 w[S::LOADS], b[2];
-      read_slab<WHICH>(ring.wait_slab(slab_bytes(S::bits)), w);
+#pragma unroll(S::GANG == 1 ? 2 : 1)
+    while (in_tile < last) {
+      int count = S::SPLIT ? min(S::GANG - in_tile % S::GANG, last - in_tile) : S::GANG;
+      uint4 w[S::GANG][S::LOADS];
+      u32 stage = ring.wait_full();
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        b[half] = *(const uint4*)(x + in_tile * (WARPS * 64) + 32 * half);
-      ring.release_slab(S::GANG, ++slab == last_slab);
-      auto multiply = [&](const u32* near, const u32* far, int half) {
-        mma(sums[2 * half], near[0], far[0], near[1], far[1], b[half].x, b[half].y);
-        mma(sums[2 * half + 1], near[2], far[2], near[3], far[3], b[half].z, b[half].w);
-      };
-      if constexpr (S::bits == 4) {
-        unpack<4>(w, multiply);
-      } else {
+      for (int i = 0; i < S::GANG; ++i)
+        if (i < count) read_slab<WHICH>(stage + i * slab_bytes(S::bits), w[i]);
+      ring.release();
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          unpack<S::bits>(w + half * (S::LOADS / 2),
-                          [&](const u32* near, const u32* far, int) { multiply(near, far, half); });
-      }
+      for (int i = 0; i < S::GANG; ++i)
+        if (i < count) {
+          Packed<S::bits>::multiply(sums, w[i], (const uint4*)(x + (in_tile + i) * (WARPS * 64)));
+          if (S::bits < 16 && S::SPLIT) inputs += pair_sum(in_tile + i);
+        }
+      in_tile += count;
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (2 * t + i % 2 < ROWS)
-        part[(g + i / 2 * 8) * ROWS + 2 * t + i % 2] =
-            (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-    part += WARPS * CHANNELS * ROWS;
+    if (S::bits < 16 && S::SPLIT) inputs = warp_sum(inputs);
+    if (lane % 4 == 0) {
+      part[lane / 4] = Packed<S::bits>::total(sums, 0) - Packed<S::bits>::BIAS * inputs;
+      part[lane / 4 + 8] = Packed<S::bits>::total(sums, 2) - Packed<S::bits>::BIAS * inputs;
+    }
+    if (S::SPLIT) inputs = 0;
+    part += WARPS * CHANNELS;
     in_tile = 0;
   }
   sync();
-  int o = threadIdx.x;
-  const float* parts = partial + o / (CHANNELS * ROWS) * (WARPS * CHANNELS * ROWS) + o % (CHANNELS * ROWS);
+  const float* parts = partial + threadIdx.x / CHANNELS * (WARPS * CHANNELS) + threadIdx.x % CHANNELS;
   float sum = 0;
-  if (o < CHUNK * CHANNELS * ROWS)
+  if (threadIdx.x < CHUNK * CHANNELS)
 #pragma unroll
-    for (int other = 0; other < WARPS; ++other) sum += parts[other * CHANNELS * ROWS];
+    for (int other = 0; other < WARPS; ++other) sum += parts[other * CHANNELS];
   return sum;
 }
 
-// A linear whose tiles belong to one block each: store(row, channel, value) is called for each of
-// the block's outputs. The scale and bias of the first chunk are read by `before`, early.
+template <int WHICH>
+__device__ inline float scale_of(const Linear& linear, int channel) {
+  using S = Shape<WHICH>;
+  return S::bits < 16 ? half_to_float(linear.scales[min(channel, S::N - 1)]) * Packed<S::bits>::UNIT : 1.0f;
+}
+
+// A linear whose tiles belong to one block each: store(channel, value) is called for each of the
+// block's outputs. The scale and bias of the first chunk are read by `before`, early.
 template <int WHICH>
 struct Whole {
   using S = Shape<WHICH>;
-  u16 scale, bias;
+  float scale, bias;
+
+  __device__ void before(const Linear& linear) { before(linear, S::first_slab(blockIdx.x) / S::SLABS); }
 
   __device__ void before(const Linear& linear, int tile) {
-    int channel = min(tile * CHANNELS + (int)threadIdx.x / ROWS, S::N - 1);
-    scale = S::bits < 16 ? linear.scales[channel] : 0x3c00;
-    bias = linear.bias ? linear.bias[channel] : 0;
+    int channel = tile * CHANNELS + threadIdx.x;
+    scale = scale_of<WHICH>(linear, channel);
+    bias = linear.bias ? half_to_float(linear.bias[min(channel, S::N - 1)]) : 0.0f;
   }
 
   template <typename Store>
@@ -441,9 +539,8 @@ struct Whole {
     while (tile < last) {
       int end = min(tile + CHUNK, last);
       float sum = product<WHICH>(ring, input, partial, tile * S::SLABS, end * S::SLABS);
-      int channel = tile * CHANNELS + threadIdx.x / ROWS;
-      if (channel < min(end * CHANNELS, S::N))
-        store(threadIdx.x % ROWS, channel, sum * half_to_float(scale) + half_to_float(bias));
+      int channel = tile * CHANNELS + threadIdx.x;
+      if (channel < min(end * CHANNELS, S::N)) store(channel, sum * scale + bias);
       tile = end;
       if (tile == last) break;
       before(linear, tile);
@@ -452,40 +549,38 @@ struct Whole {
   }
 };
 
-// A linear whose tiles may be shared among blocks: parts of sums go to slots, SLOTS x ROWS x WIDTH.
-template <int WHICH>
+// A linear whose tiles may be shared among blocks: parts of sums go to slots, NUM_SLOTS x WIDTH.
+template <int WHICH, int NUM_SLOTS>
 struct Split {
   using S = Shape<WHICH>;
-  u16 scale;
+  float scale;
 
   __device__ void before(const Linear& linear) {
-    int channel = S::first_slab(blockIdx.x) / S::SLABS * CHANNELS + threadIdx.x / ROWS;
-    scale = S::bits < 16 ? linear.scales[min(channel, S::N - 1)] : 0x3c00;
+    scale = scale_of<WHICH>(linear, S::first_slab(blockIdx.x) / S::SLABS * CHANNELS + threadIdx.x);
   }
 
-  __device__ void run(Ring& ring, const u16* input, float* partial, float* slots, int num_slots) {
+  __device__ void run(Ring& ring, const u16* input, float* partial, float* slots, u32 mark) {
     int slab = S::first_slab(blockIdx.x), end = S::first_slab(blockIdx.x + 1);
     if (slab == end) return;  // the same for a whole block
     float sum = product<WHICH>(ring, input, partial, slab, end);
-    int row = threadIdx.x % ROWS, channel = slab / S::SLABS * CHANNELS + threadIdx.x / ROWS;
+    int channel = slab / S::SLABS * CHANNELS + threadIdx.x;
     int tile = channel / CHANNELS, last = tile * S::SLABS + S::SLABS - 1;
     if (channel >= ((end - 1) / S::SLABS + 1) * CHANNELS) return;
     int slot = blockIdx.x - S::block_of(tile * S::SLABS);
-    slots[(slot * ROWS + row) * WIDTH + channel] = sum * half_to_float(scale);
+    tell(slots + slot * WIDTH + channel, sum * scale, mark);
     if (end > last)  // the last to share the tile
-      for (++slot; slot < num_slots; ++slot) slots[(slot * ROWS + row) * WIDTH + channel] = 0;
+      for (++slot; slot < NUM_SLOTS; ++slot) tell(slots + slot * WIDTH + channel, 0.0f, mark);
   }
 };
 
 // ---- Attention
 
-#define PASS (WARPS * ABREAST)            // and a block
-#define EARLY (PASS >= 60 ? 1 : 2)                           // passes whose keys and values are read ahead
+#define PASS (WARPS * ABREAST)      // slots that a block attends to at a time
+#define EARLY (PASS >= 60 ? 1 : 2)  // passes whose keys and values are read ahead
 
 struct Attention {
-  const int *lengths, *sources;  // of each row; ROWS x max_len
-  u16 *keys, *values;            // of the layer: ROWS x HEADS x max_len x HEAD_SIZE
-  int max_len;
+  u16 *keys, *values;  // of the layer: HEADS x max_len x HEAD_SIZE
+  int max_len, length;
   uint4 key[EARLY], value[EARLY];
 
   static __device__ int slot_of(int pass) {
@@ -493,21 +588,18 @@ struct Attention {
     return pass * PASS + threadIdx.x / 32 * ABREAST + min(lane / PIECES, ABREAST - 1);
   }
 
-  __device__ void read(int row, int head, int slot, uint4& k, uint4& v) const {
+  __device__ void read(int head, int slot, uint4& k, uint4& v) const {
     k = v = uint4{0, 0, 0, 0};
-    if (slot >= lengths[row]) return;
-    long long source = sources[row * max_len + slot];
-    long long at = ((source * HEADS + head) * max_len + slot) * HEAD_SIZE + threadIdx.x % 32 % PIECES * 8;
+    if (slot >= length || head >= HEADS) return;
+    long long at = ((long long)head * max_len + slot) * HEAD_SIZE + threadIdx.x % 32 % PIECES * 8;
     k = *(const uint4*)(keys + at);
     v = *(const uint4*)(values + at);
   }
 
   // What is known before the query is.
-  __device__ void before(int item) {
-    if (item >= ROWS * HEADS) return;
+  __device__ void before(int head) {
 #pragma unroll
-    for (int pass = 0; pass < EARLY; ++pass)
-      read(item / HEADS, item % HEADS, slot_of(pass), key[pass], value[pass]);
+    for (int pass = 0; pass < EARLY; ++pass) read(head, slot_of(pass), key[pass], value[pass]);
   }
 
   // Each group of PIECES lanes keeps an online softmax of its slots.
@@ -524,7 +616,7 @@ struct Attention {
   };
 
   __device__ void attend(Mix& mix, const float* query, const float* own_key, const float* own_value,
-                         int slot, int length, uint4 key, uint4 value) const {
+                         int slot, uint4 key, uint4 value) const {
     int piece = threadIdx.x % 32 % PIECES * 8;
     float k[8], v[8], score = 0;
     spread({key.x, key.y}, k), spread({key.z, key.w}, k + 4);
@@ -538,19 +630,18 @@ struct Attention {
     mix.add(slot <= length ? score : -1e30f, v);
   }
 
-  __device__ void run(const u16* qkv, u16* attended, float* scratch) {
+  __device__ void run(const float* qkv, float* attended, float* scratch, u32 mark) {
     float *query = scratch, *own_key = query + HEAD_SIZE, *own_value = own_key + HEAD_SIZE;
     float *highest = own_value + HEAD_SIZE, *weight = highest + WARPS, *mixed = weight + WARPS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < ROWS * HEADS; item += BLOCKS) {
-      if (item != blockIdx.x) before(item);
-      int row = item / HEADS, head = item % HEADS, length = lengths[row];
+    for (int head = blockIdx.x; head < HEADS; head += BLOCKS) {
+      if (head != blockIdx.x) before(head);
       for (int i = threadIdx.x; i < 3 * HEAD_SIZE; i += THREADS) {
         int which = i / HEAD_SIZE, d = i % HEAD_SIZE;
-        u16 half = load_half(qkv + ((row * 3 + which) * HEADS + head) * HEAD_SIZE + d);
+        u16 half = float_to_half(hear(qkv + (which * HEADS + head) * HEAD_SIZE + d, mark));
         query[i] = which ? half_to_float(half) : half_to_float(half) * rsqrtf(HEAD_SIZE);
-        long long slot = ((long long)(row * HEADS + head) * max_len + length) * HEAD_SIZE + d;
+        long long slot = ((long long)head * max_len + length) * HEAD_SIZE + d;
         if (which == 1) keys[slot] = half;
         if (which == 2) values[slot] = half;
       }
@@ -559,12 +650,12 @@ struct Attention {
       Mix mix;
 #pragma unroll
       for (int pass = 0; pass < EARLY; ++pass)
-        attend(mix, query, own_key, own_value, slot_of(pass), length, key[pass], value[pass]);
+        attend(mix, query, own_key, own_value, slot_of(pass), key[pass], value[pass]);
 #pragma unroll 1
       for (int pass = EARLY; pass * PASS <= length; ++pass) {
         uint4 k, v;
-        read(row, head, slot_of(pass), k, v);
-        attend(mix, query, own_key, own_value, slot_of(pass), length, k, v);
+        read(head, slot_of(pass), k, v);
+        attend(mix, query, own_key, own_value, slot_of(pass), k, v);
       }
       // The groups of a warp, then the warps.
       float best = mix.highest;
@@ -600,110 +691,87 @@ struct Attention {
           norm += fade * weight[other];
           sum += fade * mixed[other * HEAD_SIZE + threadIdx.x];
         }
-        attended[(row * HEADS + head) * HEAD_SIZE + threadIdx.x] = float_to_half(sum / norm);
+        tell(attended + head * HEAD_SIZE + threadIdx.x, sum / norm, mark);
       }
-      sync();  // scratch is read: the next item may write it
+      sync();  // scratch is read: the next head, or what is laid out next, may be written there
     }
   }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
-    step(const Model* addresses, const long long* tokens, long long* row_lengths, const int* sources,
-         u16* keys, u16* values, u16* qkv, u16* attended, u16* hidden, float* slots, float* logits,
-         u32* barriers, int max_len) {
+    step(const Model* addresses, const long long* token, long long* row_length, u16* keys, u16* values,
+         float* qkv, float* attended, u16* hidden, float* slots, float* logits, u32* first_mark,
+         int max_len) {
   extern __shared__ __align__(128) char shared[];
   __shared__ Model model;
-  __shared__ int lengths[ROWS];
-  __shared__ float scratch[2 * ROWS * WARPS];
+  __shared__ float2 scratch[WARPS];
   __shared__ __align__(8) long long ring_barriers[2 * DEPTH];
   u16* input = (u16*)(shared + DEPTH * STAGE_BYTES);  // and attention's scratch
-  float* partial = (float*)(shared + SHARED) - CHUNK * WARPS * CHANNELS * ROWS;
+  float* partial = (float*)(shared + SHARED) - CHUNK * WARPS * CHANNELS;
 
   Ring ring(shared, ring_barriers);
   if (threadIdx.x == 0) ring.prepare();
   for (int i = threadIdx.x; i < sizeof(Model) / 8; i += blockDim.x)
     ((long long*)&model)[i] = ((const long long*)addresses)[i];
-  if (threadIdx.x < ROWS) lengths[threadIdx.x] = row_lengths[threadIdx.x];
   __syncthreads();
   if (threadIdx.x >= THREADS) return copy_weights(ring, model);
 
-  Barrier barrier{barriers, 0};
-  Attention attention{lengths, sources, keys, values, max_len};
+  int length = *row_length;
+  u32 mark = *first_mark;
+  Attention attention{keys, values, max_len, length};
 
   Stream stream;
 #pragma unroll
-  for (int i = 0; i < OWN; ++i)
+  for (int i = 0; i < OWN; ++i) {
+    if (own(i) >= WIDTH) continue;
+    float word[4], place[4];
+    spread(*(const uint2*)(model.embedding + *token * WIDTH + own(i)), word);
+    spread(*(const uint2*)(model.positions + (long long)length * WIDTH + own(i)), place);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      if (own(i) >= WIDTH) continue;
-      float word[4], place[4];
-      spread(*(const uint2*)(model.embedding + tokens[r] * WIDTH + own(i)), word);
-      spread(*(const uint2*)(model.positions + (long long)lengths[r] * WIDTH + own(i)), place);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) stream.x[r][i][j] = word[j] + place[j];
-    }
+    for (int j = 0; j < 4; ++j) stream.x[i][j] = word[j] + place[j];
+  }
 
-  const u16* last_bias = nullptr;
-  int last_slots = 0;
+  // The parts of dense and of proj take turns in the slots, with one mark each.
+  const u32 dense_mark = 1, proj_mark = 0;
+  Fours f = fours(model.layers[0].input_norm, nullptr);
 #pragma unroll 1
-  for (int index = 0; index < LAYERS; ++index) {
+  for (int index = 0; index < LAYERS; ++index, mark ^= 1) {
     const Layer& layer = model.layers[index];
-    Fours f = fours(layer.input_norm, last_bias);
     Whole<QKV> qkv_linear;
-    qkv_linear.before(layer.qkv, Shape<QKV>::first_slab(blockIdx.x) / Shape<QKV>::SLABS);
-    if (index) barrier.wait();
-    stage_norm(stream, slots, last_slots, f, input, scratch);
-    qkv_linear.run(ring, layer.qkv, input, partial, [&](int row, int channel, float y) {
-      qkv[row * 3 * WIDTH + channel] = float_to_half(y);
+    qkv_linear.before(layer.qkv);
+    if (index) stream.add<PROJ_SLOTS>(slots, proj_mark, f);
+    stream.stage_norm(f, input, scratch);
+    qkv_linear.run(ring, layer.qkv, input, partial, [&](int channel, float y) {
+      tell(qkv + channel, y, mark);
     });
-    barrier.arrive();
     attention.before(blockIdx.x);
-    barrier.wait();
-    attention.run(qkv, attended, (float*)input);
-    attention.keys += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
-    attention.values += (long long)ROWS * HEADS * max_len * HEAD_SIZE;
-    barrier.arrive();
-    Split<DENSE> dense;
+    attention.run(qkv, attended, (float*)input, mark);
+    attention.keys += (long long)HEADS * max_len * HEAD_SIZE;
+    attention.values += (long long)HEADS * max_len * HEAD_SIZE;
+    Split<DENSE, DENSE_SLOTS> dense;
     dense.before(layer.dense);
-    barrier.wait();
-    stage<WIDTH>(attended, input);
-    dense.run(ring, input, partial, slots, DENSE_SLOTS);
-    barrier.arrive();
     f = fours(layer.post_norm, layer.dense.bias);
+    stage_attended(attended, input, mark);
+    dense.run(ring, input, partial, slots, dense_mark);
     Whole<FC> fc;
-    fc.before(layer.fc, Shape<FC>::first_slab(blockIdx.x) / Shape<FC>::SLABS);
-    barrier.wait();
-    stage_norm(stream, slots, DENSE_SLOTS, f, input, scratch);
-    fc.run(ring, layer.fc, input, partial, [&](int row, int channel, float y) {
-      hidden[row * FFN + channel] = float_to_half(fmaxf(y, 0.0f));
+    fc.before(layer.fc);
+    stream.add<DENSE_SLOTS>(slots, dense_mark, f);
+    stream.stage_norm(f, input, scratch);
+    fc.run(ring, layer.fc, input, partial, [&](int channel, float y) {
+      tell(hidden + channel, float_to_half(fmaxf(y, 0.0f)), mark);
     });
-    barrier.arrive();
-    Split<PROJ> proj;
+    Split<PROJ, PROJ_SLOTS> proj;
     proj.before(layer.proj);
-    barrier.wait();
-    stage<FFN>(hidden, input);
-    proj.run(ring, input, partial, slots, PROJ_SLOTS);
-    barrier.arrive();
-    last_bias = layer.proj.bias;
-    last_slots = PROJ_SLOTS;
+    f = fours(index + 1 < LAYERS ? model.layers[index + 1].input_norm : model.final_norm, layer.proj.bias);
+    stage_hidden(hidden, input, mark);
+    proj.run(ring, input, partial, slots, proj_mark);
   }
 
-  Fours f = fours(model.final_norm, last_bias);
   Whole<HEAD> head;
-  head.before(model.head, Shape<HEAD>::first_slab(blockIdx.x) / Shape<HEAD>::SLABS);
-  barrier.wait();
-  // Every block has read the lengths, and none will wait again once it is here.
-  if (blockIdx.x == 0 && threadIdx.x < ROWS) row_lengths[threadIdx.x] = lengths[threadIdx.x] + 1;
-  if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.inc.global.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(barriers + 1), "n"(BLOCKS - 1)
-                 : "memory");
-    if (before == BLOCKS - 1) barriers[0] = 0;
-  }
-  stage_norm(stream, slots, last_slots, f, input, scratch);
-  head.run(ring, model.head, input, partial, [&](int row, int channel, float y) {
-    logits[(long long)row * VOCAB + channel] = y;
-  });
+  head.before(model.head);
+  stream.add<PROJ_SLOTS>(slots, proj_mark, f);
+  // All blocks have read the length and the first mark: they had a share of this sum.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *row_length = length + 1, *first_mark = mark;
+  stream.stage_norm(f, input, scratch);
+  head.run(ring, model.head, input, partial, [&](int channel, float y) { logits[channel] = y; });
 }
