@@ -119,7 +119,7 @@ def shape_macros(
     tiles = min(_MOST_TILES, 32 * warps // _CHANNELS)
     parts = 4 * tiles * warps * _CHANNELS
     inputs = 2 * ffn
-    attention = 4 * (3 * head_size + 2 * warps + warps * head_size)
+    attention = 4 * (2 * head_size + 2 * warps + 2 + warps * head_size)
     # As step.cu lays a stage out: for each warp 64 inputs of 16 channels, or of packed ones more.
     stage = 16 * (128 * warps + 64) if 16 in bits else 128 * _STAGE * warps
     depth = (shared - parts - max(inputs, attention)) // stage

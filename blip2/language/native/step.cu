@@ -279,13 +279,22 @@ struct Fours {  // of three vectors as wide as the residual stream, in float16
   uint2 weight[OWN], bias[OWN], added[OWN];
 };
 
-__device__ inline int own(int i) { return 4 * (threadIdx.x + i * THREADS); }
+// Where each block begins to read what all read, lest all ask for the same at a time.
+template <int COUNT>
+__device__ inline int rotated(int i) {
+  i += blockIdx.x * (COUNT / BLOCKS);
+  return i < COUNT ? i : i - COUNT;
+}
+
+__device__ inline bool has(int i) { return threadIdx.x + i * THREADS < WIDTH / 4; }  // whether an i-th four
+
+__device__ inline int own(int i) { return 4 * rotated<WIDTH / 4>(threadIdx.x + i * THREADS); }
 
 __device__ inline Fours fours(const Norm& norm, const u16* added) {
   Fours f;
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
-    if (own(i) >= WIDTH) continue;
+    if (!has(i)) continue;
     f.weight[i] = *(const uint2*)(norm.weight + own(i));
     f.bias[i] = *(const uint2*)(norm.bias + own(i));
     f.added[i] = added ? *(const uint2*)(added + own(i)) : uint2{0, 0};
@@ -301,11 +310,11 @@ struct Stream {  // the residual stream, each thread's fours of it
   __device__ void add(const float* slots, u32 mark, const Fours& f) {
     uint4 parts[OWN * SLOTS];
     hear<FLOAT_MARK>(
-        parts, mark, [](int i) { return own(i / SLOTS) < WIDTH; },
+        parts, mark, [](int i) { return has(i / SLOTS); },
         [&](int i) { return slots + i % SLOTS * WIDTH + own(i / SLOTS); });
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      if (own(i) >= WIDTH) continue;
+      if (!has(i)) continue;
       float sums[4];
       spread(f.added[i], sums);
 #pragma unroll
@@ -325,14 +334,14 @@ struct Stream {  // the residual stream, each thread's fours of it
     float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
-      if (own(i) < WIDTH)
+      if (has(i))
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum += x[i][j];
     sum = warp_sum(sum);
     float mean = __fdividef(sum, max(1, count(threadIdx.x / 32)));
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
-      if (own(i) < WIDTH)
+      if (has(i))
 #pragma unroll
         for (int j = 0; j < 4; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
     squares = warp_sum(squares);
@@ -354,7 +363,7 @@ struct Stream {  // the residual stream, each thread's fours of it
     float scale = rsqrtf(squares / WIDTH + 1e-5f);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      if (own(i) >= WIDTH) continue;
+      if (!has(i)) continue;
       float weight[4], bias[4], normed[4];
       spread(f.weight[i], weight);
       spread(f.bias[i], bias);
@@ -376,13 +385,6 @@ struct Stream {  // the residual stream, each thread's fours of it
     return 4 * fours;
   }
 };
-
-// Where each block begins to read what all read, lest all ask for the same at a time.
-template <int COUNT>
-__device__ inline int rotated(int i) {
-  i += blockIdx.x * (COUNT / BLOCKS);
-  return i < COUNT ? i : i - COUNT;
-}
 
 // Lays out what attention made.
 __device__ inline void stage_attended(const float* attended, u16* input, u32 mark) {
@@ -615,47 +617,51 @@ struct Attention {
     }
   };
 
-  __device__ void attend(Mix& mix, const float* query, const float* own_key, const float* own_value,
-                         int slot, uint4 key, uint4 value) const {
-    int piece = threadIdx.x % 32 % PIECES * 8;
+  // `own`: the new token's key, and HEAD_SIZE on its value.
+  __device__ void attend(Mix& mix, const float (&query)[8], const u16* own, int slot, uint4 key,
+                         uint4 value) const {
+    if (slot == length) key = *(const uint4*)own, value = *(const uint4*)(own + HEAD_SIZE);
     float k[8], v[8], score = 0;
     spread({key.x, key.y}, k), spread({key.z, key.w}, k + 4);
     spread({value.x, value.y}, v), spread({value.z, value.w}, v + 4);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (slot == length) k[j] = own_key[piece + j], v[j] = own_value[piece + j];
-      score += k[j] * query[piece + j];
-    }
+    for (int j = 0; j < 8; ++j) score += k[j] * query[j];
     score = piece_sum(score);
     mix.add(slot <= length ? score : -1e30f, v);
   }
 
   __device__ void run(const float* qkv, float* attended, float* scratch, u32 mark) {
-    float *query = scratch, *own_key = query + HEAD_SIZE, *own_value = own_key + HEAD_SIZE;
-    float *highest = own_value + HEAD_SIZE, *weight = highest + WARPS, *mixed = weight + WARPS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float *whole_query = scratch, *mixed = whole_query + HEAD_SIZE;
+    float *highest = mixed + WARPS * HEAD_SIZE, *weight = highest + WARPS;
+    u16* whole_own = (u16*)(weight + WARPS + WARPS % 2 * 2);  // aligned to 16 bytes
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = lane % PIECES * 8;
+    const u16* own = whole_own + piece;
 #pragma unroll 1
     for (int head = blockIdx.x; head < HEADS; head += BLOCKS) {
       if (head != blockIdx.x) before(head);
       for (int i = threadIdx.x; i < 3 * HEAD_SIZE; i += THREADS) {
         int which = i / HEAD_SIZE, d = i % HEAD_SIZE;
         u16 half = float_to_half(hear(qkv + (which * HEADS + head) * HEAD_SIZE + d, mark));
-        query[i] = which ? half_to_float(half) : half_to_float(half) * rsqrtf(HEAD_SIZE);
         long long slot = ((long long)head * max_len + length) * HEAD_SIZE + d;
-        if (which == 1) keys[slot] = half;
-        if (which == 2) values[slot] = half;
+        if (which == 0)
+          whole_query[d] = half_to_float(half) * rsqrtf(HEAD_SIZE);
+        else
+          whole_own[i - HEAD_SIZE] = (which == 1 ? keys : values)[slot] = half;
       }
       sync();
+      float query[8];
+      *(float4*)query = *(const float4*)(whole_query + piece);
+      *(float4*)(query + 4) = *(const float4*)(whole_query + piece + 4);
 
       Mix mix;
 #pragma unroll
       for (int pass = 0; pass < EARLY; ++pass)
-        attend(mix, query, own_key, own_value, slot_of(pass), key[pass], value[pass]);
+        attend(mix, query, own, slot_of(pass), key[pass], value[pass]);
 #pragma unroll 1
       for (int pass = EARLY; pass * PASS <= length; ++pass) {
         uint4 k, v;
         read(head, slot_of(pass), k, v);
-        attend(mix, query, own_key, own_value, slot_of(pass), k, v);
+        attend(mix, query, own, slot_of(pass), k, v);
       }
       // The groups of a warp, then the warps.
       float best = mix.highest;
@@ -723,7 +729,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
   Stream stream;
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
-    if (own(i) >= WIDTH) continue;
+    if (!has(i)) continue;
     float word[4], place[4];
     spread(*(const uint2*)(model.embedding + *token * WIDTH + own(i)), word);
     spread(*(const uint2*)(model.positions + (long long)length * WIDTH + own(i)), place);
