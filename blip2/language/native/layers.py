@@ -17,12 +17,14 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
 HOPPER_SOURCE = Path(__file__).with_name("linear_hopper.cu")
+HOPPER_PACKED_SOURCE = Path(__file__).with_name("linear_hopper_packed.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that linear.cu is compiled for
-_HOPPER_TILES = (2, 4, 6, 8)  # and linear_hopper.cu, which is faster where it runs
+_HOPPER_TILES = (2, 4, 6, 8)  # and the linears of hopper.cuh, which are faster where they run
 _MOST_ROWS = 64  # with more cuBLAS is faster, though packed weights are unpacked for it first
-_HOPPER_WARPS = 8  # of a block of linear_hopper.cu, each with CHANNELS
+_HOPPER_WARPS = 8  # of a block of theirs, each with CHANNELS
 _HOPPER_BLOCKS = 2  # on a multiprocessor
-_HOPPER_DEPTHS = {16: 3, 8: 4, 4: 4}  # steps copied ahead, by bits; more gain nothing
+_HOPPER_SHARED = 110 << 10  # bytes of each
+_HOPPER_PACKED_DEPTH = 4  # steps copied ahead; more gain nothing
 _SPLITS = (1, 2, 4, 8)  # blocks in a cluster; of other sizes fewer are on the GPU at once
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -147,7 +149,6 @@ class Layers:
 
         channels, inputs = linear.shape
         macros = {
-            "BITS": linear.bits,
             "WIDTH": inputs,
             "RELU": relu,
             "RESIDUAL": residual,
@@ -157,28 +158,44 @@ class Layers:
         sizes = (self._tokens, channels)
         arguments = (x, linear.weight, linear.scales, linear.bias, out, *sizes)
         if self._hopper and self._tokens > 8:
-            tiles = _enough(_HOPPER_TILES, self._tokens)
-            split = _split(channels, inputs, self._multiprocessors)
-            depth = _HOPPER_DEPTHS[linear.bits]
-            macros |= {"TILES": tiles, "WARPS": _HOPPER_WARPS, "SPLIT": split, "DEPTH": depth}
-            kernel = load_kernel(HOPPER_SOURCE, "linear", _as_macros(macros))
-            block_channels = CHANNELS * _HOPPER_WARPS
+            source, more, shared_bytes = hopper_kernel(
+                linear.shape, linear.bits, self._tokens, self._multiprocessors
+            )
+            kernel = load_kernel(source, "linear", _as_macros(macros | more))
+            split = more["SPLIT"]
             kernel(
-                (split, triton.cdiv(channels, block_channels)),
+                (split, triton.cdiv(channels, CHANNELS * _HOPPER_WARPS)),
                 32 * _HOPPER_WARPS,
                 *arguments,
-                # Two steps of inputs, and DEPTH of what each thread copies.
-                shared_bytes=2048 * tiles
-                + depth * 4096 * (linear.bits // 4 + triton.cdiv(tiles, 4)),
+                shared_bytes=shared_bytes,
                 cluster=split,
             )
             return
         tiles = _enough(_TILES, self._tokens)
         warps = _warps(channels, tiles)
-        macros |= {"TILES": tiles, "WARPS": warps}
+        macros |= {"BITS": linear.bits, "TILES": tiles, "WARPS": warps}
         kernel = load_kernel(SOURCE, "linear", _as_macros(macros))
         grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(self._tokens, 8 * tiles))
         kernel(grid, 32 * warps, *arguments)
+
+
+def hopper_kernel(
+    shape: tuple[int, int], bits: int, rows: int, multiprocessors: int
+) -> tuple[Path, dict[str, int], int]:
+    """The source of a linear of channels x inputs for some rows, its macros, a block's shared bytes."""
+    tiles = _enough(_HOPPER_TILES, rows)
+    split = _split(*shape, multiprocessors)
+    macros = {"TILES": tiles, "WARPS": _HOPPER_WARPS, "SPLIT": split}
+    step = 2 * INPUTS_MULTIPLE  # bytes of a row
+    if bits == 16:
+        place = step * (CHANNELS * _HOPPER_WARPS + 8 * tiles)
+        depth = _HOPPER_SHARED // place
+        return HOPPER_SOURCE, macros | {"DEPTH": depth}, depth * place
+    # Two steps of inputs, and DEPTH of what each thread copies.
+    depth = _HOPPER_PACKED_DEPTH
+    copied = 16 * 32 * _HOPPER_WARPS * (bits // 4 + triton.cdiv(tiles, 4))
+    macros |= {"BITS": bits, "DEPTH": depth}
+    return HOPPER_PACKED_SOURCE, macros, 2 * step * 8 * tiles + depth * copied
 
 
 def _enough(tiles: tuple[int, ...], rows: int) -> int:
@@ -195,7 +212,7 @@ def _warps(channels: int, tiles: int) -> int:
 
 
 def _split(channels: int, inputs: int, multiprocessors: int) -> int:
-    """How many blocks of linear_hopper.cu share the inputs of their channels.
+    """How many blocks on a Hopper share the inputs of their channels.
 
     As many as there is room for at once; where there is none, so many that the last wave is full.
     """
