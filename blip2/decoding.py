@@ -26,7 +26,7 @@ import torch
 from blip2.language.session import Beam, Generation, GenerationOptions
 
 # What transformers adds to a score to rule a candidate out; kept, so that scores agree exactly.
-_RULED_OUT = -1.0e9
+RULED_OUT = -1.0e9
 
 
 def make_strategy(
@@ -36,6 +36,7 @@ def make_strategy(
     first_request: int = 0,
     device: torch.device | str = "cpu",
     greedy: type[Greedy] | None = None,
+    beam_search: type[BeamSearch] | None = None,
 ) -> Strategy:
     """Choose the strategy that the options ask for.
 
@@ -46,9 +47,10 @@ def make_strategy(
         first_request: index of input_ids[0] among all requests; sampling seeds depend on it.
         device: where the logits will be.
         greedy: what to search greedily with, if something faster than `Greedy`.
+        beam_search: what to search with beams with, if something faster than `BeamSearch`.
     """
     if options.num_beams > 1:
-        return BeamSearch(options, input_ids, vocab_size, device)
+        return (beam_search or BeamSearch)(options, input_ids, vocab_size, device)
     if options.samples:
         return Sampling(options, input_ids, vocab_size, device, first_request)
     return (greedy or Greedy)(options, input_ids, vocab_size, device)
@@ -204,8 +206,8 @@ class BeamSearch(Strategy):
         self._first_row = torch.arange(0, self.rows, options.num_beams, device=device)[:, None]
         # All beams of a request start equal: only the first may propose tokens at the first step.
         self._running_scores = torch.zeros(shape, device=device)
-        self._running_scores[:, 1:] = _RULED_OUT
-        self._scores = torch.full(shape, _RULED_OUT, device=device)
+        self._running_scores[:, 1:] = RULED_OUT
+        self._scores = torch.full(shape, RULED_OUT, device=device)
         self._endings = torch.zeros((*shape, 3), dtype=torch.int64, device=device)
         self._is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
         self._can_improve = torch.ones((self.requests, 1), dtype=torch.bool, device=device)
@@ -225,7 +227,7 @@ class BeamSearch(Strategy):
         norm = self._norms.index_select(0, self._step)
 
         self._collect_finished(scores / norm, parents, tokens, ends)
-        running = scores + ends.float() * _RULED_OUT
+        running = scores + ends.float() * RULED_OUT
         best = running.topk(num_beams).indices
         self._running_scores.copy_(running.gather(1, best))
         self._stop_where_hopeless(norm)
@@ -251,7 +253,7 @@ class BeamSearch(Strategy):
         closed = ~self._can_improve
         if self.options.early_stopping:
             closed = closed.float() + self._is_finished.all(dim=1, keepdim=True).float()
-        scores = scores + closed * _RULED_OUT + ~just_finished * _RULED_OUT
+        scores = scores + closed * RULED_OUT + ~just_finished * RULED_OUT
         step = self._step.expand_as(tokens)
         endings = torch.stack((step, parents + self._first_row, tokens), dim=-1)
 
@@ -267,7 +269,7 @@ class BeamSearch(Strategy):
         """Mark requests whose best running beam no longer beats their worst finished one."""
         best_running = self._running_scores[:, :1] / norm
         worst = self._scores.min(dim=1, keepdim=True).values
-        worst = torch.where(self._is_finished, worst, _RULED_OUT)
+        worst = torch.where(self._is_finished, worst, RULED_OUT)
         self._can_improve &= (best_running > worst).any(dim=1, keepdim=True)
 
     def ended(self) -> torch.Tensor:

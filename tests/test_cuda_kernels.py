@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from blip2.decoding import BeamSearch, Greedy
-from blip2.language.native import fused_step, layers, prompt
+from blip2.decoding import BeamSearch, Greedy, make_strategy
+from blip2.language.native import cuda_decoding, fused_step, layers, prompt
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
-from blip2.language.native.cuda_greedy import CudaGreedy
+from blip2.language.native.cuda_cache import CudaCache
+from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
 from blip2.language.native.layered_step import ATTENTION_SOURCE
-from blip2.language.native.layers import HOPPER_SOURCE, SOURCE
+from blip2.language.native.layers import SOURCE
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import SOURCE as UNPACK_SOURCE
@@ -210,12 +215,15 @@ def test_the_steps_attention_compiles(architecture, head_size):
     assert compiled.compile_source(ATTENTION_SOURCE, macros, architecture)
 
 
-@pytest.mark.parametrize("bits, tiles, split", [(16, 2, 1), (16, 8, 4), (8, 6, 8), (4, 4, 3)])
-def test_hoppers_kernel_compiles(bits, tiles, split):
+@pytest.mark.parametrize("bits, rows", [(16, 9), (16, 40), (16, 64), (8, 48), (4, 30)])
+@pytest.mark.parametrize("shape", [(7680, 2560), (2560, 10240)])
+def test_hoppers_kernels_compile(shape, bits, rows):
     compiled = pytest.importorskip("blip2.language.native.compiled")
-    macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "SPLIT": split, "DEPTH": 4}
-    macros |= {"WIDTH": 2560, "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
-    assert compiled.compile_source(HOPPER_SOURCE, tuple(macros.items()), "sm_90a")
+    source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132)
+    # What a block adds up lies where its steps did; two blocks have room on a multiprocessor.
+    assert 8 * macros["TILES"] * (128 + 4) * 4 <= shared_bytes <= (228 << 10) // 2 - (2 << 10)
+    macros |= {"WIDTH": shape[1], "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
+    assert compiled.compile_source(source, tuple(macros.items()), "sm_90a")
 
 
 def test_greedy_search_as_one_kernel():
@@ -238,12 +246,127 @@ def test_greedy_search_as_one_kernel():
     assert plain.finite()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("search", [CudaGreedy, Greedy, BeamSearch])
-def test_nan_and_inf_of_an_early_step_are_remembered(search, value):
-    options = GenerationOptions(
-        end_id=7, max_output_len=3, num_beams=2 if search is BeamSearch else 1
+def assert_same_beams(
+    options: GenerationOptions, requests: int, vocab_size: int, end_score: float = 0.0
+) -> CudaBeamSearch:
+    """Step by step, of random logits of which the end token's have end_score added."""
+    texts = [torch.tensor([3])] * requests
+    fast = CudaBeamSearch(options, texts, vocab_size, torch.device("cpu"))
+    plain = BeamSearch(options, texts, vocab_size, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(options.max_output_len):
+        logits = 3 * torch.randn(fast.rows, vocab_size, generator=generator)
+        logits[:, options.end_id] += end_score
+        got, expected = fast.advance(logits), plain.advance(logits)
+        if step < options.max_output_len - 1:  # at the last all running beams tie
+            assert torch.equal(got[0], expected[0])
+            assert torch.equal(got[1], expected[1])
+        assert torch.equal(fast.ended(), plain.ended())
+    assert fast.finite()
+    assert plain.finite()
+    got, expected = (
+        [beam for generation in search.results() for beam in generation.beams]
+        for search in (fast, plain)
     )
+    assert [beam.token_ids for beam in got] == [beam.token_ids for beam in expected]
+    assert [b.score for b in got] == pytest.approx([b.score for b in expected], 1e-5, 1e-5)
+    return fast
+
+
+@pytest.mark.parametrize(
+    "requests, num_beams, vocab_size, block, steps, length_penalty, end_score, early_stopping",
+    [
+        (1, 5, 300, 128, 8, 1.0, 4.0, False),  # the last of three blocks is not full
+        (2, 3, 200, 128, 10, 1.0, 5.0, True),
+        (2, 3, 100, 128, 10, -1.0, 4.0, True),
+        (4, 2, 50, 128, 8, 0.0, 4.0, False),
+        (2, 2, 100, 128, 10, 2.0, 2.0, False),
+        (1, 4, 12, 4, 3, 1.0, -99.0, False),  # blocks of fewer than are kept; no beam ends early
+        (1, 2, 50272, 1024, 2, 1.0, 0.0, False),
+    ],
+)
+def test_beam_search_as_two_kernels(
+    requests,
+    num_beams,
+    vocab_size,
+    block,
+    steps,
+    length_penalty,
+    end_score,
+    early_stopping,
+    monkeypatch,
+):
+    """Against the one of many, also after some or all requests have ended."""
+    monkeypatch.setattr(cuda_decoding, "_BLOCKS", (block,))
+    options = GenerationOptions(
+        end_id=7,
+        max_output_len=steps,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    search = assert_same_beams(options, requests, vocab_size, end_score)
+    assert search._block == block
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_beam_searchs_kernels_compile(capability):
+    """The interpreter sees neither types nor sizes as a GPU does."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_compile_beams.py"), str(capability)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path.cwd())},
+    )
+    assert done.returncode == 0, done.stderr
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    assert names == {"candidates_kernel", "beams_kernel", "reorder_kernel"}
+
+
+@pytest.mark.parametrize(
+    "vocab_size, num_beams, block",
+    [(50272, 5, 1024), (50272, 10, 8192), (50272, 20, None), (9, 5, None), (10, 5, 1024)],
+)
+def test_blocks_leave_no_more_candidates_than_fit(vocab_size, num_beams, block):
+    assert cuda_decoding._block(vocab_size, 2 * num_beams) == block
+
+
+@pytest.mark.parametrize("num_beams, penalty", [(3, 1.5), (60, 1.0)])
+def test_a_penalty_or_many_beams_take_the_plain_beam_search(num_beams, penalty):
+    options = GenerationOptions(
+        end_id=7, max_output_len=4, num_beams=num_beams, repetition_penalty=penalty
+    )
+    assert assert_same_beams(options, 2, 150)._block is None
+
+
+@pytest.mark.parametrize("num_beams, search", [(1, CudaGreedy), (2, CudaBeamSearch)])
+def test_the_model_says_what_searches(num_beams, search):
+    options, text = GenerationOptions(end_id=7, num_beams=num_beams), torch.tensor([3])
+    searches = {"greedy": CudaModel.greedy, "beam_search": CudaModel.beam_search}
+    assert type(make_strategy(options, [text], 50, **searches)) is search
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 4])
+def test_a_beam_takes_over_the_table_of_another(num_beams):
+    """Of 300 slots, more than a block's, as far as they are filled."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, hidden_size=4)
+    cache = CudaCache(config, 2 * num_beams, 300, torch.device("cpu"))
+    cache.reset(torch.tensor([270, 20]), num_beams)
+    rows = torch.arange(2 * num_beams)
+    cache.sources.copy_(torch.randint(0, 2 * num_beams, cache.sources.shape))
+    source_rows = rows // num_beams * num_beams + torch.randint(0, num_beams, rows.shape)
+    answered = torch.arange(300) < cache.lengths[:, None]
+    expected = torch.where(answered, cache.sources[source_rows], rows.int()[:, None])
+    cache.reorder(source_rows)
+    assert torch.equal(cache.sources, expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("search", [CudaGreedy, Greedy, CudaBeamSearch, BeamSearch])
+def test_nan_and_inf_of_an_early_step_are_remembered(search, value):
+    num_beams = 2 if issubclass(search, BeamSearch) else 1
+    options = GenerationOptions(end_id=7, max_output_len=3, num_beams=num_beams)
     strategy = search(options, [torch.tensor([3])] * 2, 50, torch.device("cpu"))
     logits = torch.randn(strategy.rows, 50)
     strategy.advance(logits)

@@ -15,7 +15,7 @@ import torch
 
 from blip2.language.native.checkpoint import OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.cuda_greedy import CudaGreedy
+from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
@@ -39,6 +39,7 @@ class CudaModel(OPTModel):
 
     steps_ahead = 1  # one is enough for the GPU never to wait for the host
     greedy = CudaGreedy
+    beam_search = CudaBeamSearch
     max_batch_size = 64  # larger ones are hardly faster a request, and their cache is large
 
     @staticmethod

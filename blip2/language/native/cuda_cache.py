@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import torch
+import triton
 
+from blip2.language.native import beam_kernels
+from blip2.language.native.layers import pdl_options
 from blip2.language.trtllm_format import OPTCheckpointConfig
+
+_REORDERED = 1024  # entries of `sources` that a program of reorder_kernel takes
 
 
 class CudaCache:
@@ -14,7 +19,9 @@ class CudaCache:
     the prompt of their first row, and a beam that continues another one only changes this table.
     """
 
-    def __init__(self, config: OPTCheckpointConfig, rows: int, max_len: int, device) -> None:
+    def __init__(
+        self, config: OPTCheckpointConfig, rows: int, max_len: int, device: torch.device
+    ) -> None:
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         shape = (layers, rows, heads, max_len, config.hidden_size // heads)
         self.keys = torch.zeros(shape, dtype=torch.float16, device=device)
@@ -23,6 +30,8 @@ class CudaCache:
         self.sources = torch.zeros((rows, max_len), dtype=torch.int32, device=device)
         self._slots = torch.arange(max_len, device=device)
         self._own = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        self._num_beams = 1
+        self._pdl_options = pdl_options(device)
 
     @property
     def rows(self) -> int:
@@ -34,12 +43,23 @@ class CudaCache:
 
     def reset(self, prompt_lengths: torch.Tensor, num_beams: int) -> None:
         """Start over with prompts of these lengths (requests)."""
+        self._num_beams = num_beams
         self.lengths.copy_(prompt_lengths.repeat_interleave(num_beams))
         first = self._own // num_beams * num_beams
         self.sources.copy_(torch.where(self._slots < self.lengths[:, None], first, self._own))
 
     def reorder(self, source_rows: torch.Tensor) -> None:
         """Let each row continue another row of the same request."""
-        inherited = self.sources.index_select(0, source_rows)
-        answered = self._slots < self.lengths[:, None]
-        self.sources.copy_(torch.where(answered, inherited, self._own))
+        beams = triton.next_power_of_2(self._num_beams)
+        block = max(1, _REORDERED // beams)
+        grid = (self.rows // self._num_beams, triton.cdiv(self.max_len, block))
+        beam_kernels.reorder_kernel[grid](
+            self.sources,
+            source_rows,
+            self.lengths,
+            self._num_beams,
+            self.max_len,
+            BEAMS=beams,
+            BLOCK=block,
+            **self._pdl_options,
+        )

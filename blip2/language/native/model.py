@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from blip2.decoding import Greedy
+from blip2.decoding import BeamSearch, Greedy
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
 from blip2.language.native.fp16 import Float16Linear
@@ -30,12 +30,13 @@ class OPTModel:
     """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP.
 
     `steps_ahead` is how many steps to queue before reading whether every answer had ended by then:
-    none where host and device are the same. `greedy` is what searches greedily.
+    none where host and device are the same. `greedy` and `beam_search` are what searches so.
     """
 
     steps_ahead = 0
     max_batch_size: int | None = None
     greedy: type[Greedy] = Greedy
+    beam_search: type[BeamSearch] = BeamSearch
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         self.config = config

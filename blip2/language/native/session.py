@@ -69,7 +69,13 @@ class NativeSession(LanguageSession):
         padded = pad_sequence(list(input_ids), batch_first=True).long().to(self.device)
         cache = self._model.new_cache(lengths, options.num_beams, options.max_output_len)
         strategy = decoding.make_strategy(
-            options, input_ids, self.vocab_size, first_request, self.device, self._model.greedy
+            options,
+            input_ids,
+            self.vocab_size,
+            first_request,
+            self.device,
+            self._model.greedy,
+            self._model.beam_search,
         )
 
         logits = self._model.prefill(padded, lengths, prompt_table.to(self.device), cache)

@@ -1,0 +1,153 @@
+"""Greedy search as one kernel a step, and beam search as two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from blip2.decoding import RULED_OUT, BeamSearch, Greedy
+from blip2.language.native import beam_kernels, kernels
+from blip2.language.native.layers import pdl_options
+from blip2.language.session import GenerationOptions
+
+_BLOCKS = (1024, 2048, 4096, 8192)  # logits that candidates_kernel may search at a time
+_MOST_CANDIDATES = 4096  # that beams_kernel chooses a request's beams from
+
+
+class CudaGreedy(Greedy):
+    """`Greedy` for logits that are the same tensor, or a contiguous one, at every step."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(options, input_ids, vocab_size, device)
+        # Each row counts for itself, as the kernel's programs do not wait for one another.
+        self._steps = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._step = self._steps[:1]
+        self._chosen = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._pdl_options = pdl_options(torch.device(device))
+
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """As in the base class; the tokens returned are overwritten by the next call."""
+        if self._penalty.penalty != 1:
+            return super().advance(logits)
+        kernels.greedy_kernel[(self.rows,)](
+            logits,
+            self._chosen,
+            self._tokens,
+            self._steps,
+            self._ended,
+            self._sums,
+            logits.shape[1],
+            self._tokens.shape[1],
+            self.options.end_id,
+            self.options.pad_id,
+            BLOCK=8192,
+            num_warps=16,
+            **self._pdl_options,
+        )
+        return self._chosen, None
+
+
+class CudaBeamSearch(BeamSearch):
+    """`BeamSearch` for float32 logits that are contiguous."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(options, input_ids, vocab_size, device)
+        # Each request counts for itself, as the kernel's programs do not wait for one another.
+        self._steps = torch.zeros(self.requests, dtype=torch.int64, device=device)
+        self._step = self._steps[:1]
+        self._block = None if options.repetition_penalty != 1 else _block(vocab_size, self._kept)
+        if self._block is None:
+            return
+        self._chunks = triton.cdiv(vocab_size, self._block)
+
+        def of_chunks(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty((self.rows, self._chunks, *shape), dtype=dtype, device=device)
+
+        self._statistics = of_chunks(), of_chunks(), of_chunks()
+        self._candidates = of_chunks(self._kept), of_chunks(self._kept, dtype=torch.int32)
+        self._hopeless = torch.zeros_like(self._can_improve)
+        self._next_tokens = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._source_rows = torch.zeros_like(self._next_tokens)
+        self._pdl_options = pdl_options(torch.device(device))
+
+    @property
+    def _kept(self) -> int:
+        return 2 * self.options.num_beams
+
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class; what is returned is overwritten by the next call."""
+        if self._block is None:
+            return super().advance(logits)
+        places = triton.next_power_of_2(self._kept)
+        beam_kernels.candidates_kernel[(self.rows, self._chunks)](
+            logits,
+            *self._statistics,
+            *self._candidates,
+            logits.shape[1],
+            KEPT=self._kept,
+            PLACES=places,
+            BLOCK=self._block,
+            num_warps=max(4, self._block // 512),
+            **self._pdl_options,
+        )
+        beam_kernels.beams_kernel[(self.requests,)](
+            *self._statistics,
+            *self._candidates,
+            self._norms,
+            self._running_scores,
+            self._scores,
+            self._endings,
+            self._is_finished,
+            self._can_improve,
+            self._hopeless,
+            self._tokens,
+            self._parents,
+            self._steps,
+            self._sums,
+            self._next_tokens,
+            self._source_rows,
+            self._chunks,
+            self._tokens.shape[1],
+            self.options.end_id,
+            NUM_BEAMS=self.options.num_beams,
+            EARLY_STOPPING=self.options.early_stopping,
+            RULED_OUT=RULED_OUT,
+            BEAMS=triton.next_power_of_2(self.options.num_beams),
+            PLACES=places,
+            CHUNKS=triton.next_power_of_2(self._chunks),
+            CANDIDATES=triton.next_power_of_2(self._chunks * self._kept),
+            num_warps=8,
+            **self._pdl_options,
+        )
+        return self._next_tokens, self._source_rows
+
+    def ended(self) -> torch.Tensor:
+        if self._block is None or self.options.early_stopping:
+            return super().ended()
+        return self._hopeless
+
+
+def _block(vocab_size: int, kept: int) -> int | None:
+    """The fewest logits to search at a time; None where there would be too many candidates."""
+    if vocab_size < kept:
+        return None
+    beams = triton.next_power_of_2(kept // 2)
+    for block in _BLOCKS:
+        chunks = triton.cdiv(vocab_size, block)
+        if beams * triton.next_power_of_2(chunks * kept) <= _MOST_CANDIDATES:
+            return block
+    return None
