@@ -96,7 +96,7 @@ __host__ __device__ constexpr int slab_bytes(int bits) {
 }
 constexpr int STAGE_BYTES = BITS == 16 || HEAD_BITS == 16 ? slab_bytes(16) : WARPS * 128 * STAGE;
 
-// Where a warp is in the ring, and the barriers that say which slabs are full and which empty.
+// Where a warp is in the ring, and the barriers that say which stages are full and which empty.
 struct Ring {
   u32 stages, full, empty;  // shared memory addresses
   int stage = 0, phase = 0;
