@@ -416,6 +416,21 @@ def test_a_new_plan_replaces_the_old_with_its_sidecar(tiny_plans, tmp_path):
     assert read_plan_sidecar(tmp_path, QFORMER).compute_capabilities == ("8.9", "12.0")
 
 
+def test_a_build_says_what_it_built_though_another_replaces_it(tiny_plans, tmp_path, monkeypatch):
+    publish = artifacts._publish
+
+    def publish_and_lose(*arguments) -> None:
+        publish(*arguments)
+        (tmp_path / QFORMER.plan_file).write_bytes(
+            b"another build's, its description still to come"
+        )
+
+    monkeypatch.setattr(artifacts, "_publish", publish_and_lose)
+    facts, _ = build_plan(trt, QFORMER, tiny_plans.onnx, tmp_path, options("8.9"))
+    assert facts.path == tmp_path / QFORMER.plan_file
+    assert facts.compute_capabilities == ("8.9",)
+
+
 def test_help_imports_nothing_heavy():
     program = (
         "import runpy, sys; sys.argv = ['build_vit_qformer.py', '--help']\n"

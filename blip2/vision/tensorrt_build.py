@@ -79,7 +79,7 @@ def build_plans(
     facts = {stage: _checked_graph(onnx_dir, stage, options) for stage in stages}
     _check_flavour(trt, options)
     gpu = _targets(trt, options.compute_capabilities)
-    seconds = []
+    built = []
 
     with artifacts.staging(plan_dir) as staged:
         for index, (stage, graph) in enumerate(facts.items()):
@@ -96,7 +96,7 @@ def build_plans(
                 *(trt, onnx_dir / stage.onnx_file, plan, gpu["compute_capabilities"]),
                 *(options, report),
             )
-            seconds.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
             artifacts.write_sidecar(
                 plan,
                 tensorrt={"flavour": flavour_of(trt), "version": trt.__version__},
@@ -105,10 +105,10 @@ def build_plans(
                 onnx={key: graph[key] for key in ("file", "sha256", "data", "opset")},
                 **{key: graph[key] for key in _INHERITED if key in graph},
             )
-    return [
-        (read_plan_sidecar(plan_dir, stage), took)
-        for stage, took in zip(facts, seconds, strict=True)
-    ]
+            # Read here: once published, another build may be replacing it.
+            made = read_plan_sidecar(staged, stage)
+            built.append((dataclasses.replace(made, path=plan_dir / stage.plan_file), seconds))
+    return built
 
 
 _INHERITED = ("dtype", "compute_dtype", "source", "preprocessing")
