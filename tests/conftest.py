@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Read when triton is first imported, which torch may do: its interpreter runs kernels on a CPU.
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,29 @@ def measured(*arguments: object) -> tuple[str, float, float]:
     return printed, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> MadeOnce:
+    """`made_once(name, make)`: a directory that the first test process to ask for it makes, for all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        directory, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # what another failed to make
+                directory.mkdir()
+                make(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyExport:
     """A tiny BLIP-2, a picture, and what onnx_export.py made of them in float32."""
@@ -68,52 +94,57 @@ class TinyCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> TinyCheckpoint:
-    directory = tmp_path_factory.mktemp("tiny")
-    model = models.tiny_blip2(directory / "checkpoint")
-    picture = directory / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(picture)
-    return TinyCheckpoint(model, directory / "checkpoint", picture)
+def tiny_checkpoint(made_once, tmp_path_factory) -> TinyCheckpoint:
+    def make(directory: Path) -> None:
+        models.tiny_blip2(directory / "checkpoint")
+        pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / "picture.png")
+
+    directory = made_once("tiny", make)
+    model = models.tiny_blip2(tmp_path_factory.mktemp("tiny"))  # the same one: it is seeded
+    return TinyCheckpoint(model, directory / "checkpoint", directory / "picture.png")
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_checkpoint, tmp_path_factory) -> TinyExport:
-    output = tmp_path_factory.mktemp("export")
-    done = run_program(
-        "onnx_export.py",
-        *("--model_dir", tiny_checkpoint.checkpoint, "--image", tiny_checkpoint.picture),
-        *("--dtype", "float32", "--output_dir", output),
-    )
-    assert done.returncode == 0, done.stderr
-    return TinyExport(
-        tiny_checkpoint.model, tiny_checkpoint.checkpoint, tiny_checkpoint.picture, output
-    )
+def tiny_export(tiny_checkpoint, made_once) -> TinyExport:
+    checkpoint, picture = tiny_checkpoint.checkpoint, tiny_checkpoint.picture
+
+    def make(directory: Path) -> None:
+        done = run_program(
+            *("onnx_export.py", "--model_dir", checkpoint, "--image", picture),
+            *("--dtype", "float32", "--output_dir", directory),
+        )
+        assert done.returncode == 0, done.stderr
+
+    return TinyExport(tiny_checkpoint.model, checkpoint, picture, made_once("export", make))
 
 
 @pytest.fixture(scope="session")
-def tiny_opt(tiny_export, tmp_path_factory) -> Path:
+def tiny_opt(tiny_export, made_once) -> Path:
     """The tiny BLIP-2's OPT as opt/convert_checkpoint.py writes it, in float32."""
-    directory = tmp_path_factory.mktemp("opt")
-    done = run_program(
-        "opt/convert_checkpoint.py",
-        *("--model_dir", tiny_export.checkpoint),
-        *("--dtype", "float32", "--output_dir", directory),
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
+
+    def make(directory: Path) -> None:
+        done = run_program(
+            *("opt/convert_checkpoint.py", "--model_dir", tiny_export.checkpoint),
+            *("--dtype", "float32", "--output_dir", directory),
+        )
+        assert done.returncode == 0, done.stderr
+
+    return made_once("opt", make)
 
 
 @pytest.fixture(scope="session")
-def demo_opt(tmp_path_factory) -> Path:
+def demo_opt(made_once) -> Path:
     """The demo checkpoint's OPT as opt/convert_checkpoint.py writes it."""
-    directory = tmp_path_factory.mktemp("demo_opt")
-    done = run_program(
-        *("opt/convert_checkpoint.py", "--model_dir", ROOT / "demo" / "checkpoint"),
-        *("--output_dir", directory),
-    )
-    assert done.returncode == 0, done.stderr
-    return directory
+
+    def make(directory: Path) -> None:
+        done = run_program(
+            *("opt/convert_checkpoint.py", "--model_dir", ROOT / "demo" / "checkpoint"),
+            *("--output_dir", directory),
+        )
+        assert done.returncode == 0, done.stderr
+
+    return made_once("demo_opt", make)
 
 
 @pytest.fixture(scope="session")
@@ -149,23 +180,28 @@ class TinyPlans:
 
 
 @pytest.fixture(scope="session")
-def tiny_plans(tiny_checkpoint, tmp_path_factory) -> TinyPlans:
+def tiny_plans(tiny_checkpoint, made_once) -> TinyPlans:
     pytest.importorskip("tensorrt_rtx", reason="plans are built with: pip install tensorrt-rtx")
-    output = tmp_path_factory.mktemp("plans")
-    checkpoint = output / "checkpoint"
     # The fewest layers that have all there is: exporting takes most of the time.
-    models.tiny_blip2(checkpoint, vision={"num_hidden_layers": 1}, qformer={"num_hidden_layers": 2})
-    exported = run_program(
-        "onnx_export.py",
-        *("--model_dir", checkpoint, "--image", tiny_checkpoint.picture, "--output_dir", output),
-    )
-    assert exported.returncode == 0, exported.stderr
-    built = run_program(
-        *("build_vit_qformer.py", "all", "--onnx_dir", output / "onnx"),
-        *("--plan_dir", output / "plan", "--compute_capability", "12.0", "8.9"),
-    )
-    assert built.returncode == 0, built.stderr
-    return TinyPlans(checkpoint, output, built.stdout)
+    few = {"vision": {"num_hidden_layers": 1}, "qformer": {"num_hidden_layers": 2}}
+
+    def make(output: Path) -> None:
+        checkpoint = output / "checkpoint"
+        models.tiny_blip2(checkpoint, **few)
+        exported = run_program(
+            *("onnx_export.py", "--model_dir", checkpoint, "--image", tiny_checkpoint.picture),
+            *("--output_dir", output),
+        )
+        assert exported.returncode == 0, exported.stderr
+        built = run_program(
+            *("build_vit_qformer.py", "all", "--onnx_dir", output / "onnx"),
+            *("--plan_dir", output / "plan", "--compute_capability", "12.0", "8.9"),
+        )
+        assert built.returncode == 0, built.stderr
+        (output / "printed.txt").write_text(built.stdout)
+
+    output = made_once("plans", make)
+    return TinyPlans(output / "checkpoint", output, (output / "printed.txt").read_text())
 
 
 @pytest.fixture(autouse=True)
