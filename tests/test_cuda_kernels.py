@@ -166,11 +166,20 @@ def opt_2_7b() -> OPTCheckpointConfig:
 GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)}
 
 
-@pytest.mark.parametrize("gpu, bits", [("H100", (16, 16)), ("H100", (8, 8)), ("RTX 5090", (4, 8))])
-def test_the_fused_step_compiles(gpu, bits):
+@pytest.mark.parametrize(
+    "gpu, width, bits",
+    [
+        ("H100", 2560, (16, 16)),
+        ("H100", 2560, (8, 8)),
+        ("H100", 4096, (4, 8)),  # OPT-6.7B: blip2-opt-6.7b's
+        ("RTX 5090", 2560, (4, 8)),
+    ],
+)
+def test_the_fused_step_compiles(gpu, width, bits):
     compiled = pytest.importorskip("blip2.language.native.compiled")
     architecture, multiprocessors, shared = GPUS[gpu]
-    macros = fused_step.shape_macros(opt_2_7b(), bits, multiprocessors, shared)
+    config = dataclasses.replace(opt_2_7b(), hidden_size=width)
+    macros = fused_step.shape_macros(config, bits, multiprocessors, shared)
     assert compiled.compile_source(fused_step.SOURCE, tuple(macros.items()), architecture)
 
 
