@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -79,6 +80,7 @@ def load_weights(
     place: Placer,
     pack: Packer,
     place_embedding: Placer | None = None,
+    at_once: int = 1,
 ) -> OPTWeights:
     """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
 
@@ -92,6 +94,8 @@ def load_weights(
         pack: makes a linear layer of a weight (out x in), a bias (out) and a number of bits, or of
             None bits for the checkpoint's own precision.
         place_embedding: moves the table of words, if otherwise than `place`.
+        at_once: layers that are read and packed side by side, each with a weight beside its packed
+            one in memory.
 
     Raises:
         UserError: file missing, truncated, of another size than its description says, with
@@ -102,7 +106,8 @@ def load_weights(
         artifacts.read_sidecar(path, MADE_BY)
     try:
         _check_shapes(path, config)
-        return _build(config, functools.partial(_read, path), place, pack, place_embedding or place)
+        read = functools.partial(_read, path)
+        return _build(config, read, place, pack, place_embedding or place, at_once)
     except (OSError, SafetensorError) as error:
         if memory.exhausted(error):
             raise
@@ -142,6 +147,7 @@ def _build(
     place: Placer,
     pack: Packer,
     place_embedding: Placer,
+    at_once: int,
 ) -> OPTWeights:
     bits = QUANT_BITS[config.quant_algo]
 
@@ -168,10 +174,12 @@ def _build(
     embedding = place_embedding(embedding)
     # Before the layers, while there is room for what packing the largest weight takes besides.
     head = pack(embedding if tied else head, None, None if bits is None else _HEAD_BITS)
+    with ThreadPoolExecutor(at_once) as pool:
+        layers = tuple(pool.map(layer, range(config.num_hidden_layers)))
     return OPTWeights(
         embedding=embedding,
         positions=place(read("transformer.position_embedding.weight")),
-        layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
+        layers=layers,
         final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
         head=head,
     )

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
 }
 NORM_EPS = 1e-5
+_LAYERS_AT_ONCE = 4  # packed side by side, at most: each has a weight in float32 meanwhile
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -63,7 +64,8 @@ class OPTModel:
         def place_embedding(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device)
 
-        return cls(config, load_weights(directory, config, place, pack, place_embedding))
+        at_once = min(torch.get_num_threads(), _LAYERS_AT_ONCE)
+        return cls(config, load_weights(directory, config, place, pack, place_embedding, at_once))
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """What prompts and steps run within."""
