@@ -43,13 +43,27 @@ __device__ inline u32 swapped(int row, int piece) { return row * STEP_BYTES + (p
 // How they are told so: swapped thus (1 << 62), eight rows 1024 bytes; in units of 16 bytes.
 __device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
-// The text of a product of 64 channels and all rows, 16 inputs of each, added to sums c: the operands'
-// numbers in it begin behind those of the sums; `modes` is what follows their signs.
+// A product of 64 channels and all rows, 16 inputs of each, added to sums c. FOR_TILES gives `text` the
+// columns, the sums and the numbers that its operands have behind those; PRODUCT makes an instruction
+// of that, whose `modes` are what follows the operands' signs.
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SUMS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SUMS_16 SUMS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_24 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SUMS_32 SUMS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#if TILES == 2
+#define SUMS FOUR(0), FOUR(4)
+#define FOR_TILES(text) text("n16", SUMS_8, "%8", "%9", "%10", "%11", "%12", "%13")
+#elif TILES == 4
+#define SUMS FOUR(0), FOUR(4), FOUR(8), FOUR(12)
+#define FOR_TILES(text) text("n32", SUMS_16, "%16", "%17", "%18", "%19", "%20", "%21")
+#elif TILES == 6
+#define SUMS FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20)
+#define FOR_TILES(text) text("n48", SUMS_24, "%24", "%25", "%26", "%27", "%28", "%29")
+#elif TILES == 8
+#define SUMS FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20), FOUR(24), FOUR(28)
+#define FOR_TILES(text) text("n64", SUMS_32, "%32", "%33", "%34", "%35", "%36", "%37")
+#endif
 #define PRODUCT(columns, sums, weights, inputs, one, modes) \
   "{\n.reg .pred add;\nsetp.ne.b32 add, " one ", 0;\nwgmma.mma_async.sync.aligned.m64" columns \
   "k16.f32.f16.f16 {" sums "}, " weights ", " inputs ", add, 1, 1, " modes ";\n}"

@@ -44,19 +44,8 @@ struct Steps {
   }
 
   static __device__ void multiply(float* c, u64 weights, u64 inputs) {
-#define OPERANDS "l"(weights), "l"(inputs), "r"(1)
-#if TILES == 2
-    asm volatile(PRODUCT("n16", SUMS_8, "%8", "%9", "%10", "0, 0") : FOUR(0), FOUR(4) : OPERANDS);
-#elif TILES == 4
-    asm volatile(PRODUCT("n32", SUMS_16, "%16", "%17", "%18", "0, 0")
-                 : FOUR(0), FOUR(4), FOUR(8), FOUR(12) : OPERANDS);
-#elif TILES == 6
-    asm volatile(PRODUCT("n48", SUMS_24, "%24", "%25", "%26", "0, 0")
-                 : FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20) : OPERANDS);
-#elif TILES == 8
-    asm volatile(PRODUCT("n64", SUMS_32, "%32", "%33", "%34", "0, 0")
-                 : FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20), FOUR(24), FOUR(28) : OPERANDS);
-#endif
+#define TEXT(columns, sums, weights, inputs, one, ...) PRODUCT(columns, sums, weights, inputs, one, "0, 0")
+    asm volatile(FOR_TILES(TEXT) : SUMS : "l"(weights), "l"(inputs), "r"(1));
   }
 };
 

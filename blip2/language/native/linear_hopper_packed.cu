@@ -89,20 +89,9 @@ struct Inputs {
 
 // sums += 16 inputs of 64 channels, in the registers of four warps, times those of all rows.
 __device__ inline void multiply(float* c, const u32* a, u64 inputs) {
-#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs), "r"(1)
-#if TILES == 2
-  asm volatile(PRODUCT("n16", SUMS_8, "{%8, %9, %10, %11}", "%12", "%13", "0") : FOUR(0), FOUR(4) : OPERANDS);
-#elif TILES == 4
-  asm volatile(PRODUCT("n32", SUMS_16, "{%16, %17, %18, %19}", "%20", "%21", "0")
-               : FOUR(0), FOUR(4), FOUR(8), FOUR(12) : OPERANDS);
-#elif TILES == 6
-  asm volatile(PRODUCT("n48", SUMS_24, "{%24, %25, %26, %27}", "%28", "%29", "0")
-               : FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20) : OPERANDS);
-#elif TILES == 8
-  asm volatile(PRODUCT("n64", SUMS_32, "{%32, %33, %34, %35}", "%36", "%37", "0")
-               : FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20), FOUR(24), FOUR(28)
-               : OPERANDS);
-#endif
+#define TEXT(columns, sums, a0, a1, a2, a3, inputs, one) \
+  PRODUCT(columns, sums, "{" a0 ", " a1 ", " a2 ", " a3 "}", inputs, one, "0")
+  asm volatile(FOR_TILES(TEXT) : SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs), "r"(1));
 }
 
 // The same for a step, begun: the registers are not free before `finish`.

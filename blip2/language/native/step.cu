@@ -225,6 +225,9 @@ __device__ inline float warp_sum(float x) {
 // A word's mark is the lowest bit of a float, or the signs of two halves that are never negative.
 constexpr u32 FLOAT_MARK = 1, HALVES_MARK = 0x80008000;
 
+__device__ constexpr u32 mark_of(const float*) { return FLOAT_MARK; }
+__device__ constexpr u32 mark_of(const u16*) { return HALVES_MARK; }
+
 __device__ inline void tell(float* at, float value, u32 mark) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at),
                "r"(__float_as_uint(value) & ~FLOAT_MARK | mark)
@@ -238,8 +241,9 @@ __device__ inline void tell(u16* at, u16 value, u32 mark) {
 
 // Reads COUNT times 16 bytes, those i for which asked(i), from at(i), once all are marked so, and
 // takes the marks off.
-template <u32 MARK, int COUNT, typename Asked, typename At>
+template <int COUNT, typename Asked, typename At>
 __device__ inline void hear(uint4 (&words)[COUNT], u32 mark, Asked asked, At at) {
+  constexpr u32 MARK = mark_of(decltype(at(0)){});
   u32 wanted = mark ? MARK : 0, missing = 0;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
@@ -309,7 +313,7 @@ struct Stream {  // the residual stream, each thread's fours of it
   template <int SLOTS>
   __device__ void add(const float* slots, u32 mark, const Fours& f) {
     uint4 parts[OWN * SLOTS];
-    hear<FLOAT_MARK>(
+    hear(
         parts, mark, [](int i) { return has(i / SLOTS); },
         [&](int i) { return slots + i % SLOTS * WIDTH + own(i / SLOTS); });
 #pragma unroll
@@ -386,29 +390,24 @@ struct Stream {  // the residual stream, each thread's fours of it
   }
 };
 
-// Lays out what attention made.
-__device__ inline void stage_attended(const float* attended, u16* input, u32 mark) {
-  constexpr int PIECES_16 = WIDTH / 4, EACH = (PIECES_16 + THREADS - 1) / THREADS;
-  auto asked = [](int i) { return threadIdx.x + i * THREADS < PIECES_16; };
-  auto place = [](int i) { return 4 * rotated<PIECES_16>(threadIdx.x + i * THREADS); };
-  uint4 words[EACH];
-  hear<FLOAT_MARK>(words, mark, asked, [&](int i) { return attended + place(i); });
-#pragma unroll
-  for (int i = 0; i < EACH; ++i)
-    if (asked(i)) *(uint2*)(input + place(i)) = gather((const float*)&words[i]);
-  sync();
+__device__ inline void lay_out(u16* at, const uint4& words, const float*) {
+  *(uint2*)at = gather((const float*)&words);
 }
 
-// Lays out what fc made.
-__device__ inline void stage_hidden(const u16* hidden, u16* input, u32 mark) {
-  constexpr int PIECES_16 = FFN / 8, EACH = (PIECES_16 + THREADS - 1) / THREADS;
-  auto asked = [](int i) { return threadIdx.x + i * THREADS < PIECES_16; };
-  auto place = [](int i) { return 8 * rotated<PIECES_16>(threadIdx.x + i * THREADS); };
-  uint4 words[EACH];
-  hear<HALVES_MARK>(words, mark, asked, [&](int i) { return hidden + place(i); });
+__device__ inline void lay_out(u16* at, const uint4& words, const u16*) { *(uint4*)at = words; }
+
+// Lays out what other blocks told.
+template <int INPUTS, typename Told>
+__device__ inline void stage(const Told* from, u16* input, u32 mark) {
+  constexpr int EACH = 16 / sizeof(Told), LOADS = INPUTS / EACH;  // inputs of a load, and loads
+  constexpr int MINE = (LOADS + THREADS - 1) / THREADS;
+  auto asked = [](int i) { return threadIdx.x + i * THREADS < LOADS; };
+  auto place = [](int i) { return EACH * rotated<LOADS>(threadIdx.x + i * THREADS); };
+  uint4 words[MINE];
+  hear(words, mark, asked, [&](int i) { return from + place(i); });
 #pragma unroll
-  for (int i = 0; i < EACH; ++i)
-    if (asked(i)) *(uint4*)(input + place(i)) = words[i];
+  for (int i = 0; i < MINE; ++i)
+    if (asked(i)) lay_out(input + place(i), words[i], from);
   sync();
 }
 
@@ -757,7 +756,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     Split<DENSE, DENSE_SLOTS> dense;
     dense.before(layer.dense);
     f = fours(layer.post_norm, layer.dense.bias);
-    stage_attended(attended, input, mark);
+    stage<WIDTH>(attended, input, mark);
     dense.run(ring, input, partial, slots, dense_mark);
     Whole<FC> fc;
     fc.before(layer.fc);
@@ -769,7 +768,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     Split<PROJ, PROJ_SLOTS> proj;
     proj.before(layer.proj);
     f = fours(index + 1 < LAYERS ? model.layers[index + 1].input_norm : model.final_norm, layer.proj.bias);
-    stage_hidden(hidden, input, mark);
+    stage<FFN>(hidden, input, mark);
     proj.run(ring, input, partial, slots, proj_mark);
   }
 
