@@ -38,6 +38,19 @@ def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
     )
 
 
+def compiled_launches(script: str, capability: int) -> list[tuple[str, int]]:
+    """The kernels that triton_compile.py or one like it compiles: names, shared memory in bytes."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / script, str(capability)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    launches = (line.split() for line in done.stdout.splitlines())
+    return [(name, int(needed)) for name, needed in launches]
+
+
 def measured(*arguments: object) -> tuple[str, float, float]:
     """Run Python; return what it printed, its seconds and the most memory it held, in bytes."""
     start = time.perf_counter()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiled_launches
 
 pytest.importorskip("triton")
 
@@ -321,14 +318,7 @@ def test_beam_search_as_two_kernels(
 @pytest.mark.parametrize("capability", [80, 90])
 def test_beam_searchs_kernels_compile(capability):
     """The interpreter sees neither types nor sizes as a GPU does."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("triton_compile_beams.py"), str(capability)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path.cwd())},
-    )
-    assert done.returncode == 0, done.stderr
-    names = {line.split()[0] for line in done.stdout.splitlines()}
+    names = {name for name, _ in compiled_launches("triton_compile_beams.py", capability)}
     assert names == {"candidates_kernel", "beams_kernel", "reorder_kernel"}
 
 

@@ -4,6 +4,8 @@ import collections
 import copy
 import itertools
 import json
+import threading
+import time
 
 import numpy as np
 import opt_models
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
 from blip2.language import GenerationOptions, conversion, open_language_session
+from blip2.language.native import checkpoint as reading
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 
 SHAPES = {
@@ -198,6 +201,23 @@ def logits_of_both(model, session):
 
 def test_logits_are_those_of_transformers(pair):
     actual, expected = logits_of_both(*pair)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch):
+    """Each of the four waits for the other three to be read, the first longest."""
+    read, others = reading._read, threading.Barrier(4)
+
+    def read_with_others(path, name):
+        if name.endswith("input_layernorm.weight"):
+            others.wait(timeout=60)
+            time.sleep(0.2 if "layers.0." in name else 0)
+        return read(path, name)
+
+    monkeypatch.setattr(reading, "_read", read_with_others)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    model = opt_models.opt(num_hidden_layers=4)
+    actual, expected = logits_of_both(model, convert(model, tmp_path))
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import compiled_launches
 
 pytest.importorskip("triton")
 
@@ -87,12 +83,6 @@ def test_qformer_equals_the_modules(images, tokens, hidden_act, few_rows, monkey
 )
 def test_all_launches_compile(capability, shared_memory):
     """Of a BLIP-2 of the real widths; the interpreter sees neither types nor sizes as a GPU does."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path.cwd())}
-    script = Path(__file__).with_name("triton_compile.py")
-    done = subprocess.run(
-        [sys.executable, script, str(capability)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    launches = [line.split() for line in done.stdout.splitlines()]
+    launches = compiled_launches("triton_compile.py", capability)
     assert {name for name, _ in launches} == {n for n in dir(kernels) if n.endswith("_kernel")}
-    assert all(int(needed) <= shared_memory for _, needed in launches)
+    assert all(needed <= shared_memory for _, needed in launches)

@@ -8,6 +8,7 @@ Prints a line a kernel: its name and the bytes of shared memory that it needs.
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import torch
 import triton
@@ -47,13 +48,18 @@ class Compiled:
         return compile_launch
 
 
-def main(capability: int) -> None:
+def prepare(kernels: ModuleType, capability: int) -> dict[str, bool]:
+    """Have a module's kernels compiled where they would be launched; return the launches' options."""
     triton.runtime.driver.set_active(Driver(capability))
-    dependent = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    cuda._launch_options = lambda _x: dependent
     for name in dir(kernels):
         if name.endswith("_kernel"):
             setattr(kernels, name, Compiled(getattr(kernels, name)))
+    return {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+
+
+def main(capability: int) -> None:
+    options = prepare(kernels, capability)
+    cuda._launch_options = lambda _x: options
     with torch.device("meta"):
         vit = modules.VisionTransformer(VisionConfig(num_hidden_layers=1)).half()
         for images in (1, 16):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
-import triton
-from triton_compile import Compiled, Driver
+from triton_compile import prepare
 
 from blip2.language.native import beam_kernels, cuda_cache, cuda_decoding
 from blip2.language.session import GenerationOptions
@@ -19,12 +18,8 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 
 def main(capability: int) -> None:
-    triton.runtime.driver.set_active(Driver(capability))
-    dependent = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    cuda_decoding.pdl_options = cuda_cache.pdl_options = lambda _device: dependent
-    for name in dir(beam_kernels):
-        if name.endswith("_kernel"):
-            setattr(beam_kernels, name, Compiled(getattr(beam_kernels, name)))
+    launch_options = prepare(beam_kernels, capability)
+    cuda_decoding.pdl_options = cuda_cache.pdl_options = lambda _device: launch_options
     config = OPTCheckpointConfig(
         dtype="float16",
         num_hidden_layers=1,
