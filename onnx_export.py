@@ -84,7 +84,7 @@ def main() -> None:
     from blip2 import artifacts, images, prompts
     from blip2.checkpoints import lavis_checkpoint, open_checkpoint
     from blip2.vision import export, modules
-    from blip2.vision.onnx_runtime import QFORMER_FILE, VIT_FILE
+    from blip2.vision.onnx_files import QFORMER_FILE, VIT_FILE
 
     open_model = lavis_checkpoint if args.source == "lavis" else open_checkpoint
     checkpoint = open_model(args.model_dir)
@@ -99,21 +99,23 @@ def main() -> None:
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
     with artifacts.staging(output_dir) as stage:
         vit = stage / "onnx" / VIT_FILE
-        image_embeds, differences = export.export_vit(
-            checkpoint, pixel_values, dtype, vit, args.opset
-        )
+        exported = export.export_vit(checkpoint, pixel_values, dtype, vit, args.opset)
         export.write_sidecar(
-            vit, **source, compute_dtype=args.dtype, preprocessing=dataclasses.asdict(preprocessing)
+            vit,
+            **source,
+            compute_dtype=args.dtype,
+            preprocessing=dataclasses.asdict(preprocessing),
+            **exported.facts,
         )
-        lines = [report(output_dir / "onnx" / VIT_FILE, vit, differences)]
+        lines = [report(output_dir / "onnx" / VIT_FILE, vit, exported.differences)]
 
         qformer = stage / "onnx" / QFORMER_FILE
-        differences = export.export_qformer(
-            *(checkpoint, query_tokens, image_embeds),
+        exported = export.export_qformer(
+            *(checkpoint, query_tokens, exported.references),
             *(export.dtype_between(dtype), qformer_dtype, qformer, args.opset),
         )
-        export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype)
-        lines.append(report(output_dir / "onnx" / QFORMER_FILE, qformer, differences))
+        export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype, **exported.facts)
+        lines.append(report(output_dir / "onnx" / QFORMER_FILE, qformer, exported.differences))
 
         for name, tensor in (("image.pt", pixel_values), ("query_tokens.pt", query_tokens)):
             artifacts.save_tensor(tensor, stage / name)

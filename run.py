@@ -7,8 +7,8 @@
     python run.py --input_dir photos/ --output captions.jsonl --ray  # on every GPU here
     mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
-What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans or ONNX files,
-a TensorRT-LLM engine or a TensorRT-LLM checkpoint.
+What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans, ONNX files or a
+BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 or OPT checkpoint.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
     add(
         "--engine_dir",
-        help="ViT and Q-Former (default: plan, else onnx)",
+        help="ViT and Q-Former: a directory or a BLIP-2's hub id (default: plan, else onnx)",
     )
     add(
         "--opt_engine_dir",
-        help="OPT (default: trt_engine/blip-2-opt-2.7b/fp16/1-gpu, else opt/2.7B/trt_ckpt/fp16/1-gpu)",
+        help="OPT: a directory or a hub id (default: trt_engine/blip-2-opt-2.7b/fp16/1-gpu, else"
+        " opt/2.7B/trt_ckpt/fp16/1-gpu)",
     )
     add(
         "--hf_model_location",
@@ -169,7 +170,7 @@ def answer_one(args: argparse.Namespace) -> None:
     text = fill_template(args.prompt_template or "{}", text)
     if inputs.is_collection(source):
         raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
-    watch = Stopwatch()
+    watch = Stopwatch({"start": cli.seconds_since_start()})
     with watch.time("load engines"):
         pipeline = engines(args)()
     if not pipeline.language.takes_requests:
@@ -248,6 +249,7 @@ def write_answers(
 ) -> Summary:
     """Have the workers answer what is not in the output yet, and write it."""
     from blip2 import batch, inputs
+    from blip2.checkpoints import locate
     from blip2.journal import Journal, fingerprint
 
     for prompt in facts.prompts:
@@ -256,8 +258,8 @@ def write_answers(
     vision, opt = engine_directories(args)
     made_with = {
         "--input_dir": args.input_dir,
-        "--engine_dir": fingerprint(Path(vision)),
-        "--opt_engine_dir": fingerprint(Path(opt)),
+        "--engine_dir": fingerprint(locate(vision)),
+        "--opt_engine_dir": fingerprint(locate(opt)),
         "--query_tokens": fingerprint(Path(args.query_tokens)),
         **batch.describe(facts, questions, batch_size),
     }
@@ -284,7 +286,7 @@ def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
 
 
 def engine_directories(args: argparse.Namespace) -> tuple[str, str]:
-    """Where ViT and Q-Former, and OPT lie: as given, else the default that holds something."""
+    """Where ViT and Q-Former, and OPT are: as given, else the default that holds something."""
     from blip2 import language, vision
 
     opt_defaults = ("trt_engine/blip-2-opt-2.7b/fp16/1-gpu", "opt/2.7B/trt_ckpt/fp16/1-gpu")

@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2 import cache
+
 if TYPE_CHECKING:
     import torch
 
@@ -267,7 +269,8 @@ class Verification:
             verification.finish()      # UserError if a file is not the one described
 
     Leaving the block without `finish` stops the threads. Artifacts that have no sidecar are left
-    out: whether one is required is for their consumer to say.
+    out: whether one is required is for their consumer to say. What was verified is remembered, and
+    not read again as long as path, size, time of change and inode stay the same.
     """
 
     def __init__(self, made_by: Mapping[Path, str], large_too: bool = True) -> None:
@@ -280,10 +283,11 @@ class Verification:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(_HASHING_THREADS)
         self._hashes = [
-            (path, expected, command, self._pool.submit(sha256, path, self._stopped))
+            (path, expected, command, self._pool.submit(sha256, path, self._stopped), state)
             for artifact, command in made_by.items()
             for path, expected in _described_files(artifact)
             if large_too or path.stat().st_size <= _SMALL_BYTES
+            if cache.read("verified", state := _state(path)) != str(expected).encode()
         ]
 
     def __enter__(self) -> Verification:
@@ -299,9 +303,10 @@ class Verification:
         Raises:
             UserError: names the first that is not the one described.
         """
-        for path, expected, command, future in self._hashes:
+        for path, expected, command, future, state in self._hashes:
             try:
                 found = future.result()
+                unchanged = _state(path) == state
             except OSError as error:
                 raise UserError(
                     f"cannot read {path}: {error.strerror}; make it again with: {command}"
@@ -311,6 +316,15 @@ class Verification:
                     f"{path} is not the file that its description was written for: it was damaged or"
                     f" replaced; make both again with: {command}"
                 )
+            if unchanged:
+                cache.write("verified", state, found.encode())
+
+
+def _state(path: Path) -> str:
+    """Changes when a file does: the key that its hash is remembered by."""
+    status = path.stat()
+    facts = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+    return cache.key_of(*map(str, facts))
 
 
 def _described_files(artifact: Path) -> Iterator[tuple[Path, Any]]:

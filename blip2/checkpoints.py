@@ -14,39 +14,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from blip2 import artifacts, lavis, memory
 from blip2.artifacts import UserError
+from blip2.tensor_files import Stored, UnknownType, mapped, read_header
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _SMALL_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CLOSE_OTHERS = "close other programs, or use a machine with more"
 # Far above every model there is: what a damaged file says must not decide how long we compute.
 MAX_IMAGE_SIZE = 4096
 _LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_IMAGE_SIZE}
 _LARGEST_SIZE = 1 << 24
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def open_checkpoint(model_dir: str | Path) -> Checkpoint:
@@ -69,6 +60,26 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
             " BLIP-2 (blip-2) or of OPT (opt)"
         )
     return Checkpoint(directory, config, _catalogue(directory), opt_location=directory)
+
+
+def locate(location: str | Path) -> Path:
+    """A directory as it is given, or that of a Hugging Face repository, downloaded if need be.
+
+    Raises:
+        UserError: no such repository, or no network.
+    """
+    directory = Path(location)
+    if directory.exists() or not _HUB_ID.fullmatch(str(location)):
+        return directory
+    return _download(str(location))
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether `directory` has a model's config.json as Hugging Face writes it."""
+    try:
+        return "model_type" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
 
 
 def lavis_checkpoint(model_type: str) -> Checkpoint:
@@ -97,17 +108,7 @@ def _open_pth(file: Path) -> Checkpoint:
 
 def _of_lavis(path: Path, state: lavis.State, image_size: int | None = None) -> Checkpoint:
     config, opt_location = lavis.hugging_face_config(state, path, image_size)
-    tensors = lavis.hugging_face_tensors(state)
-    entries = {n: _Entry(path, tuple(t.shape), t.dtype, t) for n, t in tensors.items()}
-    return Checkpoint(path, config, entries, opt_location)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    mapped: torch.Tensor | None = None
+    return Checkpoint(path, config, lavis.hugging_face_tensors(state), opt_location)
 
 
 class Checkpoint:
@@ -115,19 +116,22 @@ class Checkpoint:
 
     `path` is its directory or LAVIS's .pth. `opt_location` is where its OPT and tokenizer are: the
     same directory, or a hub id for LAVIS's, which lack them, or None if only the user can know.
+    `mend` is what to do about a damaged one, for messages.
     """
 
     def __init__(
         self,
         path: Path,
         config: dict[str, Any],
-        entries: Mapping[str, _Entry],
+        tensors: Mapping[str, Stored],
         opt_location: str | Path | None,
+        mend: str = "download it again",
     ) -> None:
         self.path = path
         self.opt_location = opt_location
+        self.mend = mend
         self.config = config
-        self._entries = entries
+        self._tensors = tensors
 
     @property
     def kind(self) -> str:
@@ -137,27 +141,36 @@ class Checkpoint:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The tensors' names as stored, sorted."""
-        return tuple(sorted(self._entries))
+        return tuple(sorted(self._tensors))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return self._entry(name).shape
+        return tuple(self.stored(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements, without reading it."""
-        return self._entry(name).dtype
+        return self.stored(name).dtype
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; it is backed by the file, so do not write into it."""
-        entry = self._entry(name)
-        if entry.mapped is not None:
-            return entry.mapped
-        # Opened anew for each tensor: an open file would keep every page read so far in memory.
-        with _open_safetensors(entry.file) as file:
-            return file.get_tensor(name)
+    def tensor(self, name: str, load: Callable[[Stored], torch.Tensor] = mapped) -> torch.Tensor:
+        """Read one tensor, by default as one that is backed by the file: do not write into it.
+
+        Args:
+            name: the tensor's.
+            load: what brings it to where it is wanted, such as a `tensor_files.Loader`.
+
+        Raises:
+            UserError: there is no such tensor, or its file cannot be read.
+        """
+        stored = self.stored(name)
+        try:
+            return load(stored)
+        except (OSError, ValueError) as error:
+            if memory.exhausted(error):
+                raise
+            raise _unreadable(stored.file, error, self.mend) from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -178,13 +191,18 @@ class Checkpoint:
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _entry(self, name: str) -> _Entry:
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies.
+
+        Raises:
+            UserError: there is no such tensor.
+        """
         try:
-            return self._entries[name]
+            return self._tensors[name]
         except KeyError:
             raise UserError(
                 f"{self.path} has no tensor {name}; the checkpoint is incomplete or not what its"
-                " configuration says: download it again"
+                f" configuration says: {self.mend}"
             ) from None
 
 
@@ -193,7 +211,7 @@ def _download(model_id: str) -> Path:
 
     The .bin weights are fetched only where the repository has no safetensors.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model_id):
+    if not _HUB_ID.fullmatch(model_id):
         raise UserError(
             f"{model_id} is no directory; give a checkpoint directory or a Hugging Face id such as"
             " Salesforce/blip2-opt-2.7b"
@@ -217,7 +235,7 @@ def _download_command(directory: Path) -> str:
     return f"hf download Salesforce/blip2-opt-2.7b --local-dir {directory}"
 
 
-def _catalogue(directory: Path) -> dict[str, _Entry]:
+def _catalogue(directory: Path) -> dict[str, Stored]:
     """Find where each tensor lies and what it is.
 
     Raises:
@@ -236,11 +254,11 @@ def _catalogue(directory: Path) -> dict[str, _Entry]:
     )
 
 
-def _sharded_entries(index: Path) -> dict[str, _Entry]:
+def _sharded_entries(index: Path) -> dict[str, Stored]:
     weight_map = artifacts.read_json(index, _download_command(index.parent)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; download the checkpoint again")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Stored] = {}
     if not all(isinstance(s, str) and Path(s).name == s for s in weight_map.values()):
         raise UserError(f"{index} names shards that lie elsewhere; download the checkpoint again")
     for shard in sorted(set(weight_map.values())):
@@ -254,30 +272,17 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _entries(file: Path) -> dict[str, _Entry]:
+def _entries(file: Path) -> dict[str, Stored]:
     if file.suffix == ".bin":
-        return {
-            name: _Entry(file, tuple(tensor.shape), tensor.dtype, tensor)
-            for name, tensor in _load_pickle(file).items()
-            if artifacts.is_plain(tensor)
-        }
-    entries = {}
-    with _open_safetensors(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 - not a mapping, it only has keys()
-            view = opened.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
-            if dtype is None:
-                raise UserError(
-                    f"{file} stores {name} as {view.get_dtype()}; use the checkpoint in float32,"
-                    " float16 or bfloat16"
-                )
-            entries[name] = _Entry(file, tuple(view.get_shape()), dtype)
-    return entries
-
-
-def _open_safetensors(file: Path) -> safe_open:
+        content = _load_pickle(file)
+        return {name: value for name, value in content.items() if artifacts.is_plain(value)}
     try:
-        return safe_open(file, framework="pt")
+        return dict(read_header(file))
+    except UnknownType as error:
+        raise UserError(
+            f"{file} stores {error.name} as {error.dtype}; use the checkpoint in float32, float16 or"
+            " bfloat16"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from None
 
@@ -304,13 +309,13 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     return content
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
+def _unreadable(file: Path, error: Exception, mend: str = "download it again") -> UserError:
     if not file.exists():
-        return UserError(f"{file} is missing; download the checkpoint again")
+        return UserError(f"{file} is missing; {mend}")
     if kind := memory.exhausted(error):
         return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
     return UserError(
-        f"cannot read {file}: {_first_line(error)}; it is truncated or damaged: download it again"
+        f"cannot read {file}: {_first_line(error)}; it is truncated or damaged: {mend}"
     )
 
 

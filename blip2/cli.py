@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -33,6 +34,24 @@ _PLACES = {
 
 
 _FULL = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
+
+
+_IMPORTED = time.perf_counter()
+
+
+def seconds_since_start() -> float:
+    """Since this process was started, its imports included.
+
+    Where the system does not say when that was, since this module was imported, which programs do
+    first.
+    """
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            after_name = file.read().rpartition(")")[2].split()
+        ticks = int(after_name[19])  # proc(5): starttime, since the system was booted
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, LookupError, ValueError):
+        return time.perf_counter() - _IMPORTED
 
 
 class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 
 from blip2 import artifacts, language, memory, vision
 from blip2.artifacts import UserError
+from blip2.checkpoints import is_checkpoint, locate
 from blip2.language import Generation, GenerationOptions, LanguageSession
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
@@ -37,8 +38,9 @@ class Answer:
 class Stopwatch:
     """Seconds by stage, in order of first use; waits for the GPU where there is one."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """`seconds` are those of stages that are over."""
+        self.seconds: dict[str, float] = dict(seconds or {})
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -153,7 +155,7 @@ class Pipeline:
 
         def halve() -> int:
             largest = min(len(pixel_values), self.vision.max_batch_size or len(pixel_values))
-            self.vision.max_batch_size = max(1, largest // 2)
+            self.vision.limit_batch(max(1, largest // 2))
             return self.vision.max_batch_size
 
         def stages() -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,11 +179,9 @@ class Pipeline:
         """
 
         def halve() -> int:
-            limits = self.language.limits
-            largest = min(len(texts), limits.max_batch_size or len(texts))
-            smaller = dataclasses.replace(limits, max_batch_size=max(1, largest // 2))
-            self.language.limits = smaller
-            return smaller.max_batch_size
+            largest = min(len(texts), self.language.limits.max_batch_size or len(texts))
+            self.language.limit_batch(max(1, largest // 2))
+            return self.language.limits.max_batch_size
 
         def generate() -> list[Generation]:
             return self.language.generate(self.encode(texts), look.query_output, options)
@@ -234,8 +234,8 @@ def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[
             raise
         message = str(error).partition(";")[0]
     # Not in the handler, where the failed run's tensors would still be alive.
-    memory.release()
     half = halve()
+    memory.release()
     print(f"note: {message}; going on with batches of {half}", file=sys.stderr)
     with memory.needed(f"for the {stage} on a batch of {half}", advice):
         return run()
@@ -251,8 +251,8 @@ def open_pipeline(
     """Open the engines that the artifacts in two directories call for.
 
     Args:
-        engine_dir: holds the ViT and the Q-Former.
-        opt_engine_dir: holds the OPT.
+        engine_dir: holds the ViT and the Q-Former; or a BLIP-2's hub id.
+        opt_engine_dir: holds the OPT; or a BLIP-2's or OPT's hub id.
         query_tokens: the file query_tokens.pt of the export.
         tokenizer: directory or hub id; None is the checkpoint in `engine_dir`, or else `tokenizer/`
             beside the query tokens.
@@ -261,23 +261,23 @@ def open_pipeline(
     Raises:
         UserError: an artifact is missing, damaged, or does not fit the others.
     """
-    engine_dir, opt_engine_dir = Path(engine_dir), Path(opt_engine_dir)
+    engine_dir, opt_engine_dir = locate(engine_dir), locate(opt_engine_dir)
     query_tokens = Path(query_tokens)
+    # Descriptions first: what does not fit is refused before gigabytes are read.
+    opt = language.open_language_session(opt_engine_dir)
+    pipeline = Pipeline(
+        vision.open_vision_session(engine_dir, query_tokens) if opt.takes_requests else None,
+        opt,
+        load_tokenizer(tokenizer or _tokenizer_beside(engine_dir, query_tokens)),
+    )
     made_by = {
         **vision.artifacts_of(engine_dir, query_tokens),
         **language.artifacts_of(opt_engine_dir),
     }
     with artifacts.Verification(made_by, verify) as verification:
-        with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
-            opt = language.open_language_session(opt_engine_dir)
-        with memory.needed(f"to load {engine_dir}", _LESS_VISION):
-            pipeline = Pipeline(
-                vision.open_vision_session(engine_dir, query_tokens)
-                if opt.takes_requests
-                else None,
-                opt,
-                load_tokenizer(tokenizer or _tokenizer_beside(engine_dir, query_tokens)),
-            )
+        if pipeline.vision is not None:
+            with memory.needed(f"to load {engine_dir}", _LESS_VISION):
+                pipeline.vision.load()
         with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
             opt.load()
         verification.finish()
@@ -285,5 +285,4 @@ def open_pipeline(
 
 
 def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:
-    is_checkpoint = (engine_dir / "config.json").is_file()
-    return engine_dir if is_checkpoint else query_tokens.parent / "tokenizer"
+    return engine_dir if is_checkpoint(engine_dir) else query_tokens.parent / "tokenizer"

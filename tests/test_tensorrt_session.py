@@ -300,7 +300,7 @@ def test_plan_that_tensorrt_refuses(faulty, monkeypatch):
     plan.write_bytes(bytes([plan.read_bytes()[0] ^ 1]) + plan.read_bytes()[1:])
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     with pytest.raises(UserError, match=r"cannot read .*_fp16\.plan: Serialization assertion"):
-        faulty.open()
+        faulty.open().load()
 
 
 def test_plan_whose_tensors_are_not_its_sidecars(faulty, monkeypatch):
@@ -311,7 +311,7 @@ def test_plan_whose_tensors_are_not_its_sidecars(faulty, monkeypatch):
         faulty.edit(stage, **{side: sidecar[side]})
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     with pytest.raises(UserError, match="holds other tensors than its sidecar says"):
-        faulty.open()
+        faulty.open().load()
 
 
 def test_refusal_while_running_gives_tensorrts_reason(session, monkeypatch):

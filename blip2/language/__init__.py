@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 from blip2.artifacts import UserError
+from blip2.checkpoints import is_checkpoint
 from blip2.language.session import (
     Beam,
     Generation,
@@ -27,9 +30,44 @@ __all__ = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What opens an artifact, what says that a directory has it, and the files with a sidecar."""
+
+    module: str
+    session: str
+    is_in: Callable[[Path], bool]
+    files: tuple[str, ...] = ()
+
+
+def _has(file: str) -> Callable[[Path], bool]:
+    return lambda directory: (directory / file).is_file()
+
+
+# The first whose artifact is found decides. Engines are imported only when they are chosen.
+ENGINES = {
+    "rank0.engine": Engine(
+        "blip2.language.tensorrt_llm", "TensorRTLLMSession", _has("rank0.engine")
+    ),
+    "rank0.safetensors": Engine(
+        "blip2.language.native.session",
+        "NativeSession",
+        _has("rank0.safetensors"),
+        ("rank0.safetensors",),
+    ),
+    "a BLIP-2 or OPT checkpoint": Engine(
+        "blip2.language.native.session", "NativeSession", is_checkpoint
+    ),
+}
+
+
+def _engine_of(directory: Path) -> Engine | None:
+    return next((engine for engine in ENGINES.values() if engine.is_in(directory)), None)
+
+
 def holds_engine(directory: Path) -> bool:
     """Whether some engine here can run what `directory` holds."""
-    return any((directory / artifact).is_file() for artifact in _ENGINES)
+    return _engine_of(directory) is not None
 
 
 def artifacts_of(directory: Path) -> dict[Path, str]:
@@ -37,40 +75,21 @@ def artifacts_of(directory: Path) -> dict[Path, str]:
 
     TensorRT-LLM gives its engines none.
     """
-    files = {directory / name: MADE_BY for name in _ENGINES if name.endswith(".safetensors")}
-    return {path: command for path, command in files.items() if path.is_file()}
+    engine = _engine_of(directory)
+    return {directory / file: MADE_BY for file in engine.files} if engine else {}
 
 
 def open_language_session(directory: Path) -> LanguageSession:
-    """Open the OPT that lies in `directory` with the engine that its artifact is for.
+    """Open the OPT in `directory` with the engine that its artifact is for; `load` reads weights.
 
     Raises:
-        UserError: no such directory, no artifact in it, or one that its engine cannot load.
+        UserError: no such directory, no artifact in it, or one that its engine cannot take.
     """
-    for artifact, open_session in _ENGINES.items():
-        if (directory / artifact).is_file():
-            return open_session(directory)
-    what = "holds no OPT" if directory.is_dir() else "does not exist"
-    raise UserError(
-        f"{directory} {what} ({' or '.join(_ENGINES)}); make one with:"
-        f" python opt/convert_checkpoint.py --output_dir {directory}"
-    )
-
-
-def _open_tensorrt_llm(directory: Path) -> LanguageSession:
-    from blip2.language.tensorrt_llm import TensorRTLLMSession
-
-    return TensorRTLLMSession(directory)
-
-
-def _open_native(directory: Path) -> LanguageSession:
-    from blip2.language.native.session import NativeSession
-
-    return NativeSession(directory)
-
-
-# The first artifact found decides. Engines are imported only when they are chosen.
-_ENGINES: dict[str, Callable[[Path], LanguageSession]] = {
-    "rank0.engine": _open_tensorrt_llm,
-    "rank0.safetensors": _open_native,
-}
+    engine = _engine_of(directory)
+    if engine is None:
+        what = "holds no OPT" if directory.is_dir() else "does not exist"
+        raise UserError(
+            f"{directory} {what} ({' or '.join(ENGINES)}); make one with:"
+            f" python opt/convert_checkpoint.py --output_dir {directory}"
+        )
+    return getattr(importlib.import_module(engine.module), engine.session)(directory)

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, OPTConfig
 from blip2.language.trtllm_format import DTYPES, OPTCheckpointConfig, Spec, tensor_specs
 from blip2.safetensors_writer import SafetensorsWriter
+from blip2.tensor_files import Stored, mapped
 
 # BLIP-2's OPT; OPT alone as transformers names it now; OPT alone in files of 2022.
 _DECODER_PREFIXES = ("language_model.model.decoder.", "model.decoder.", "decoder.")
@@ -64,7 +66,7 @@ def target_config(checkpoint: Checkpoint, options: ConversionOptions) -> OPTChec
     )
     _check_expressible(opt, checkpoint)
     _check_splits(opt, config)
-    _Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1))
+    Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1))
     return config
 
 
@@ -79,7 +81,7 @@ def convert(
         UserError: a source tensor cannot be read or has values the target type cannot hold, or
             `output_dir` cannot be written.
     """
-    source = _Source(checkpoint, OPTConfig.of(checkpoint))
+    source = Source(checkpoint, OPTConfig.of(checkpoint))
     specs = tensor_specs(config)
     layout = {name: (DTYPES[config.dtype], spec.shape) for name, spec in specs.items()}
     with artifacts.staging(output_dir, replaces=["rank*.safetensors", "rank*.json"]) as stage:
@@ -140,7 +142,7 @@ def _write(
         ) from None
 
 
-class _Source:
+class Source:
     """The OPT in a checkpoint, by the names of the target's tensors."""
 
     def __init__(self, checkpoint: Checkpoint, opt: OPTConfig) -> None:
@@ -153,21 +155,31 @@ class _Source:
         untied = not opt.tie_word_embeddings and f"{head}lm_head.weight" in checkpoint
         self.head = f"{head}lm_head.weight" if untied else f"{self.prefix}embed_tokens.weight"
 
-    def parts(self, name: str) -> list[torch.Tensor]:
-        """A target tensor, whole; q, k and v apart from one another."""
+    def parts(
+        self, name: str, load: Callable[[Stored], torch.Tensor] = mapped
+    ) -> list[torch.Tensor]:
+        """A target tensor, whole; q, k and v apart from one another. For `load` see `Checkpoint`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+
+        def read(source: str) -> torch.Tensor:
+            return self.checkpoint.tensor(self.prefix + source, load)
+
         if name == "transformer.vocab_embedding.weight":
-            embedding = self._read("embed_tokens.weight")
+            embedding = read("embed_tokens.weight")
             if self.projects:
-                embedding = embedding.float() @ self._read("project_in.weight").float().T
+                embedding = embedding.float() @ read("project_in.weight").float().T
             return [embedding]
         if name == "transformer.position_embedding.weight":
-            return [self._read("embed_positions.weight")[_UNUSED_POSITIONS:]]
+            return [read("embed_positions.weight")[_UNUSED_POSITIONS:]]
         if name == "lm_head.weight":
-            head = self.checkpoint.tensor(self.head)
+            head = self.checkpoint.tensor(self.head, load)
             if self.projects:
-                head = head.float() @ self._read("project_out.weight").float()
+                head = head.float() @ read("project_out.weight").float()
             return [head]
-        return [self._read(source) for source in _decoder_names(name)]
+        return [read(source) for source in _decoder_names(name)]
 
     def check_shapes(self, config: OPTCheckpointConfig) -> None:
         """Compare every tensor's shape with the unsplit configuration, without reading any.
@@ -201,9 +213,6 @@ class _Source:
                     f"{name} in {self.checkpoint.path} has shape {list(stored)}, its"
                     f" config.json calls for {list(shape)}; download the checkpoint again"
                 )
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self.checkpoint.tensor(self.prefix + name)
 
 
 def _decoder_names(name: str) -> list[str]:

@@ -108,12 +108,20 @@ class LanguageSession(abc.ABC):
     is_leader: bool = True
     is_in_step: bool = False
 
-    def load(self) -> None:  # noqa: B027 - most engines load when they are opened
-        """Load what opening the session left on disk, if anything; `generate` does so too.
+    @abc.abstractmethod
+    def load(self) -> None:
+        """Load what opening the session left on disk; `generate` does so too. Again: does nothing.
 
-        Opening checks the engine's description, so what does not fit together is refused early;
-        loading comes last, when it is known how much of the GPU the other engines leave free.
+        Opening reads descriptions, so that what does not fit together is refused before weights are
+        read; loading comes last, when it is known how much of the GPU the other engines leave free.
+
+        Raises:
+            UserError: the weights are damaged, or cannot be read.
         """
+
+    def limit_batch(self, size: int) -> None:
+        """Work with batches of at most `size` from now on, and let go what larger ones needed."""
+        self.limits = dataclasses.replace(self.limits, max_batch_size=size)
 
     def close(self) -> None:  # noqa: B027 - most engines need no more than to be forgotten
         """Let the engine go. A process that takes no requests works on until rank 0 has closed."""

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What runs an artifact, the command that makes it, and the files with a sidecar."""
+    """What opens an artifact, the command that makes it, and the files with a sidecar."""
 
     module: str
-    session: str
+    opener: str
     made_by: str
     files: tuple[str, ...] = ()
 
@@ -32,14 +32,14 @@ ENGINES = {
         ("visual_encoder/visual_encoder_fp16.plan", "Qformer/Qformer_fp16.plan"),
     ),
     "visual_encoder/visual_encoder.onnx": Engine(
-        "blip2.vision.onnx_runtime",
-        "OnnxRuntimeSession",
+        "blip2.vision.onnx_files",
+        "open_onnx_session",
         "python onnx_export.py",
         ("visual_encoder/visual_encoder.onnx", "Qformer/Qformer.onnx"),
     ),
     "config.json": Engine(
         "blip2.vision.torch_session",
-        "TorchSession",
+        "open_checkpoint_session",
         "hf download Salesforce/blip2-opt-2.7b --local-dir DIRECTORY",
     ),
 }
@@ -64,7 +64,7 @@ def artifacts_of(engine_dir: Path, query_tokens: Path) -> dict[Path, str]:
 
 
 def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
-    """Open the session that the artifacts in `engine_dir` call for.
+    """Open the session that the artifacts in `engine_dir` call for; weights are read by its `load`.
 
     Args:
         engine_dir: the directory that holds visual_encoder/ and Qformer/, or a checkpoint.
@@ -77,5 +77,5 @@ def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     if engine is None:
         commands = ", or ".join(engine.made_by for engine in ENGINES.values())
         raise UserError(f"{engine_dir} holds no ViT and Q-Former; make them with: {commands}")
-    session = getattr(importlib.import_module(engine.module), engine.session)
-    return session(engine_dir, query_tokens)
+    open_session = getattr(importlib.import_module(engine.module), engine.opener)
+    return open_session(engine_dir, query_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import logging
 import os
 import warnings
@@ -16,12 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from blip2 import artifacts
 from blip2.artifacts import UserError
-from blip2.checkpoints import Checkpoint
+from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.vision import int8, modules
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
@@ -50,14 +52,29 @@ class Difference:
     cosine: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A graph that was written and checked.
+
+    Attributes:
+        references: the float32 module's outputs, one for each batch it was checked with.
+        differences: the file's from those.
+        facts: what its sidecar says of the network, for `write_sidecar`.
+    """
+
+    references: list[torch.Tensor]
+    differences: list[Difference]
+    facts: dict[str, Any]
+
+
 def export_vit(
     checkpoint: Checkpoint,
     pixel_values: torch.Tensor,
     dtype: torch.dtype,
     path: Path,
     opset: int = OPSETS[0],
-) -> tuple[list[torch.Tensor], list[Difference]]:
-    """Write the ViT's graph (input → output) and check it.
+) -> Exported:
+    """Write the ViT's graph (input → output) and check it, with batches of 1 and 3.
 
     Args:
         checkpoint: a BLIP-2 checkpoint.
@@ -66,9 +83,6 @@ def export_vit(
             dynamically quantised, all else is float32.
         path: the .onnx file to write.
         opset: one of OPSETS.
-
-    Returns:
-        The float32 reference's image_embeds for batches of 1 and 3, and the file's differences.
     """
     torch.manual_seed(0)
     three = torch.cat([pixel_values, torch.randn(2, *pixel_values.shape[1:])])
@@ -77,7 +91,11 @@ def export_vit(
     expected = references(module, cases)
     narrow(module, dtype)
     write_graph(module, cases[1], "output", path, opset)
-    return expected, check_graph(path, cases, expected, TOLERANCE[dtype])
+    differences = check_graph(path, cases, expected, TOLERANCE[dtype])
+    facts: dict[str, Any] = {"vision_config": dataclasses.asdict(VisionConfig.of(checkpoint))}
+    if dtype != torch.int8:  # whose weights are no longer those of the configuration's layers
+        facts["weights"] = locate_weights(module, path)
+    return Exported(expected, differences, facts)
 
 
 def dtype_between(vit_dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +111,7 @@ def export_qformer(
     compute_dtype: torch.dtype,
     path: Path,
     opset: int = OPSETS[0],
-) -> list[Difference]:
+) -> Exported:
     """Write the Q-Former's graph (query_tokens, image_embeds, image_atts → query_output), check it.
 
     Args:
@@ -117,7 +135,10 @@ def export_qformer(
     expected = references(module, cases)
     narrow(module, compute_dtype)
     write_graph(module, cases[-1], "query_output", path, opset)
-    return check_graph(path, cases, expected, TOLERANCE[dtype])
+    differences = check_graph(path, cases, expected, TOLERANCE[dtype])
+    config = dataclasses.asdict(QFormerConfig.of(checkpoint))
+    facts = {"qformer_config": config, "weights": locate_weights(module, path)}
+    return Exported(expected, differences, facts)
 
 
 def narrow(module: nn.Module, dtype: torch.dtype) -> None:
@@ -247,6 +268,50 @@ def _compare(output: torch.Tensor, reference: torch.Tensor) -> Difference:
         float((output - reference).norm() / reference.norm()),
         float(torch.nn.functional.cosine_similarity(output.flatten(), reference.flatten(), dim=0)),
     )
+
+
+def locate_weights(module: nn.Module, path: Path) -> dict[str, dict[str, Any]]:
+    """Where in a written graph's files the module's parameters lie, by their names.
+
+    They are found by their bytes: the exporter names as it likes what it has transposed.
+
+    Raises:
+        UserError: the exporter has changed a weight.
+    """
+    import onnx
+
+    content = path.read_bytes()
+    data = np.memmap(artifacts.data_path(path), np.uint8, mode="r")
+    places: dict[tuple[tuple[int, ...], bytes], dict[str, Any]] = {}
+    for tensor in onnx.load_from_string(content).graph.initializer:
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        if external:
+            offset, size = int(external["offset"]), int(external["length"])
+            values, file = data[offset : offset + size], artifacts.data_path(path).name
+        else:  # small ones lie in the graph itself
+            values, file = np.frombuffer(tensor.raw_data, np.uint8), path.name
+            offset = content.find(tensor.raw_data)
+        key = (tuple(tensor.dims), hashlib.sha256(values).digest())
+        places.setdefault(key, {"file": file, "offset": offset})
+
+    def place(values: torch.Tensor) -> dict[str, Any] | None:
+        array = values.detach().contiguous().numpy()
+        return places.get((array.shape, hashlib.sha256(array).digest()))
+
+    weights = {}
+    for name, parameter in module.named_parameters():
+        found, transposed = place(parameter), False
+        if found is None and parameter.ndim == 2:
+            found, transposed = place(parameter.T), True
+        if found is None:
+            raise UserError(
+                f"PyTorch {torch.__version__} exports {name} with other values than it has; export"
+                " with the version that requirements.txt names"
+            )
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        shape = list(parameter.shape)
+        weights[name] = {**found, "dtype": dtype, "shape": shape, "transposed": transposed}
+    return weights
 
 
 def write_sidecar(path: Path, **facts: Any) -> None:

@@ -7,12 +7,15 @@ operation, and the Q-Former may compute in another precision than its inputs and
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
+from blip2.tensor_files import FiniteChecks, Loader
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -181,13 +184,18 @@ def attention(
     return mixed.transpose(1, 2).flatten(2)
 
 
-def load_vision_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
-    """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on the CPU.
+CPU = torch.device("cpu")
+
+
+def load_vision_transformer(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU
+) -> VisionTransformer:
+    """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on a device.
 
     Raises:
         UserError: a tensor is missing, has another shape than config.json says, or is not finite.
     """
-    return _filled(_vision_transformer(checkpoint), checkpoint, dtype, "vision_model.")
+    return _filled(_vision_transformer(checkpoint), checkpoint, dtype, device, "vision_model.")
 
 
 def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
@@ -199,13 +207,13 @@ def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
     return module
 
 
-def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype) -> QFormer:
-    """The Q-Former and language projection of a BLIP-2 checkpoint, computing in `dtype`.
+def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU) -> QFormer:
+    """The Q-Former and language projection of a BLIP-2 checkpoint, computing in `dtype` on a device.
 
     Raises:
         UserError: as `load_vision_transformer`.
     """
-    return _filled(_qformer(checkpoint), checkpoint, dtype, "")
+    return _filled(_qformer(checkpoint), checkpoint, dtype, device, "")
 
 
 def _qformer(checkpoint: Checkpoint) -> QFormer:
@@ -242,20 +250,31 @@ def _check_shapes(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> Non
         if stored != tuple(parameter.shape):
             raise UserError(
                 f"{checkpoint.path}: {prefix + name} has shape {stored}, config.json"
-                f" asks for {tuple(parameter.shape)}; download the checkpoint again"
+                f" asks for {tuple(parameter.shape)}; {checkpoint.mend}"
             )
 
 
-def _filled(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, prefix: str):
-    """Replace every meta parameter by the checkpoint's, converted one at a time."""
-    state = {}
-    for name in module.state_dict():
-        state[name] = checkpoint.tensor(prefix + name).to(dtype)
-        if not torch.isfinite(state[name]).all():
-            raise UserError(
-                f"{checkpoint.path}: {prefix + name} holds NaN or Inf in"
-                f" {str(dtype).removeprefix('torch.')}; download the checkpoint again, or use"
-                " --dtype float32"
-            )
+def _filled(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    prefix: str,
+):
+    """Replace every meta parameter by the checkpoint's, brought to the device as it is stored."""
+    load, checks = Loader(device), FiniteChecks(dtype)
+
+    def parameter(name: str) -> torch.Tensor:
+        stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
+        return stored.to(dtype).contiguous()
+
+    names = list(module.state_dict())
+    with ThreadPoolExecutor(load.threads) as pool:
+        state = dict(zip(names, pool.map(parameter, names), strict=True))
+    if (name := checks.first_not_finite()) is not None:
+        raise UserError(
+            f"{checkpoint.path}: {name} holds NaN or Inf in {str(dtype).removeprefix('torch.')};"
+            f" {checkpoint.mend}, or use --dtype float32"
+        )
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

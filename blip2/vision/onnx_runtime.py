@@ -10,59 +10,66 @@ import torch
 
 from blip2 import artifacts, memory
 from blip2.artifacts import UserError
-from blip2.images import Preprocessing
+from blip2.vision.onnx_files import MADE_BY, OnnxFiles
 from blip2.vision.session import VisionSession
 
-MADE_BY = "python onnx_export.py"
-VIT_FILE = "visual_encoder/visual_encoder.onnx"
-QFORMER_FILE = "Qformer/Qformer.onnx"
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _ELEMENTS = {"float16": "float16", "float32": "float", "int64": "int64"}  # ONNX Runtime's names
+
+Tensors = dict[str, tuple[str, tuple[int | str, ...]]]  # the batch is a word
 
 
 class OnnxRuntimeSession(VisionSession):
     """Runs on the CPU; inputs and outputs share memory with torch, nothing is copied between."""
 
-    def __init__(self, engine_dir: Path, query_tokens: Path) -> None:
-        """Open `engine_dir`'s two graphs and the query tokens saved beside them.
+    def __init__(self, files: OnnxFiles) -> None:
+        """For an export whose files belong together, of which only descriptions are read yet.
 
         Raises:
-            UserError: a file is missing, damaged, or from another checkpoint than the others.
+            UserError: the files do not fit one another.
         """
-        vit_facts = read_graph_sidecar(engine_dir / VIT_FILE)
-        qformer_facts = read_graph_sidecar(engine_dir / QFORMER_FILE)
-        query_facts = artifacts.read_sidecar(query_tokens, MADE_BY)
-        artifacts.same_source(
-            MADE_BY,
-            {
-                engine_dir / VIT_FILE: vit_facts,
-                engine_dir / QFORMER_FILE: qformer_facts,
-                query_tokens: query_facts,
-            },
-        )
         self.device = torch.device("cpu")
-        vit, qformer = engine_dir / VIT_FILE, engine_dir / QFORMER_FILE
-        with artifacts.reading_sidecar(vit, MADE_BY):
-            self.dtype = DTYPES[vit_facts["dtype"]]
-            self.preprocessing = Preprocessing.from_dict(vit_facts["preprocessing"])
-        self._vit_graph = open_graph(vit)
-        self._qformer_graph = open_graph(qformer)
+        self.dtype, self.preprocessing = files.dtype, files.preprocessing
         sizes = (self.preprocessing.height, self.preprocessing.width)
-        tensors = _tensors(vit, self._vit_graph, vit_facts)
-        foreign = _tensors(qformer, self._qformer_graph, qformer_facts)
-        if tensors["input"][1] != (3, *sizes) or tensors["output"] != foreign["image_embeds"]:
+        self._files = files
+        self._vit_tensors = _described_tensors(files.vit, files.vit_facts)
+        self._qformer_tensors = _described_tensors(files.qformer, files.qformer_facts)
+        with artifacts.reading_sidecar(files.vit, MADE_BY):
+            pictures, image_embeds = (self._vit_tensors[name] for name in ("input", "output"))
+        with artifacts.reading_sidecar(files.qformer, MADE_BY):
+            seen = self._qformer_tensors["image_embeds"]
+            query_tokens = self._qformer_tensors["query_tokens"][1][1:]
+            self.output_size = self._qformer_tensors["query_output"][1][2]
+        if pictures[1][1:] != (3, *sizes) or (image_embeds[0], image_embeds[1][1:]) != (
+            seen[0],
+            seen[1][1:],
+        ):
             raise UserError(
-                f"{vit} and {qformer} do not fit one another; make both again with: {MADE_BY}"
+                f"{files.vit} and {files.qformer} do not fit one another; make both again with:"
+                f" {MADE_BY}"
             )
-        tokens = artifacts.load_tensor(query_tokens, MADE_BY)
-        if tuple(tokens.shape) != (1, *foreign["query_tokens"][1]):
+        tokens = files.load_query_tokens()
+        if tuple(tokens.shape) != (1, *query_tokens):
             raise UserError(
-                f"{query_tokens} has shape {tuple(tokens.shape)}, {qformer} takes"
-                f" {(1, *foreign['query_tokens'][1])}; make both again with: {MADE_BY}"
+                f"{files.query_tokens} has shape {tuple(tokens.shape)}, {files.qformer} takes"
+                f" {(1, *query_tokens)}; make both again with: {MADE_BY}"
             )
         self._query_tokens = tokens.to(self.dtype)
         self.num_query_tokens = tokens.shape[1]
-        self.output_size = foreign["query_output"][1][1]
+        self._vit_graph = self._qformer_graph = None
+
+    def load(self) -> None:
+        """Open the graphs; a second call does nothing.
+
+        Raises:
+            UserError: ONNX Runtime cannot read one, or it is not what its sidecar says.
+        """
+        if self._qformer_graph is not None:
+            return
+        self._vit_graph = open_graph(self._files.vit)
+        _check_graph(self._files.vit, self._vit_graph, self._vit_tensors)
+        qformer = open_graph(self._files.qformer)
+        _check_graph(self._files.qformer, qformer, self._qformer_tensors)
+        self._qformer_graph = qformer
 
     def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return run_graph(self._vit_graph, {"input": pixel_values})
@@ -77,17 +84,6 @@ class OnnxRuntimeSession(VisionSession):
                 "image_atts": torch.ones(batch, patches, dtype=torch.int64),
             },
         )
-
-
-def read_graph_sidecar(path: Path) -> dict[str, Any]:
-    """The sidecar of an exported graph, once graph and weights are there in their full size.
-
-    Raises:
-        UserError: a file is missing or truncated.
-    """
-    facts = artifacts.read_sidecar(path, MADE_BY)
-    artifacts.check_size(artifacts.data_path(path), facts.get("data"), MADE_BY)
-    return facts
 
 
 def open_graph(path: Path, optimise: bool = True):
@@ -122,25 +118,27 @@ def open_graph(path: Path, optimise: bool = True):
         raise UserError(f"cannot open {path}: {reason}; make it again with: {MADE_BY}") from None
 
 
-def _tensors(path: Path, graph, facts: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Element type, as ONNX Runtime names it, and shape without the batch of a graph's tensors.
+def _described_tensors(path: Path, facts: dict[str, Any]) -> Tensors:
+    """Element type, as ONNX Runtime names it, and shape of a graph's inputs and outputs.
 
     Raises:
-        UserError: they are not those that the sidecar tells.
+        UserError: the sidecar does not tell them.
     """
-    sides = {"inputs": graph.get_inputs(), "outputs": graph.get_outputs()}
-    found = {
-        value.name: (value.type, tuple(value.shape)) for side in sides.values() for value in side
-    }
     with artifacts.reading_sidecar(path, MADE_BY):
-        told = {
+        return {
             name: (f"tensor({_ELEMENTS[value['dtype']]})", tuple(value["shape"]))
-            for side in sides
+            for side in ("inputs", "outputs")
             for name, value in facts[side].items()
         }
-        if told != found:
+
+
+def _check_graph(path: Path, graph, described: Tensors) -> None:
+    """Raise UserError where a graph's inputs and outputs are not those that its sidecar tells."""
+    values = (*graph.get_inputs(), *graph.get_outputs())
+    found = {value.name: (value.type, tuple(value.shape)) for value in values}
+    with artifacts.reading_sidecar(path, MADE_BY):
+        if found != described:
             raise ValueError(f"the graph has {', '.join(found)} of other types or shapes")
-    return {name: (kind, shape[1:]) for name, (kind, shape) in found.items()}
 
 
 def run_graph(graph, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

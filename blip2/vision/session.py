@@ -25,6 +25,21 @@ class VisionSession(abc.ABC):
     num_query_tokens: int
     output_size: int  # H_lm, the hidden size of the OPT that the Q-Former is for
 
+    @abc.abstractmethod
+    def load(self) -> None:
+        """Load what opening the session left on disk; the stages do so too. Again: does nothing.
+
+        Opening reads descriptions, so that what does not fit together is refused before weights are
+        read.
+
+        Raises:
+            UserError: the weights are damaged, or cannot be read.
+        """
+
+    def limit_batch(self, size: int) -> None:
+        """Work with batches of at most `size` from now on, and let go what larger ones needed."""
+        self.max_batch_size = size
+
     def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values B x 3 x S x S → image_embeds B x T x H_v in the session's dtype.
 
@@ -38,10 +53,12 @@ class VisionSession(abc.ABC):
                 f" B x {' x '.join(map(str, size))}; make image.pt with the same checkpoint, or give"
                 " the picture itself"
             )
+        self.load()
         return self._split(self._vit, pixel_values.to(self.device, self.dtype))
 
     def qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """image_embeds B x T x H_v → query_output B x n x H_lm, projected to OPT's hidden size."""
+        self.load()
         return self._split(self._qformer, image_embeds)
 
     @abc.abstractmethod

@@ -16,8 +16,8 @@ from typing import Any
 
 from blip2 import artifacts
 from blip2.artifacts import UserError
-from blip2.vision.onnx_runtime import MADE_BY as ONNX_MADE_BY
-from blip2.vision.onnx_runtime import read_graph_sidecar
+from blip2.vision.onnx_files import MADE_BY as ONNX_MADE_BY
+from blip2.vision.onnx_files import read_graph_sidecar
 from blip2.vision.tensorrt_plans import (
     DTYPES,
     INSTALL,

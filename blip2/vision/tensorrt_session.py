@@ -17,6 +17,7 @@ import torch
 
 from blip2 import artifacts
 from blip2.artifacts import UserError
+from blip2.cuda_graphs import capture
 from blip2.images import Preprocessing
 from blip2.vision.session import VisionSession
 from blip2.vision.tensorrt_plans import (
@@ -57,10 +58,7 @@ class Gpu:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` enqueues, without executing it; return what replays it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return capture(run)
 
 
 class TensorRTSession(VisionSession):
@@ -100,22 +98,39 @@ class TensorRTSession(VisionSession):
             self.preprocessing = Preprocessing.from_dict(vit.sidecar["preprocessing"])
         self.output_size = qformer.shapes[QFORMER.output][1]
         _check_shapes(vit, qformer, query_tokens, tokens)
+        self._engine_dir, self._gpu, self._trt = engine_dir, gpu, trt
+        self._facts, self._tokens = {VIT: vit, QFORMER: qformer}, tokens
+        self._vit_plan: Plan | None = None
+        self._qformer_plan: Plan | None = None
+
+    def load(self) -> None:
+        """Load both plans; a second call does nothing.
+
+        Raises:
+            UserError: TensorRT cannot read one, it is not what its sidecar says, or the GPU has too
+                little memory.
+        """
+        if self._qformer_plan is not None:
+            return
         try:
-            self._vit_plan = Plan(trt, VIT, vit, gpu)
-            self._qformer_plan = Plan(trt, QFORMER, qformer, gpu)
-            self._connect(tokens)
+            vit, qformer = (
+                Plan(self._trt, stage, facts, self._gpu) for stage, facts in self._facts.items()
+            )
+            self._connect(vit, qformer)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"{gpu.name} has too little free memory for {engine_dir}; free some, or build with a"
-                f" smaller batch: {MADE_BY} --max_batch_size {max(1, self.max_batch_size // 2)}"
+                f"{self._gpu.name} has too little free memory for {self._engine_dir}; free some, or"
+                f" build with a smaller batch: {MADE_BY} --max_batch_size"
+                f" {max(1, self.max_batch_size // 2)}"
             ) from None
+        self._vit_plan, self._qformer_plan = vit, qformer
 
-    def _connect(self, tokens: torch.Tensor) -> None:
+    def _connect(self, vit: Plan, qformer: Plan) -> None:
         """Fill the Q-Former's inputs that never change, and let it read the ViT's output."""
-        self._qformer_plan.buffers["query_tokens"].copy_(tokens)  # repeated for every picture
-        self._qformer_plan.buffers["image_atts"].fill_(1)
-        self._qformer_plan.readable = [self._vit_plan.buffers[VIT.output]]
-        plans = (self._vit_plan, self._qformer_plan)
+        qformer.buffers["query_tokens"].copy_(self._tokens)  # repeated for every picture
+        qformer.buffers["image_atts"].fill_(1)
+        qformer.readable = [vit.buffers[VIT.output]]
+        plans = (vit, qformer)
         # One after the other on one stream, so one workspace serves both.
         size = max(plan.workspace_bytes for plan in plans)
         workspace = torch.empty(max(1, size), dtype=torch.uint8, device=self.device)

@@ -1,19 +1,22 @@
-"""The ViT and Q-Former in PyTorch, straight from a BLIP-2 checkpoint: nothing to export or build.
+"""The ViT and Q-Former in PyTorch, from a BLIP-2 checkpoint or, on a GPU, from ONNX files' weights.
 
 On a GPU the ViT computes in float16 and the Q-Former in TF32 (float32's range, float16's digits:
-in float16 it is known to overflow); each stage is one CUDA graph a batch size. On a CPU both
-compute in float32.
+in float16 it is known to overflow), each stage with kernels of its own, as a CUDA graph for each of
+a few batch sizes. On a CPU, and where float32 is asked for, both compute in float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from blip2.checkpoints import open_checkpoint
+from blip2.checkpoints import Checkpoint, open_checkpoint
+from blip2.cuda_graphs import Graph
+from blip2.devices import best_device
 from blip2.images import Preprocessing
 from blip2.vision import modules
 from blip2.vision.session import VisionSession
@@ -21,35 +24,61 @@ from blip2.vision.session import VisionSession
 Stage = Callable[[torch.Tensor], torch.Tensor]
 
 MAX_BATCH_SIZE = 64  # larger ones are no faster a picture, and take memory
+_SIZES_MULTIPLE = 8  # of a graph's batch size, above it
 
 
 class TorchSession(VisionSession):
     """Runs a checkpoint's own weights.
 
-    On a GPU results lie in a graph's memory: the next call of the same stage and batch size
-    overwrites them.
+    On a GPU results lie in a graph's memory: the next call of the same stage overwrites them.
     """
 
-    max_batch_size = MAX_BATCH_SIZE
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        preprocessing: Preprocessing,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """For a BLIP-2 checkpoint, of which only descriptions are read yet.
 
-    def __init__(self, engine_dir: Path, _query_tokens: Path, device: str | None = None) -> None:
-        """Open the BLIP-2 checkpoint in `engine_dir`, which has query tokens of its own.
+        Args:
+            checkpoint: has the query tokens too.
+            preprocessing: what its ViT takes.
+            dtype: float16, on a GPU alone, or float32.
+            device: to run on.
 
         Raises:
-            UserError: it is damaged, incomplete, or no BLIP-2.
+            UserError: a tensor is missing, or has another shape than the configuration says.
         """
-        checkpoint = open_checkpoint(engine_dir)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        on_gpu = self.device.type == "cuda"
-        self.dtype = torch.float16 if on_gpu else torch.float32
-        self.preprocessing = Preprocessing.of(checkpoint)
-        query_tokens = checkpoint.tensor("query_tokens").float().to(self.device)
-        self.num_query_tokens = query_tokens.shape[1]
+        modules.check_checkpoint(checkpoint)
+        self.device, self.dtype = device, dtype
+        self.max_batch_size = MAX_BATCH_SIZE
+        self.preprocessing = preprocessing
+        self.num_query_tokens = checkpoint.shape("query_tokens")[1]
         self.output_size = checkpoint.shape("language_projection.weight")[0]
-        self._image_size = (3, self.preprocessing.height, self.preprocessing.width)
-        vit = modules.load_vision_transformer(checkpoint, self.dtype).to(self.device)
-        qformer = modules.load_qformer(checkpoint, torch.float32).to(self.device)
-        self._stages = (gpu_stages if on_gpu else cpu_stages)(vit, qformer, query_tokens)
+        self._checkpoint = checkpoint
+        self._stages: Stages | None = None
+
+    def load(self) -> None:
+        """Read the weights; a second call does nothing.
+
+        Raises:
+            UserError: a tensor holds NaN or Inf, or cannot be read.
+        """
+        if self._stages is not None:
+            return
+        checkpoint, device = self._checkpoint, self.device
+        query_tokens = checkpoint.tensor("query_tokens").float().to(device)
+        vit = modules.load_vision_transformer(checkpoint, self.dtype, device)
+        qformer = modules.load_qformer(checkpoint, torch.float32, device)
+        make = gpu_stages if self.dtype == torch.float16 else float32_stages
+        self._stages = make(vit, qformer, query_tokens)
+
+    def limit_batch(self, size: int) -> None:
+        super().limit_batch(size)
+        if self._stages is not None:
+            self._stages.release()
 
     @torch.inference_mode()
     def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -60,23 +89,43 @@ class TorchSession(VisionSession):
         return self._stages.qformer(image_embeds)
 
 
+def open_checkpoint_session(engine_dir: Path, _query_tokens: Path) -> TorchSession:
+    """Open the BLIP-2 checkpoint in `engine_dir`, which has query tokens of its own.
+
+    Raises:
+        UserError: it is damaged, incomplete, or no BLIP-2.
+    """
+    checkpoint, device = open_checkpoint(engine_dir), best_device()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return TorchSession(checkpoint, Preprocessing.of(checkpoint), dtype, device)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """pixel_values → image_embeds and image_embeds → query_output, as `VisionSession` has them."""
+    """pixel_values → image_embeds and image_embeds → query_output, as `VisionSession` has them.
+
+    `release` gives back what they keep for batch sizes.
+    """
 
     vit: Stage
     qformer: Stage
+    release: Callable[[], None] = lambda: None
 
 
-def cpu_stages(
+def float32_stages(
     vit: modules.VisionTransformer, qformer: modules.QFormer, query_tokens: torch.Tensor
 ) -> Stages:
     """The modules themselves; query_tokens: 1 x n x H_q."""
 
+    def see(pixel_values: torch.Tensor) -> torch.Tensor:
+        # The patches' convolution would round to TF32 by PyTorch's default.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            return vit(pixel_values)
+
     def look(image_embeds: torch.Tensor) -> torch.Tensor:
         return qformer(query_tokens.expand(len(image_embeds), -1, -1), image_embeds, None)
 
-    return Stages(vit, look)
+    return Stages(see, look)
 
 
 def gpu_stages(
@@ -88,45 +137,73 @@ def gpu_stages(
     """
     from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer  # a CPU needs no Triton
 
-    return Stages(
-        Graphs(CudaVisionTransformer(vit)),
-        Graphs(CudaQFormer(qformer, query_tokens)),
-    )
+    stages = Graphs(CudaVisionTransformer(vit)), Graphs(CudaQFormer(qformer, query_tokens))
+
+    def release() -> None:
+        for stage in stages:
+            stage.release()
+
+    return Stages(*stages, release)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    input: torch.Tensor
-    output: torch.Tensor
+def prepared_size(pictures: int) -> int:
+    """The batch size that a batch of so many pictures is filled up to: one of few.
+
+    1, 2, 4 and multiples of 8. Where pictures are broken a run has batches of every size.
+    """
+    if pictures <= _SIZES_MULTIPLE:
+        return 1 << (pictures - 1).bit_length()
+    return -(-pictures // _SIZES_MULTIPLE) * _SIZES_MULTIPLE
+
+
+class _Prepared:
+    """A function's buffers for one batch size, and its graph."""
+
+    def __init__(self, function: Stage, size: int, example: torch.Tensor, pool: object) -> None:
+        # Rows that no picture fills are computed too: as zeros they are as good as any.
+        self.input = example.new_zeros(size, *example.shape[1:])
+        self.output: torch.Tensor | None = None
+
+        def launch() -> None:
+            # A graph's output stays where its capture put it; that of the first call is replaced.
+            with _tf32_products():
+                self.output = function(self.input)
+
+        self.run = Graph(launch, pool)
 
 
 class Graphs:
-    """A function of one tensor on the GPU, as a CUDA graph for each shape it is called with."""
+    """A function of a batch on the GPU, as CUDA graphs for the sizes that `prepared_size` names.
+
+    They share memory for what they compute on the way. A result is overwritten by the next call.
+    """
 
     def __init__(self, function: Stage) -> None:
         self._function = function
-        self._captured: dict[torch.Size, _Captured] = {}
+        self.release()
+
+    def release(self) -> None:
+        """Forget all graphs, and let their memory go."""
+        self._prepared: dict[int, _Prepared] = {}
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape not in self._captured:
-            self._captured[x.shape] = self._capture(x)
-        captured = self._captured[x.shape]
-        captured.input.copy_(x)
-        captured.graph.replay()
-        return captured.output
+        """x: at most MAX_BATCH_SIZE x …, of the same shape but for that each time."""
+        size = prepared_size(len(x))
+        if size not in self._prepared:
+            self._prepared[size] = _Prepared(self._function, size, x, self._pool)
+        prepared = self._prepared[size]
+        prepared.input[: len(x)].copy_(x)
+        prepared.run()
+        return prepared.output[: len(x)]
 
-    def _capture(self, x: torch.Tensor) -> _Captured:
-        # TF32 only here: the setting is the process's, and others' products are not ours to round.
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            x = x.clone()
-            self._function(x)  # cuBLAS sets itself up, which a capture must not do
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = self._function(x)
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return _Captured(graph, x, output)
+
+@contextlib.contextmanager
+def _tf32_products() -> Iterator[None]:
+    """Within, cuBLAS may round float32 to TF32: the setting is the process's, so not for longer."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,20 +1,23 @@
-"""Read a TensorRT-LLM checkpoint of OPT into weights that are ready to compute with."""
+"""Read a checkpoint of OPT into weights that are ready to compute with."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from blip2 import artifacts, memory
 from blip2.artifacts import UserError
+from blip2.checkpoints import OPTConfig, open_checkpoint
+from blip2.language.conversion import ConversionOptions, Source, target_config
 from blip2.language.native.linear import Linear
 from blip2.language.trtllm_format import MADE_BY, QUANT_BITS, OPTCheckpointConfig, tensor_specs
+from blip2.tensor_files import FiniteChecks, Loader, UnknownType, read_header
 
 WEIGHTS_FILE = "rank0.safetensors"
 
@@ -58,6 +61,105 @@ class OPTWeights:
     head: Linear
 
 
+class OPTTensors(Protocol):
+    """An OPT's tensors by TensorRT-LLM's names, however a checkpoint has them.
+
+    Opening one reads descriptions, and raises UserError where a tensor is missing or has another
+    shape than the configuration says.
+    """
+
+    config: OPTCheckpointConfig
+    where: Path
+    mend: str  # what to do about a damaged one
+
+    def read(self, name: str, load: Loader) -> torch.Tensor:
+        """One tensor, where `load` brings it.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+
+
+class TRTLLMTensors:
+    """Those of a TensorRT-LLM checkpoint for one GPU."""
+
+    mend = f"make it again with: {MADE_BY}"
+
+    def __init__(self, directory: Path) -> None:
+        """Read config.json, and which tensors there are.
+
+        Raises:
+            UserError: a file is missing, unreadable, truncated or of another size than its
+                description says; it is no OPT, or split over several GPUs; tensors are missing,
+                extra or wrongly shaped.
+        """
+        self.config = read_config(directory)
+        self.where = directory / WEIGHTS_FILE
+        if artifacts.sidecar_path(self.where).exists():  # TensorRT-LLM's own converter writes none.
+            artifacts.read_sidecar(self.where, MADE_BY)
+        try:
+            self._stored = read_header(self.where)
+        except (OSError, SafetensorError, UnknownType) as error:
+            if memory.exhausted(error):
+                raise
+            raise self._unreadable(error) from None
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        stored = {name: tensor.shape for name, tensor in self._stored.items()}
+        expected = {name: spec.shape for name, spec in tensor_specs(self.config).items()}
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
+                has = f"shape {list(stored[name])}" if name in stored else "nothing"
+                wants = f"shape {list(expected[name])}" if name in expected else "no such tensor"
+                raise UserError(
+                    f"{self.where} has {has} as {name}, its config.json calls for {wants};"
+                    f" {self.mend}"
+                )
+
+    def read(self, name: str, load: Loader) -> torch.Tensor:
+        try:
+            return load(self._stored[name])
+        except (OSError, ValueError) as error:
+            if memory.exhausted(error):
+                raise
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"cannot read {self.where}: {error}; it is missing, truncated or damaged: {self.mend}"
+        )
+
+
+class CheckpointTensors:
+    """Those of a BLIP-2 or OPT as Hugging Face has it, as a conversion to float16 would write them."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the configuration, and which tensors there are.
+
+        Raises:
+            UserError: as `open_checkpoint` and `target_config`.
+        """
+        checkpoint = open_checkpoint(directory)
+        self.config = target_config(checkpoint, ConversionOptions())
+        self.where, self.mend = checkpoint.path, checkpoint.mend
+        self._source = Source(checkpoint, OPTConfig.of(checkpoint))
+
+    def read(self, name: str, load: Loader) -> torch.Tensor:
+        parts = self._source.parts(name, load)
+        return torch.cat(parts).to(self.config.torch_dtype)
+
+
+def open_tensors(directory: Path) -> OPTTensors:
+    """The OPT in a directory: of a TensorRT-LLM checkpoint, or of Hugging Face's.
+
+    Raises:
+        UserError: as the two classes.
+    """
+    converted = (directory / WEIGHTS_FILE).is_file()
+    return TRTLLMTensors(directory) if converted else CheckpointTensors(directory)
+
+
 def read_config(directory: Path) -> OPTCheckpointConfig:
     """Read config.json.
 
@@ -75,12 +177,12 @@ def read_config(directory: Path) -> OPTCheckpointConfig:
 
 
 def load_weights(
-    directory: Path,
-    config: OPTCheckpointConfig,
+    tensors: OPTTensors,
+    device: torch.device,
     place: Placer,
     pack: Packer,
     place_embedding: Placer | None = None,
-    at_once: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> OPTWeights:
     """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
 
@@ -88,57 +190,27 @@ def load_weights(
     reads, and its rounding is less than theirs.
 
     Args:
-        directory: holds the checkpoint.
-        config: its configuration.
-        place: moves a tensor to the device and type that the model computes in.
+        tensors: the checkpoint's.
+        device: they are brought to it as they are stored, in several threads.
+        place: converts a tensor to the type that the model computes in.
         pack: makes a linear layer of a weight (out x in), a bias (out) and a number of bits, or of
             None bits for the checkpoint's own precision.
-        place_embedding: moves the table of words, if otherwise than `place`.
-        at_once: layers that are read and packed side by side, each with a weight beside its packed
-            one in memory.
+        place_embedding: converts the table of words, if otherwise than `place`.
+        dtype: the type that all must be finite in, if not their own.
 
     Raises:
-        UserError: file missing, truncated, of another size than its description says, with
-            missing, extra or wrongly shaped tensors, or with NaN or Inf in one.
+        UserError: a tensor cannot be read, or holds NaN or Inf.
     """
-    path = directory / WEIGHTS_FILE
-    if artifacts.sidecar_path(path).exists():  # TensorRT-LLM's own converter writes none.
-        artifacts.read_sidecar(path, MADE_BY)
-    try:
-        _check_shapes(path, config)
-        read = functools.partial(_read, path)
-        return _build(config, read, place, pack, place_embedding or place, at_once)
-    except (OSError, SafetensorError) as error:
-        if memory.exhausted(error):
-            raise
-        raise UserError(
-            f"cannot read {path}: {error}; it is missing, truncated or damaged: make it again with:"
-            f" {MADE_BY}"
-        ) from None
+    load, checks = Loader(device), FiniteChecks(dtype)
 
+    def read(name: str) -> torch.Tensor:
+        return checks.add(name, tensors.read(name, load))
 
-def _check_shapes(path: Path, config: OPTCheckpointConfig) -> None:
-    with safe_open(path, framework="pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    expected = {name: spec.shape for name, spec in tensor_specs(config).items()}
-    for name in sorted(stored.keys() | expected.keys()):
-        if stored.get(name) != expected.get(name):
-            has = f"shape {list(stored[name])}" if name in stored else "nothing"
-            wants = f"shape {list(expected[name])}" if name in expected else "no such tensor"
-            raise UserError(
-                f"{path} has {has} as {name}, its config.json calls for {wants}; make it again"
-                f" with: {MADE_BY}"
-            )
-
-
-def _read(path: Path, name: str) -> torch.Tensor:
-    # Opened anew for each tensor: the file is mapped as long as a tensor of it lives, and what was
-    # read of it would stay in memory beside what is made of it.
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(name)
-    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-        raise UserError(f"{path} has NaN or Inf in {name}; make it again with: {MADE_BY}")
-    return tensor
+    weights = _build(tensors.config, read, place, pack, place_embedding or place, load.threads)
+    if (name := checks.first_not_finite()) is not None:
+        kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        raise UserError(f"{tensors.where} has NaN or Inf in {name}{kind}; {tensors.mend}")
+    return weights
 
 
 def _build(

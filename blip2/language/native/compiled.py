@@ -1,4 +1,7 @@
-"""CUDA C++ kernels, compiled on the machine that runs them by NVRTC, which comes with PyTorch."""
+"""CUDA C++ kernels, compiled on the machine that runs them by NVRTC, which comes with PyTorch.
+
+What was compiled is kept between runs: see `blip2.cache`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import cuda.bindings
 import torch
 from cuda.bindings import driver, nvrtc
+
+from blip2 import cache
 
 _POINTER = ctypes.c_void_p
 
@@ -90,29 +96,48 @@ def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture
     Raises:
         RuntimeError: the source does not compile; holds the compiler's log.
     """
-    headers = sorted(path.parent.glob("*.cuh"))
+    (name, source), *headers = _files(path).items()
     program = _check(
         nvrtc.nvrtcCreateProgram(
-            path.read_bytes(),
-            path.name.encode(),
+            source,
+            name.encode(),
             len(headers),
-            [header.read_bytes() for header in headers],
-            [header.name.encode() for header in headers],
+            [text for _, text in headers],
+            [header.encode() for header, _ in headers],
         )
     )
-    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in macros]
-    (status,) = nvrtc.nvrtcCompileProgram(
-        program, len(options), [option.encode() for option in options]
-    )
+    options = [option.encode() for option in _options(macros, architecture)]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{path.name} with {dict(macros)}: {log.decode().strip()}")
+        raise RuntimeError(f"{name} with {dict(macros)}: {log.decode().strip()}")
     cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, cubin))
     _check(nvrtc.nvrtcDestroyProgram(program))
     return cubin
+
+
+def kept_cubin(path: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """As `compile_source`; from an earlier run if nothing that matters has changed since."""
+    compiler = (*map(str, _check(nvrtc.nvrtcVersion())), cuda.bindings.__version__)
+    texts = (text for item in _files(path).items() for text in item)
+    key = cache.key_of(*compiler, *_options(macros, architecture), *texts)
+    cubin = cache.read("cubins", key)
+    if cubin is None:
+        cubin = compile_source(path, macros, architecture)
+        cache.write("cubins", key, cubin)
+    return cubin
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    """A source, then the headers that it may include, by name."""
+    return {file.name: file.read_bytes() for file in (path, *sorted(path.parent.glob("*.cuh")))}
+
+
+def _options(macros: tuple[tuple[str, int], ...], architecture: str) -> list[str]:
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    return options + [f"-D{name}={value}" for name, value in macros]
 
 
 @functools.cache
@@ -120,13 +145,13 @@ def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]) -> C
     """Compile a kernel for the current GPU and load it; once a process."""
     major, minor = torch.cuda.get_device_capability()
     # With "a", what only this very architecture has: what is compiled here need not run elsewhere.
-    cubin = compile_source(path, macros, f"sm_{major}{minor}" + ("a" if major >= 9 else ""))
-    return CompiledKernel(name, cubin)
+    architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+    return CompiledKernel(name, kept_cubin(path, macros, architecture))
 
 
 def _check(result: tuple) -> Any:
-    """The value of a driver or NVRTC call, which returns (status, value…)."""
+    """What a driver or NVRTC call returns beside its status: nothing, a value, or several."""
     status, *values = result
     if status.value != 0:
         raise RuntimeError(f"CUDA call failed: {status.name}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else values

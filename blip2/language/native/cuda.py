@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from blip2.language.native.checkpoint import OPTWeights, load_weights
+from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
 from blip2.language.native.layered_step import LayeredStep
@@ -56,25 +55,26 @@ class CudaModel(OPTModel):
         )
 
     @classmethod
-    def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> CudaModel:
+    def load(cls, tensors: OPTTensors, device: torch.device) -> CudaModel:
         """Read a checkpoint onto a GPU, to compute in float16 with float32 sums and residuals.
 
         Raises:
             UserError: the checkpoint is damaged; see `load_weights`.
         """
 
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device).half()
-
         def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> PackedLinear:
-            bias = None if bias is None else place(bias)
-            return PackedLinear.pack(weight.to(device), bias, bits)
+            return PackedLinear.pack(weight, None if bias is None else bias.half(), bits)
 
-        return cls(config, load_weights(directory, config, place, pack))
+        weights = load_weights(tensors, device, torch.Tensor.half, pack, dtype=torch.float16)
+        return cls(tensors.config, weights)
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         super().__init__(config, weights)
         self._prepared: dict[tuple[int, int], _Prepared] = {}
+
+    def release(self) -> None:
+        """Forget the caches, and with each its step and prompts: the next ones are made anew."""
+        self._prepared.clear()
 
     def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> CudaCache:
         """The cache for so many rows and tokens, emptied; the one before it becomes invalid."""

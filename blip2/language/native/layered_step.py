@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import triton
 
+from blip2.cuda_graphs import Graph
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.graphs import capture
 from blip2.language.native.layers import Layers
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -23,14 +23,14 @@ class LayeredStep:
     """One token for each of a cache's rows."""
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights, cache: CudaCache) -> None:
-        """Make buffers for the rows of `cache`, and capture the graph."""
+        """Make buffers for the rows of `cache`."""
         device = cache.keys.device
         self._config, self._weights, self._cache = config, weights, cache
         self._layers = Layers(config, weights, cache.rows, device)
         self._tokens = torch.zeros(cache.rows, dtype=torch.int64, device=device)
         shape = (cache.rows, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._run = capture(self._launch, device)
+        self._run = Graph(self._launch) if device.type == "cuda" else self._launch
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: rows, int64 → logits: rows x vocab_size, float32, overwritten by the next."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from blip2.decoding import BeamSearch, Greedy
 from blip2.language.native.cache import KVCache
-from blip2.language.native.checkpoint import Layer, Norm, OPTWeights, load_weights
+from blip2.language.native.checkpoint import Layer, Norm, OPTTensors, OPTWeights, load_weights
 from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
 from blip2.language.native.nbits import NBitsLinear, torch_on_one_thread
@@ -22,7 +21,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
 }
 NORM_EPS = 1e-5
-_LAYERS_AT_ONCE = 4  # packed side by side, at most: each has a weight in float32 meanwhile
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -45,7 +43,7 @@ class OPTModel:
         self._activation = ACTIVATIONS[config.hidden_act]
 
     @classmethod
-    def load(cls, directory: Path, config: OPTCheckpointConfig, device: torch.device) -> OPTModel:
+    def load(cls, tensors: OPTTensors, device: torch.device) -> OPTModel:
         """Read a checkpoint onto a device, to compute in float32.
 
         On a CPU weights stay in 16, 8 and 4 bits; those of 8 and 4 are multiplied with inputs of 8.
@@ -55,17 +53,18 @@ class OPTModel:
         """
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, torch.float32)
+            return tensor.float()
 
         def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
-            bias = None if bias is None else bias.to(device)
-            return linear_class(weight.dtype, bits, device).pack(weight.to(device), bias, bits)
+            return linear_class(weight.dtype, bits, device).pack(weight, bias, bits)
 
-        def place_embedding(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device)
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
 
-        at_once = min(torch.get_num_threads(), _LAYERS_AT_ONCE)
-        return cls(config, load_weights(directory, config, place, pack, place_embedding, at_once))
+        return cls(tensors.config, load_weights(tensors, device, place, pack, keep))
+
+    def release(self) -> None:
+        """Let go what is kept for batches of the sizes that came."""
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """What prompts and steps run within."""

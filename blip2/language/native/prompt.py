@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 import triton
 
+from blip2.cuda_graphs import Graph
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.graphs import capture
 from blip2.language.native.layers import Layers
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -47,7 +47,7 @@ class Prompt:
         embed: Embed,
         shape: tuple[int, int, int],
     ) -> None:
-        """Make buffers for `shape` (B, T, n), and capture the graph where it pays.
+        """Make buffers for `shape` (B, T, n), of a graph where it pays.
 
         `embed(input_ids, prompt_table)` yields B x T x hidden_size, without positions.
         """
@@ -63,7 +63,8 @@ class Prompt:
         self._layers = Layers(config, weights, requests * length, device)
         self._last_layers = Layers(config, weights, requests, device)
         self._logits = torch.empty((requests, config.vocab_size), device=device)
-        self._run = capture(self._launch, device) if is_captured(shape) else self._launch
+        captured = device.type == "cuda" and is_captured(shape)
+        self._run = Graph(self._launch) if captured else self._launch
 
     def __call__(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_table: torch.Tensor

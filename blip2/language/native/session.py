@@ -1,4 +1,4 @@
-"""The native OPT session: a TensorRT-LLM checkpoint, PyTorch, and nothing else."""
+"""The native OPT session: a checkpoint, PyTorch, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2 import decoding
 from blip2.artifacts import UserError
-from blip2.language.native.checkpoint import read_config
+from blip2.devices import best_device
+from blip2.language.native.checkpoint import open_tensors
 from blip2.language.native.model import ACTIVATIONS, OPTModel
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_format import OPTCheckpointConfig
@@ -25,27 +26,42 @@ class NativeSession(LanguageSession):
     """
 
     def __init__(self, directory: Path) -> None:
-        """Load the checkpoint in `directory`.
+        """Open the checkpoint in `directory`, of which only descriptions are read yet.
 
         Raises:
             UserError: missing, damaged, or split over several GPUs.
         """
-        config = read_config(directory)
+        self._tensors = open_tensors(directory)
+        config = self._tensors.config
         if config.hidden_act not in ACTIVATIONS:
             raise UserError(
                 f"{directory} uses the activation {config.hidden_act}; the native session knows"
                 f" {', '.join(ACTIVATIONS)}"
             )
-        self.device = _best_device()
+        self.device = best_device()
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
-        model_class = _model_class(config, self.device)
+        self._model_class = _model_class(config, self.device)
         self.limits = Limits(
             max_total_len=config.max_position_embeddings,
-            max_batch_size=model_class.max_batch_size,
+            max_batch_size=self._model_class.max_batch_size,
             max_num_beams=config.vocab_size // 2,
         )
-        self._model = model_class.load(directory, config, self.device)
+        self._model: OPTModel | None = None
+
+    def load(self) -> None:
+        """Read the weights; a second call does nothing.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        if self._model is None:
+            self._model = self._model_class.load(self._tensors, self.device)
+
+    def limit_batch(self, size: int) -> None:
+        super().limit_batch(size)
+        if self._model is not None:
+            self._model.release()
 
     @torch.inference_mode()
     def _generate(
@@ -55,6 +71,7 @@ class NativeSession(LanguageSession):
         options: GenerationOptions,
         first_request: int,
     ) -> list[Generation]:
+        self.load()
         with self._model.computing():
             return self._decode(input_ids, prompt_table, options, first_request)
 
@@ -112,12 +129,6 @@ class _Flags:
         if self._copied is not None:
             self._copied.synchronize()
         return bool(self._flags.all())
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTModel]:

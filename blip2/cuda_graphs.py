@@ -1,0 +1,48 @@
+"""CUDA graphs: what is queued for a GPU again and again over the same buffers, replayed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Graph:
+    """What `launch` queues over static buffers, a replay of one CUDA graph from the second call on.
+
+    The first call queues it as it is: kernels are compiled and cuBLAS sets itself up then, which a
+    capture must not do, and what is called once does not pay for one.
+    """
+
+    def __init__(self, launch: Callable[[], None], pool: Any = None) -> None:
+        """`pool` is what `capture` takes."""
+        self._launch, self._pool = launch, pool
+        self._queue: Callable[[], None] = self._first
+
+    def __call__(self) -> None:
+        self._queue()
+
+    def _first(self) -> None:
+        self._launch()
+        self._queue = self._second
+
+    def _second(self) -> None:
+        self._queue = capture(self._launch, self._pool)
+        self._queue()
+
+
+def capture(launch: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+    """Record what `launch` queues, without executing it; return what replays it.
+
+    Args:
+        launch: has run before, and queues nothing that allocates or waits.
+        pool: memory of `torch.cuda.graph_pool_handle()` that several graphs may share of which no
+            two run at the same time. None is memory of its own.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: others may be pinning memory for the next batch, which CUDA forbids
+    # while a thread captures for all.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        launch()
+    return graph.replay
