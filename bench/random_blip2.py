@@ -16,7 +16,7 @@ from blip2.language.conversion import ConversionOptions, convert, target_config
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import PackedLinear
 from blip2.language.native.session import NativeSession
-from blip2.vision.torch_session import TorchSession
+from blip2.vision.torch_session import TorchSession, open_checkpoint_session
 
 DEVICE = "cuda"
 PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
@@ -50,7 +50,8 @@ def random_model(directory: Path) -> Blip2ForConditionalGeneration:
 
 def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSession]]:
     """The sessions that run.py would open, from converted checkpoints."""
-    vision = timed("load ViT and Q-Former", TorchSession, directory, None)
+    vision = open_checkpoint_session(directory, directory)
+    timed("load ViT and Q-Former", vision.load)
     checkpoint = open_checkpoint(directory)
     languages = {}
     for name, quant_algo in PRECISIONS.items():
@@ -64,7 +65,8 @@ def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSessio
             for file in first.glob("rank0*"):
                 (target / file.name).symlink_to(file)
             (target / "config.json").write_text(json.dumps(config.to_json()))
-        languages[name] = timed(f"load OPT, {name}", NativeSession, target)
+        languages[name] = NativeSession(target)
+        timed(f"load OPT, {name}", languages[name].load)
     return vision, languages
 
 

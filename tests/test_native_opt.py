@@ -183,6 +183,7 @@ def test_no_step_is_taken_once_all_have_ended_but_those_queued_ahead(pair, monke
 def logits_of_both(model, session):
     """After four prompts and after two further tokens each: (ours, transformers'), B x 3 x V."""
     prompts, images = random_prompts(model, 4)
+    session.load()
     native = session._model
     lengths = torch.tensor([len(ids) for ids in prompts])
     cache = native.new_cache(lengths, num_beams=1, max_new_tokens=3)
@@ -206,15 +207,15 @@ def test_logits_are_those_of_transformers(pair):
 
 def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch):
     """Each of the four waits for the other three to be read, the first longest."""
-    read, others = reading._read, threading.Barrier(4)
+    read, others = reading.TRTLLMTensors.read, threading.Barrier(4)
 
-    def read_with_others(path, name):
+    def read_with_others(tensors, name, load):
         if name.endswith("input_layernorm.weight"):
             others.wait(timeout=60)
             time.sleep(0.2 if "layers.0." in name else 0)
-        return read(path, name)
+        return read(tensors, name, load)
 
-    monkeypatch.setattr(reading, "_read", read_with_others)
+    monkeypatch.setattr(reading.TRTLLMTensors, "read", read_with_others)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = opt_models.opt(num_hidden_layers=4)
     actual, expected = logits_of_both(model, convert(model, tmp_path))
@@ -431,7 +432,7 @@ class TestBadCheckpoints:
         edit(tensors)
         save_file(tensors, bad / "rank0.safetensors")
         with pytest.raises(UserError, match=message):
-            open_language_session(bad)
+            open_language_session(bad).load()
 
     @pytest.mark.parametrize(
         "changes, message",

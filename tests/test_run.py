@@ -85,7 +85,7 @@ def test_printout_has_question_answers_and_stages(tiny_export, tiny_opt):
     assert lines[0] == f"[Q] {QUESTION}"
     assert [line[:3] for line in lines].count("[A]") == 3
     stages = [line.split("  ")[0] for line in lines if line.endswith("%")]
-    assert stages == ["load engines", "load picture", "ViT", "Q-Former", "OPT", "total"]
+    assert stages == ["start", "load engines", "load picture", "ViT", "Q-Former", "OPT", "total"]
 
 
 def test_benchmark_gives_medians_of_the_stages(tiny_export, tiny_opt):
