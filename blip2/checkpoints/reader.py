@@ -1,12 +1,6 @@
-"""Open a BLIP-2 or OPT checkpoint and read it tensor by tensor, by Hugging Face's names.
+"""The reader of checkpoints: which tensors there are, and each one's bytes when it is asked for.
 
-    checkpoint = open_checkpoint("Salesforce/blip2-opt-2.7b")       # or a local directory
-    checkpoint.kind                                                 # "blip-2"
-    QFormerConfig.of(checkpoint).num_hidden_layers                  # 12
-    checkpoint.tensor("query_tokens")                               # 1 x 32 x 768
-
-Layouts: model.safetensors or pytorch_model.bin, whole or sharded with an index; LAVIS's .pth. Opening
-reads descriptions only; a tensor's bytes are read when it is asked for, and let go with the tensor.
+Layouts: model.safetensors or pytorch_model.bin, whole or sharded with an index; LAVIS's .pth.
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ import functools
 import hashlib
 import math
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blip2 import artifacts, lavis, memory
+from blip2 import artifacts, memory
 from blip2.artifacts import UserError
+from blip2.checkpoints import hub, lavis
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _SMALL_BYTES = 1 << 20
 _CLOSE_OTHERS = "close other programs, or use a machine with more"
-# Far above every model there is: what a damaged file says must not decide how long we compute.
-MAX_IMAGE_SIZE = 4096
-_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_IMAGE_SIZE}
-_LARGEST_SIZE = 1 << 24
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -60,7 +50,7 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
     if directory.suffix == ".pth" and not directory.is_dir():
         return _open_pth(directory)
     if not directory.is_dir():
-        directory = _download(str(model_dir))
+        directory = hub.download(str(model_dir))
     config = artifacts.read_json(directory / "config.json", _download_command(directory))
     kind = config.get("model_type")
     if kind not in ("blip-2", "opt"):
@@ -188,31 +178,6 @@ class Checkpoint:
             ) from None
 
 
-def _download(model_id: str) -> Path:
-    """Fetch configuration, tokenizer and weights of a Hugging Face repository; return the folder.
-
-    The .bin weights are fetched only where the repository has no safetensors.
-    """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model_id):
-        raise UserError(
-            f"{model_id} is no directory; give a checkpoint directory or a Hugging Face id such as"
-            " Salesforce/blip2-opt-2.7b"
-        )
-    small = ["*.json", "*.txt", "*.model"]
-    try:
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(model_id, allow_patterns=[*small, "*.safetensors"]))
-        if not any(directory.glob("*.safetensors")):
-            snapshot_download(model_id, allow_patterns=[*small, "pytorch_model*.bin"])
-    except Exception as error:  # Which HTTP library's errors come out depends on the hub's version.
-        raise UserError(
-            f"{model_id} is no directory, and cannot be downloaded ({_first_line(error)}); without"
-            " a network, copy the checkpoint here and give its directory"
-        ) from None
-    return directory
-
-
 def _download_command(directory: Path) -> str:
     return f"hf download Salesforce/blip2-opt-2.7b --local-dir {directory}"
 
@@ -310,164 +275,5 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     if kind := memory.exhausted(error):
         return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
     return UserError(
-        f"cannot read {file}: {_first_line(error)}; it is truncated or damaged: download it again"
+        f"cannot read {file}: {hub.first_line(error)}; it is truncated or damaged: download it again"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """BLIP-2's ViT. The defaults are those of transformers, whose files may leave them out."""
-
-    hidden_size: int = 1408
-    intermediate_size: int = 6144
-    num_hidden_layers: int = 39
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 14
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    post_layernorm_eps: float = 0.0  # 0 means layer_norm_eps; LAVIS's differ
-    qkv_bias: bool = True
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> VisionConfig:
-        """Read it from a BLIP-2 checkpoint's config.json."""
-        fields = dict(_sub_config(checkpoint, "vision_config"))
-        for name in ("image_size", "patch_size"):
-            if isinstance(fields.get(name), list):
-                fields[name] = _square(checkpoint, name, fields[name])
-        if not fields.get("post_layernorm_eps"):
-            fields["post_layernorm_eps"] = fields.get("layer_norm_eps", cls.layer_norm_eps)
-        return _read_config(cls, fields, checkpoint)
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of image_embeds: the patches and one class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-
-@dataclasses.dataclass(frozen=True)
-class QFormerConfig:
-    """BLIP-2's Q-Former, with the number of its query tokens."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    cross_attention_frequency: int = 2
-    encoder_hidden_size: int = 1408
-    num_query_tokens: int = 32
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> QFormerConfig:
-        """Read it from a BLIP-2 checkpoint's config.json.
-
-        `encoder_hidden_size` is the ViT's width: transformers sets it so, whatever is stored.
-        """
-        fields = dict(_sub_config(checkpoint, "qformer_config"))
-        fields["encoder_hidden_size"] = VisionConfig.of(checkpoint).hidden_size
-        fields["num_query_tokens"] = checkpoint.config.get("num_query_tokens", 32)
-        return _read_config(cls, fields, checkpoint)
-
-
-@dataclasses.dataclass(frozen=True)
-class OPTConfig:
-    """OPT, alone or as BLIP-2's language model. `word_embed_proj_dim` 0 means hidden_size."""
-
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    ffn_dim: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 2048
-    word_embed_proj_dim: int = 0
-    activation_function: str = "relu"
-    do_layer_norm_before: bool = True
-    _remove_final_layer_norm: bool = False
-    enable_bias: bool = True
-    layer_norm_elementwise_affine: bool = True
-    tie_word_embeddings: bool = True
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> OPTConfig:
-        """Read it from config.json of an OPT or of a BLIP-2 with an OPT."""
-        if checkpoint.opt_location != checkpoint.path:
-            raise UserError(
-                f"{checkpoint.path} is of LAVIS, which leaves OPT out; give the OPT that it was"
-                f" trained with: {checkpoint.opt_location or 'its directory'}"
-            )
-        if checkpoint.kind == "opt":
-            fields = dict(checkpoint.config)
-        else:
-            fields = dict(_sub_config(checkpoint, "text_config"))
-            language = fields.get("model_type", "opt")
-            if language != "opt":
-                raise UserError(
-                    f"the language model in {checkpoint.path} is {language}, not OPT; use a"
-                    " BLIP-2 with OPT, such as Salesforce/blip2-opt-2.7b"
-                )
-        if not fields.get("word_embed_proj_dim"):
-            fields["word_embed_proj_dim"] = fields.get("hidden_size", cls.hidden_size)
-        return _read_config(cls, fields, checkpoint)
-
-    @property
-    def has_final_layer_norm(self) -> bool:
-        """Whether a LayerNorm stands between the last layer and the head."""
-        return self.do_layer_norm_before and not self._remove_final_layer_norm
-
-
-def image_token_index(checkpoint: Checkpoint) -> int | None:
-    """Id of `<image>` in a BLIP-2's tokenizer; None in checkpoints older than that token."""
-    config = checkpoint.config
-    return config.get("image_token_index", config.get("image_token_id"))
-
-
-def _sub_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    if checkpoint.kind != "blip-2":
-        raise UserError(
-            f"{checkpoint.path} is an OPT checkpoint, which has no {name}; give a BLIP-2"
-            " checkpoint, such as Salesforce/blip2-opt-2.7b"
-        )
-    fields = checkpoint.config.get(name)
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise _bad_config(checkpoint, f"{name} is {fields!r}")
-    return fields
-
-
-def _square(checkpoint: Checkpoint, name: str, sides: list[Any]) -> Any:
-    if len(set(sides)) != 1:
-        raise _bad_config(checkpoint, f"{name} is {sides}, not square")
-    return sides[0]
-
-
-def _read_config(cls: Any, fields: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
-    """Build a config dataclass from the fields it knows, checking each one's type."""
-    values = {}
-    for field in dataclasses.fields(cls):
-        value = fields.get(field.name, field.default)
-        kind = type(field.default)
-        if kind is float and type(value) is int:
-            value = float(value)
-        largest = _LARGEST.get(field.name, _LARGEST_SIZE)
-        if type(value) is not kind or (kind is int and not 1 <= value <= largest):
-            raise _bad_config(checkpoint, f"{field.name} is {value!r}")
-        values[field.name] = value
-    if values["hidden_size"] % values["num_attention_heads"]:
-        raise _bad_config(
-            checkpoint,
-            f"hidden_size {values['hidden_size']} is no multiple of num_attention_heads"
-            f" {values['num_attention_heads']}",
-        )
-    return cls(**values)
-
-
-def _bad_config(checkpoint: Checkpoint, what: str) -> UserError:
-    return UserError(f"in {checkpoint.path / 'config.json'}, {what}; download the checkpoint again")
