@@ -27,7 +27,7 @@ class VisionConfig:
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
-    post_layernorm_eps: float = 0.0  # 0 means layer_norm_eps; LAVIS's differ
+    post_layernorm_eps: float = 1e-6  # as layer_norm_eps, but in LAVIS's
     qkv_bias: bool = True
 
     @classmethod
@@ -37,7 +37,7 @@ class VisionConfig:
         for name in ("image_size", "patch_size"):
             if isinstance(fields.get(name), list):
                 fields[name] = _square(checkpoint, name, fields[name])
-        if not fields.get("post_layernorm_eps"):
+        if not checkpoint.is_of_lavis:  # transformers has one for all norms
             fields["post_layernorm_eps"] = fields.get("layer_norm_eps", cls.layer_norm_eps)
         return _read_config(cls, fields, checkpoint)
 
@@ -94,7 +94,7 @@ class OPTConfig:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> OPTConfig:
         """Read it from config.json of an OPT or of a BLIP-2 with an OPT."""
-        if checkpoint.opt_location != checkpoint.path:
+        if checkpoint.is_of_lavis:
             raise UserError(
                 f"{checkpoint.path} is of LAVIS, which leaves OPT out; give the OPT that it was"
                 f" trained with: {checkpoint.opt_location or 'its directory'}"
@@ -103,12 +103,6 @@ class OPTConfig:
             fields = dict(checkpoint.config)
         else:
             fields = dict(_sub_config(checkpoint, "text_config"))
-            language = fields.get("model_type", "opt")
-            if language != "opt":
-                raise UserError(
-                    f"the language model in {checkpoint.path} is {language}, not OPT; use a"
-                    " BLIP-2 with OPT, such as Salesforce/blip2-opt-2.7b"
-                )
         if not fields.get("word_embed_proj_dim"):
             fields["word_embed_proj_dim"] = fields.get("hidden_size", cls.hidden_size)
         return _read_config(cls, fields, checkpoint)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import artifacts, memory
 from blip2.artifacts import UserError
-from blip2.checkpoints import hub, lavis
+from blip2.checkpoints import hub, lavis, refusals
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -44,21 +44,21 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
 
     Raises:
         UserError: no such directory or repository, no network, no weights, a missing shard, a
-            truncated or unreadable file, or a model that is neither BLIP-2 nor OPT.
+            truncated or unreadable file, or a model that is not a plain BLIP-2 with OPT, or OPT:
+            another one, quantised, or with an adapter that is not merged.
     """
     directory = Path(model_dir)
     if directory.suffix == ".pth" and not directory.is_dir():
         return _open_pth(directory)
     if not directory.is_dir():
         directory = hub.download(str(model_dir))
+    refusals.check_directory(directory)
     config = artifacts.read_json(directory / "config.json", _download_command(directory))
-    kind = config.get("model_type")
-    if kind not in ("blip-2", "opt"):
-        raise UserError(
-            f"{directory / 'config.json'} describes a model of type {kind!r}; give a checkpoint of"
-            " BLIP-2 (blip-2) or of OPT (opt)"
-        )
-    return Checkpoint(directory, config, _catalogue(directory), opt_location=directory)
+    refusals.check_config(directory / "config.json", config)
+    entries = _catalogue(directory)
+    dtypes = {name: entry.dtype for name, entry in entries.items()}
+    refusals.check_tensors(directory, config["model_type"], dtypes)
+    return Checkpoint(directory, config, entries, opt_location=directory)
 
 
 def lavis_checkpoint(model_type: str) -> Checkpoint:
@@ -128,6 +128,11 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """The tensors' names as stored, sorted."""
         return tuple(sorted(self._entries))
+
+    @property
+    def is_of_lavis(self) -> bool:
+        """Whether LAVIS made it, so that it has no OPT and no files beside it."""
+        return self.opt_location != self.path
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
