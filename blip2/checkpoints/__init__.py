@@ -18,7 +18,7 @@ from blip2.checkpoints.configs import (
     VisionConfig,
     image_token_index,
 )
-from blip2.checkpoints.reader import Checkpoint, lavis_checkpoint, open_checkpoint
+from blip2.checkpoints.reader import Checkpoint, is_checkpoint, lavis_checkpoint, open_checkpoint
 
 __all__ = [
     "MAX_IMAGE_SIZE",
@@ -27,6 +27,7 @@ __all__ = [
     "QFormerConfig",
     "VisionConfig",
     "image_token_index",
+    "is_checkpoint",
     "lavis_checkpoint",
     "open_checkpoint",
 ]

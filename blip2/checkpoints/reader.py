@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from blip2.checkpoints import hub, lavis, refusals
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES, _SAMPLED_ROWS = 1 << 20, 16
+_INSIDE_OPT = ("model.decoder.", "decoder.")  # today's names, and those of 2022
 _CLOSE_OTHERS = "close other programs, or use a machine with more"
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -59,6 +61,15 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
     dtypes = {name: entry.dtype for name, entry in entries.items()}
     refusals.check_tensors(directory, config["model_type"], dtypes)
     return Checkpoint(directory, config, entries, opt_location=directory)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint of Hugging Face's, readable or not."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def lavis_checkpoint(model_type: str) -> Checkpoint:
@@ -156,22 +167,56 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, types and shapes of all tensors and the bytes of the small ones.
+        """SHA-256 over all tensors: names, types, shapes and bytes, of large ones some rows' bytes.
 
-        Small is up to 1 MiB: biases, norms, query tokens. The same weights have the same
-        fingerprint whatever file format and sharding they are stored in; a tied lm_head, which
-        some files repeat and others leave out, does not count.
+        The same weights have the same fingerprint whatever file format and sharding they are stored
+        in; of tied tensors, which some files repeat and others leave out, one counts. Up to 1 MiB a
+        tensor counts whole (biases, norms, query tokens); a larger one by rows spread over it and by
+        its last ones, where an extended vocabulary has its new words.
         """
         digest = hashlib.sha256()
-        for name in self.names:
-            if name.endswith("lm_head.weight"):
-                continue
-            shape, dtype = self.shape(name), self.dtype(name)
+        for name, stored in sorted(self._without_ties().items()):
+            shape, dtype = self.shape(stored), self.dtype(stored)
             digest.update(f"{name} {dtype} {list(shape)}\n".encode())
-            if math.prod(shape) * dtype.itemsize <= _SMALL_BYTES:
-                flat = self.tensor(name).contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(self._sampled(stored))
         return digest.hexdigest()
+
+    def _without_ties(self) -> dict[str, str]:
+        """Every tensor once, by the name that counts: where it is stored."""
+        stored = {name: name for name in self.names}
+        for head in [name for name in self.names if name.endswith("lm_head.weight")]:
+            outside = head.removesuffix("lm_head.weight")
+            names = [f"{outside}{inside}embed_tokens.weight" for inside in _INSIDE_OPT]
+            embedding = next((name for name in names if name in self), None)
+            if embedding is None:
+                stored[names[0]] = stored.pop(head)
+            elif self._sampled(head) == self._sampled(embedding):
+                del stored[head]
+        return stored
+
+    def _sampled(self, name: str) -> bytes:
+        """SHA-256 of a tensor's bytes, or of some of its rows."""
+        entry = self._entry(name)
+        axis = next((i for i, size in enumerate(entry.shape) if size > 1), None)
+        if axis is None or math.prod(entry.shape) * entry.dtype.itemsize <= _SMALL_BYTES:
+            parts = [...]
+        else:
+            rows = entry.shape[axis]
+            spread = {i * (rows - 1) // _SAMPLED_ROWS for i in range(_SAMPLED_ROWS)}
+            chosen = sorted(spread | set(range(max(0, rows - _SAMPLED_ROWS), rows)))
+            parts = [(*[slice(None)] * axis, slice(row, row + 1)) for row in chosen]
+        digest = hashlib.sha256()
+        for values in self._parts(entry, name, parts):
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    def _parts(self, entry: _Entry, name: str, parts: list[Any]) -> Iterator[torch.Tensor]:
+        if entry.mapped is not None:
+            yield from (entry.mapped[part] for part in parts)
+            return
+        with _open_safetensors(entry.file) as file:
+            view = file.get_slice(name)
+            yield from (view[part] for part in parts)
 
     def _entry(self, name: str) -> _Entry:
         try:
