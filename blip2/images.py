@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from blip2 import artifacts, downloads, memory
+from blip2 import downloads, memory
 from blip2.artifacts import UserError
-from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig
+from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig, image_processor
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
@@ -43,40 +43,17 @@ class Preprocessing:
     def of(cls, checkpoint: Checkpoint) -> Preprocessing:
         """Read it from a BLIP-2 checkpoint; what its files leave out is BLIP-2's default.
 
-        transformers 4 wrote preprocessor_config.json, transformers 5 keeps the same under
-        `image_processor` in processor_config.json.
-
         Raises:
             UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
-        side = VisionConfig.of(checkpoint).image_size
-        path, config = _processor_config(checkpoint.path)
+        path, fields = image_processor.description(checkpoint)
         try:
-            return cls._from_config(config, side)
+            return cls(**image_processor.arguments(fields, VisionConfig.of(checkpoint)))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{path} describes no preprocessing that BLIP-2 uses: {error}; take it from the same"
                 " checkpoint as its ViT"
             ) from None
-
-    @classmethod
-    def _from_config(cls, config: dict[str, Any], side: int) -> Preprocessing:
-        size = config.get("size") or {}
-        if isinstance(size, int):
-            size = {"height": size, "width": size}
-        if "shortest_edge" in size or config.get("do_center_crop"):
-            raise ValueError("it asks for shortest_edge or a centre crop")
-        if (size.get("height", side), size.get("width", side)) != (side, side):
-            raise ValueError(f"it makes {size}, the ViT takes {side} x {side}")
-        defaults = cls(side, side)
-        return cls(
-            side,
-            side,
-            mean=tuple(config.get("image_mean") or defaults.mean),
-            std=tuple(config.get("image_std") or defaults.std),
-            resample=config.get("resample") or defaults.resample,
-            rescale_factor=config.get("rescale_factor") or defaults.rescale_factor,
-        )
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Preprocessing:
@@ -93,26 +70,15 @@ class Preprocessing:
         valid = (
             all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides)
             and len(self.mean) == len(self.std) == 3
-            and all(isinstance(value, int | float) for value in statistics)
+            and all(type(value) in (int, float) for value in statistics)
             # Within what leaves every pixel a number in float32; NaN is not.
             and all(abs(value) <= 1e6 for value in statistics)
             and all(value >= 1e-6 for value in self.std)
+            and type(self.resample) is int
             and self.resample in list(Image.Resampling)
         )
         if not valid:
             raise ValueError(f"no preprocessing of pictures has {dataclasses.asdict(self)}")
-
-
-def _processor_config(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the image processor is described, and how; an empty description where nowhere."""
-    again = "downloading the checkpoint again"
-    path = directory / "preprocessor_config.json"
-    if path.is_file():
-        return path, artifacts.read_json(path, again)
-    path = directory / "processor_config.json"
-    if path.is_file():
-        return path, artifacts.read_json(path, again).get("image_processor", {})
-    return path, {}
 
 
 def load_image(source: str | Path) -> Image.Image:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blip2 import artifacts
+from blip2 import artifacts, checkpoints
 from blip2.artifacts import UserError
 
 _SUFFIXES = {".json", ".plan", ".onnx", ".data", ".safetensors", ".engine", ".pt"}
-_READ_WHOLE = 1 << 20  # bytes: descriptions are smaller, weights larger and described by them
+_READ_WHOLE = 1 << 20  # bytes: descriptions are smaller, weights larger
+_BLOCKS, _BLOCK_BYTES = 256, 4096
 
 
 class Journal:
@@ -150,14 +151,29 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 def fingerprint(directory: Path) -> str:
     """SHA-256 that changes with the engine in `directory`, or with the one file given.
 
-    Reads descriptions whole and of weights only name and size: gigabytes would take minutes, and
-    their descriptions hold their hashes.
+    Descriptions are read whole, and hold the hashes of what they describe; of large files, of which
+    not all have one, blocks spread over the file are read, and of a checkpoint's weights blocks of
+    every tensor: all of their gigabytes would take minutes.
+
+    Raises:
+        UserError: a checkpoint there cannot be read.
     """
     found = directory.rglob("*") if directory.is_dir() else [directory]
     digest = hashlib.sha256()
     for path in sorted(path for path in found if path.suffix in _SUFFIXES and path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size}\n".encode(errors="replace"))
-        if size <= _READ_WHOLE:
-            digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            for start, count in _blocks(size):
+                file.seek(start)
+                digest.update(file.read(count))
+    if checkpoints.is_checkpoint(directory):
+        digest.update(checkpoints.open_checkpoint(directory).fingerprint.encode())
     return digest.hexdigest()
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Where to read a file of that size, and how much: all of it, or blocks from begin to end."""
+    if size <= _READ_WHOLE:
+        return [(0, size)]
+    return [(i * (size - _BLOCK_BYTES) // (_BLOCKS - 1), _BLOCK_BYTES) for i in range(_BLOCKS)]

@@ -25,6 +25,7 @@ import torch
 from batch_runs import SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
+from safetensors.torch import save_file
 
 from blip2 import inputs, report
 from blip2.artifacts import UserError
@@ -410,6 +411,32 @@ def test_fingerprints_change_with_the_engine(tmp_path):
     assert fingerprint(tmp_path) == first
     (tmp_path / "a.onnx").write_bytes(b"2")
     assert fingerprint(tmp_path) != first
+
+
+def test_fingerprints_change_with_the_content_of_large_files(tmp_path):
+    """TensorRT-LLM's engines and checkpoints have no description with their hash."""
+    content = np.random.default_rng(0).bytes(3 << 20)
+    prints = set()
+    for other in (content, content[:-1] + b"!", bytes(9) + content[9:], content[::-1]):
+        (tmp_path / "rank0.engine").write_bytes(other)
+        prints.add(fingerprint(tmp_path))
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+def test_fingerprints_change_with_a_checkpoints_weights(tiny_checkpoint, tmp_path, container):
+    """Of the same names and sizes, as two fine-tunes of one model are."""
+    shutil.copy(tiny_checkpoint.checkpoint / "config.json", tmp_path)
+    state = {name: tensor.clone() for name, tensor in tiny_checkpoint.model.state_dict().items()}
+    prints = set()
+    for change in range(2):
+        state["qformer.encoder.layer.0.output_query.dense.weight"] += change
+        if container.endswith(".bin"):
+            torch.save(state, tmp_path / container)
+        else:
+            save_file(state, tmp_path / container, metadata={"format": "pt"})
+        prints.add(fingerprint(tmp_path))
+    assert len(prints) == 2
 
 
 REFUSED = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import opt_models
 import pytest
 import torch
+from safetensors.torch import save_file, save_model
 
 from blip2.artifacts import UserError
 from blip2.checkpoints import (
@@ -62,8 +63,20 @@ def test_every_container_gives_the_same_tensors_and_fingerprint(
     assert checkpoint.fingerprint == open_checkpoint(directory).fingerprint
 
 
+def test_a_tied_head_counts_once_under_either_name(model, directory, tmp_path):
+    """safetensors' save_model stores the head and leaves out the embedding."""
+    model.config.save_pretrained(tmp_path)
+    save_model(model, tmp_path / "model.safetensors")
+    assert "language_model.model.decoder.embed_tokens.weight" not in open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path).fingerprint == open_checkpoint(directory).fingerprint
+
+
 def test_fingerprint_tells_weights_apart(model, directory, tmp_path):
-    names = ["query_tokens", "language_model.model.decoder.layers.1.fc2.bias"]
+    names = [
+        "query_tokens",
+        "language_model.model.decoder.layers.1.fc2.bias",
+        "language_model.lm_head.weight",
+    ]
     prints = {open_checkpoint(directory).fingerprint}
     for name in names:
         state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -73,7 +86,35 @@ def test_fingerprint_tells_weights_apart(model, directory, tmp_path):
     half = {key: value.half() for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "half", state_dict=half)
     prints.add(open_checkpoint(tmp_path / "half").fingerprint)
-    assert len(prints) == 4
+    assert len(prints) == 5
+
+
+def test_fingerprint_tells_large_weights_apart(tmp_path):
+    """As two merged adapters differ: in large weights only, if in all of their rows."""
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+
+    def fingerprint(**tensors: torch.Tensor) -> str:
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        whole = open_checkpoint(tmp_path).fingerprint
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        assert open_checkpoint(tmp_path).fingerprint == whole
+        (tmp_path / "pytorch_model.bin").unlink()
+        return whole
+
+    torch.manual_seed(0)
+    weight, positions = torch.randn(3000, 200), torch.randn(1, 700, 700)
+    merged = weight + 1e-3 * torch.randn(3000, 1) @ torch.randn(1, 200)
+    added = torch.cat([weight[:-1], weight[-1:] + 1])  # a new word's row
+    prints = [
+        fingerprint(weight=weight, positions=positions),
+        fingerprint(
+            weight=weight + 1e-3 * torch.randn(3000, 1) @ torch.randn(1, 200), positions=positions
+        ),
+        fingerprint(weight=added, positions=positions),
+        fingerprint(weight=weight, positions=positions + 1e-3),
+    ]
+    assert len(set(prints)) == 4
 
 
 def test_configs_are_read(directory):

@@ -12,7 +12,7 @@ import opt_models
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import OPTConfig, OPTForCausalLM
 
 from blip2.artifacts import UserError
@@ -100,6 +100,51 @@ def test_files_of_2022(tmp_path, with_head):
     torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
     [tensors] = convert(model, tmp_path, dtype="float32")
     assert_equal(tensors, expected_tensors(model.state_dict()))
+
+
+@pytest.mark.parametrize("make", [opt_models.opt, opt_models.blip2], ids=["OPT", "BLIP-2"])
+@pytest.mark.parametrize("stored", ["the same head", "another head", "no head", "no embedding"])
+def test_tied_heads_are_what_transformers_loads(tmp_path, make, stored):
+    """A stored head counts though config.json ties it, and either name will do for both."""
+    model = make(**SHAPE)
+    outside = "language_model." if make is opt_models.blip2 else ""
+    embedding, head = f"{outside}model.decoder.embed_tokens.weight", f"{outside}lm_head.weight"
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if stored == "another head":
+        state[head][-1] += 1
+    elif stored == "no head":
+        del state[head]
+    elif stored == "no embedding":
+        del state[embedding]
+    (tmp_path / "hf").mkdir()
+    model.config.save_pretrained(tmp_path / "hf")
+    save_file(state, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path / "hf").state_dict()
+    assert torch.equal(loaded[head], loaded[embedding]) == (stored != "another head")
+    [tensors] = convert(model, tmp_path, dtype="float32")
+    assert torch.equal(tensors["lm_head.weight"], loaded[head])
+    assert torch.equal(tensors["transformer.vocab_embedding.weight"], loaded[embedding])
+
+
+def test_what_safetensors_save_model_leaves_out(tmp_path):
+    """It stores one of the tensors that share memory, under whichever name comes first."""
+    model = opt_models.blip2(**SHAPE)
+    (tmp_path / "hf").mkdir()
+    model.config.save_pretrained(tmp_path / "hf")
+    save_model(model, tmp_path / "hf" / "model.safetensors")
+    [tensors] = convert(model, tmp_path, dtype="float32")
+    assert_equal(tensors, expected_tensors(model.state_dict(), "language_model.model.decoder."))
+
+
+def test_an_untied_head_that_is_missing_is_refused(tmp_path):
+    """transformers would make one of random numbers."""
+    opt_models.opt(**SHAPE).save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": False})
+    )
+    with pytest.raises(UserError, match=r"has no tensor lm_head\.weight"):
+        convert(None, tmp_path, dtype="float32")
 
 
 def test_untied_head(tmp_path):

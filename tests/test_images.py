@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2 import images
 from blip2.artifacts import UserError
+from blip2.checkpoints import open_checkpoint
 
 PREPROCESSING = images.Preprocessing(height=224, width=224)
 
@@ -38,6 +42,88 @@ def test_black_and_white_equal_hugging_face(extreme):
     picture = Image.new("RGB", (50, 40), (extreme,) * 3)
     theirs = BlipImageProcessorPil(size={"height": 224, "width": 224})(picture)["pixel_values"][0]
     assert np.array_equal(images.pixel_values(picture, PREPROCESSING).numpy(), np.asarray(theirs))
+
+
+USUAL = {
+    "image_processor_type": "BlipImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"height": 28, "width": 28},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_normalize": None, "image_mean": None, "default_to_square": None},
+        {"resample": 0},
+        {"resample": 1},
+        {"rescale_factor": 0},
+        {"rescale_factor": 1, "do_normalize": False},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"size": 28},
+        {"size": [28, 28]},
+        {"do_convert_rgb": False},
+        {"do_center_crop": False, "crop_size": 14},
+        {"do_pad": False, "pad_size": {"height": 64, "width": 64}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["transformers 4", "transformers 5"])
+def test_checkpoints_processors_equal_hugging_face(tiny_checkpoint, tmp_path, change, nested):
+    """Under transformers 5's name it is read before transformers 4's, which then says nothing."""
+    checkpoint = shutil.copytree(tiny_checkpoint.checkpoint, tmp_path / "checkpoint")
+    described = USUAL | change
+    if nested:
+        (checkpoint / "preprocessor_config.json").write_text(
+            json.dumps({"resample": 5, "size": 14})
+        )
+        described = {"image_processor": described}
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (checkpoint / name).write_text(json.dumps(described))
+    picture = Image.fromarray(noise(60, 40))
+    processor = BlipImageProcessorPil.from_pretrained(checkpoint)
+    theirs = processor(picture, return_tensors="pt").pixel_values[0].float()
+    preprocessing = images.Preprocessing.of(open_checkpoint(checkpoint))
+    assert torch.equal(images.pixel_values(picture, preprocessing), theirs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"do_resize": False}, "it leaves pictures at their sizes, the ViT takes 28 x 28"),
+        ({"do_center_crop": True}, "it asks for a step more, do_center_crop"),
+        ({"do_pad": True}, "it asks for a step more, do_pad"),
+        ({"size": {"shortest_edge": 28}}, "not a height and a width"),
+        ({"size": {"height": 28}}, "not a height and a width"),
+        ({"size": 28, "default_to_square": False}, "28 for the shorter side"),
+        ({"size": 14}, "it makes 14 x 14, the ViT takes 28 x 28"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "it is a CLIPImageProcessor"),
+        ({"do_normalize": "no"}, "do_normalize is 'no'"),
+        ({"image_mean": None}, "no preprocessing of pictures has"),
+        ({"size": None}, "it makes None x None"),
+        ({"resample": 9}, "no preprocessing of pictures has"),
+        ({"image_mean": [0.5, 0.5]}, "no preprocessing of pictures has"),
+    ],
+    ids=str,
+)
+def test_processors_that_do_more_are_refused(tiny_checkpoint, tmp_path, change, message):
+    checkpoint = shutil.copytree(tiny_checkpoint.checkpoint, tmp_path / "checkpoint")
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps(USUAL | change))
+    with pytest.raises(UserError, match=message) as error:
+        images.Preprocessing.of(open_checkpoint(checkpoint))
+    assert str(error.value).startswith(f"{path} describes no preprocessing that BLIP-2 uses")
 
 
 def saved(tmp_path: Path, image: Image.Image, name: str, **options) -> Path:

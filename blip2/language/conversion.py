@@ -148,12 +148,18 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, opt: OPTConfig) -> None:
         self.checkpoint = checkpoint
         self.opt = opt
-        found = (p for p in _DECODER_PREFIXES if f"{p}embed_tokens.weight" in checkpoint)
+        found = (p for p in _DECODER_PREFIXES if f"{p}embed_positions.weight" in checkpoint)
         self.prefix = next(found, _DECODER_PREFIXES[checkpoint.kind == "opt"])
         self.projects = opt.word_embed_proj_dim != opt.hidden_size
-        head = self.prefix.removesuffix("model.decoder.").removesuffix("decoder.")
-        untied = not opt.tie_word_embeddings and f"{head}lm_head.weight" in checkpoint
-        self.head = f"{head}lm_head.weight" if untied else f"{self.prefix}embed_tokens.weight"
+        outside = self.prefix.removesuffix("model.decoder.").removesuffix("decoder.")
+        self.embedding, self.head = f"{self.prefix}embed_tokens.weight", f"{outside}lm_head.weight"
+        # As transformers 5: a head that is stored counts, even where it should be the embedding's
+        # and is not; of tied ones either may be left out.
+        if opt.tie_word_embeddings:
+            if self.head not in checkpoint:
+                self.head = self.embedding
+            elif self.embedding not in checkpoint:
+                self.embedding = self.head
 
     def parts(
         self, name: str, load: Callable[[Stored], torch.Tensor] = mapped
@@ -168,7 +174,7 @@ class Source:
             return self.checkpoint.tensor(self.prefix + source, load)
 
         if name == "transformer.vocab_embedding.weight":
-            embedding = read("embed_tokens.weight")
+            embedding = self.checkpoint.tensor(self.embedding, load)
             if self.projects:
                 embedding = embedding.float() @ read("project_in.weight").float().T
             return [embedding]
@@ -190,7 +196,7 @@ class Source:
         opt = self.opt
         embedding = (opt.vocab_size, opt.word_embed_proj_dim)
         expected = {
-            f"{self.prefix}embed_tokens.weight": embedding,
+            self.embedding: embedding,
             f"{self.prefix}embed_positions.weight": (
                 opt.max_position_embeddings + _UNUSED_POSITIONS,
                 opt.hidden_size,

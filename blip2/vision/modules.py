@@ -203,7 +203,7 @@ def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
     _check_activation(config.hidden_act, "vision_config")
     with torch.device("meta"):
         module = VisionTransformer(config)
-    _check_shapes(module, checkpoint, "vision_model.")
+    _check_shapes(_shapes(module, "vision_model."), checkpoint)
     return module
 
 
@@ -222,7 +222,8 @@ def _qformer(checkpoint: Checkpoint) -> QFormer:
     language_hidden_size = checkpoint.shape("language_projection.weight")[0]
     with torch.device("meta"):
         module = QFormer(config, language_hidden_size)
-    _check_shapes(module, checkpoint, "")
+    query_tokens = {"query_tokens": (1, config.num_query_tokens, config.hidden_size)}
+    _check_shapes(_shapes(module) | query_tokens, checkpoint)
     return module
 
 
@@ -244,13 +245,17 @@ def _check_activation(name: str, where: str) -> None:
         )
 
 
-def _check_shapes(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
-    for name, parameter in module.state_dict().items():
-        stored = checkpoint.shape(prefix + name)
-        if stored != tuple(parameter.shape):
+def _shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    for name, shape in expected.items():
+        stored = checkpoint.shape(name)
+        if stored != shape:
             raise UserError(
-                f"{checkpoint.path}: {prefix + name} has shape {stored}, config.json"
-                f" asks for {tuple(parameter.shape)}; {checkpoint.mend}"
+                f"{checkpoint.path}: {name} has shape {stored}, config.json asks for {shape};"
+                f" {checkpoint.mend}"
             )
 
 

@@ -1,0 +1,35 @@
+"""BLIP-2 and OPT checkpoints, as their makers meant them or refused: docs/checkpoints.md.
+
+    checkpoint = open_checkpoint("Salesforce/blip2-opt-2.7b")       # or a local directory
+    checkpoint.kind                                                 # "blip-2"
+    QFormerConfig.of(checkpoint).num_hidden_layers                  # 12
+    checkpoint.tensor("query_tokens")                               # 1 x 32 x 768
+
+Opening reads descriptions only; a tensor's bytes are read when it is asked for, and let go with the
+tensor.
+"""
+
+from __future__ import annotations
+
+from blip2.checkpoints.configs import (
+    MAX_IMAGE_SIZE,
+    OPTConfig,
+    QFormerConfig,
+    VisionConfig,
+    image_token_index,
+)
+from blip2.checkpoints.hub import locate
+from blip2.checkpoints.reader import Checkpoint, is_checkpoint, lavis_checkpoint, open_checkpoint
+
+__all__ = [
+    "MAX_IMAGE_SIZE",
+    "Checkpoint",
+    "OPTConfig",
+    "QFormerConfig",
+    "VisionConfig",
+    "image_token_index",
+    "is_checkpoint",
+    "lavis_checkpoint",
+    "locate",
+    "open_checkpoint",
+]

@@ -1,0 +1,52 @@
+"""Repositories of the Hugging Face hub, downloaded once and kept in its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from blip2.artifacts import UserError
+
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def locate(location: str | Path) -> Path:
+    """A directory as it is given, or that of a Hugging Face repository, downloaded if need be.
+
+    Raises:
+        UserError: no such repository, or no network.
+    """
+    directory = Path(location)
+    if directory.exists() or not _ID.fullmatch(str(location)):
+        return directory
+    return download(str(location))
+
+
+def download(model_id: str) -> Path:
+    """Fetch configuration, tokenizer and weights of a Hugging Face repository; return the folder.
+
+    The .bin weights are fetched only where the repository has no safetensors.
+    """
+    if not _ID.fullmatch(model_id):
+        raise UserError(
+            f"{model_id} is no directory; give a checkpoint directory or a Hugging Face id such as"
+            " Salesforce/blip2-opt-2.7b"
+        )
+    small = ["*.json", "*.txt", "*.model"]
+    try:
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(model_id, allow_patterns=[*small, "*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(model_id, allow_patterns=[*small, "pytorch_model*.bin"])
+    except Exception as error:  # Which HTTP library's errors come out depends on the hub's version.
+        raise UserError(
+            f"{model_id} is no directory, and cannot be downloaded ({first_line(error)}); without"
+            " a network, copy the checkpoint here and give its directory"
+        ) from None
+    return directory
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
