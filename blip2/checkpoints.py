@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blip2 import artifacts, lavis, memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -207,7 +207,7 @@ def _download(model_id: str) -> Path:
             snapshot_download(model_id, allow_patterns=[*small, "pytorch_model*.bin"])
     except Exception as error:  # Which HTTP library's errors come out depends on the hub's version.
         raise UserError(
-            f"{model_id} is no directory, and cannot be downloaded ({_first_line(error)}); without"
+            f"{model_id} is no directory, and cannot be downloaded ({first_line(error)}); without"
             " a network, copy the checkpoint here and give its directory"
         ) from None
     return directory
@@ -310,12 +310,8 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     if kind := memory.exhausted(error):
         return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
     return UserError(
-        f"cannot read {file}: {_first_line(error)}; it is truncated or damaged: download it again"
+        f"cannot read {file}: {first_line(error)}; it is truncated or damaged: download it again"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass(frozen=True)

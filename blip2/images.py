@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from blip2 import artifacts, downloads, memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -158,8 +158,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
         ) from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source} is damaged: {reason}; replace the file") from None
+        raise UserError(f"{source} is damaged: {first_line(error)}; replace the file") from None
 
 
 def _read(path: Path) -> bytes:

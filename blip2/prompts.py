@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 
 MADE_BY = "python onnx_export.py"
 BOS, PAD = "</s>", "<pad>"
@@ -114,10 +114,9 @@ def _download_tokenizer(hub_id: str) -> Path:
             )
         )
     except Exception as error:  # hub, network and name errors share no base class
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no tokenizer at {hub_id}: not a directory, and the hub says: {reason}; make one with:"
-            f" {MADE_BY}, or name a directory with --hf_model_location"
+            f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}; make"
+            f" one with: {MADE_BY}, or name a directory with --hf_model_location"
         ) from None
 
 
