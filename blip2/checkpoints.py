@@ -26,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import artifacts, lavis, memory
 from blip2.artifacts import UserError, first_line
+from blip2.images import MAX_SIDE
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _SMALL_BYTES = 1 << 20
 _CLOSE_OTHERS = "close other programs, or use a machine with more"
 # Far above every model there is: what a damaged file says must not decide how long we compute.
-MAX_IMAGE_SIZE = 4096
-_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_IMAGE_SIZE}
+_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_SIDE}
 _LARGEST_SIZE = 1 << 24
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,

@@ -13,19 +13,21 @@ import stat
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from blip2 import artifacts, downloads, memory
 from blip2.artifacts import UserError, first_line
-from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig
+
+if TYPE_CHECKING:
+    from blip2.checkpoints import Checkpoint
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 MAX_FILE_BYTES = 1 << 30  # more than so many pixels take without compression
+MAX_SIDE = 4096  # of what a ViT takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Preprocessing:
         Raises:
             UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
+        # Imported here: processes that decode pictures are many, and need no torch.
+        from blip2.checkpoints import VisionConfig
+
         side = VisionConfig.of(checkpoint).image_size
         path, config = _processor_config(checkpoint.path)
         try:
@@ -91,7 +96,7 @@ class Preprocessing:
         sides = (self.height, self.width)
         statistics = (*self.mean, *self.std, self.rescale_factor)
         valid = (
-            all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides)
+            all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
             and len(self.mean) == len(self.std) == 3
             and all(isinstance(value, int | float) for value in statistics)
             # Within what leaves every pixel a number in float32; NaN is not.
@@ -199,11 +204,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Resize and normalise one RGB picture: 3 x height x width, float32."""
+def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and normalise one RGB picture: 3 x height x width, float32, C-contiguous."""
     size = (preprocessing.width, preprocessing.height)
     resized = np.asarray(image.resize(size, resample=preprocessing.resample))
     # The same operations in the same precisions as Hugging Face, so that the bits are the same.
     rescaled = (resized.astype(np.float64) * preprocessing.rescale_factor).astype(np.float32)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
-    return torch.from_numpy(np.ascontiguousarray(((rescaled - mean) / std).transpose(2, 0, 1)))
+    return np.ascontiguousarray(((rescaled - mean) / std).transpose(2, 0, 1))

@@ -343,7 +343,16 @@ def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp
         decoded = list(decoders.decode(batches, preprocessing))
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
-            assert np.array_equal(values, pixel_values(load_image(file), preprocessing).numpy())
+            assert np.array_equal(values, pixel_values(load_image(file), preprocessing))
+
+
+def test_a_decoding_process_is_small(decoders, tmp_path):
+    """Many run at once: what starts slowly and takes hundreds of megabytes is imported in none."""
+    batches = [[inputs.Picture(file)] for file in gray(tmp_path, 3)]
+    list(decoders.decode(batches, Preprocessing(4, 4)))
+    modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
+    assert {"numpy", "PIL"} <= modules
+    assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
 
 
 def test_a_broken_shard_gives_what_it_has_and_one_error(photos, tmp_path):
