@@ -122,11 +122,7 @@ class Work:
     options: GenerationOptions
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from `start` on, not decoded.
-
-        Raises:
-            UserError: there is a shard, but no webdataset to read it with.
-        """
+        """The batches from `start` on, not decoded."""
         pictures = inputs.read_pictures(self.entries[self.start.entry :])
         pictures, position = itertools.islice(pictures, self.start.skip, None), self.start.position
         while batch := list(itertools.islice(pictures, self.batch_size)):
@@ -199,8 +195,7 @@ def find_start(entries: Sequence[str], journal: Journal, batch_size: int) -> Sta
     """Where the batch begins that holds the first picture which is not in the journal.
 
     Raises:
-        UserError: the input is another than that of the journal's pictures, or there is a shard
-            but no webdataset to read it with.
+        UserError: the input is another than that of the journal's pictures.
     """
     position, number, names = journal.done // batch_size * batch_size, 0, journal.names()
     start = Start()

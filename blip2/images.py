@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from blip2.checkpoints import Checkpoint
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_VARIANTS = ("DIB", "MPO")  # what Pillow calls a BMP without its header, and a JPEG with several
+_OPENED = (*FORMATS, "DIB")  # a BMP without its first header
 SUFFIXES = tuple(
     suffix
     for suffix, name in sorted(Image.registered_extensions().items())
-    if name in (*FORMATS, *_VARIANTS)
+    if name in (*_OPENED, "MPO")  # a JPEG with further ones behind it, opened as a JPEG
 )
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 MAX_FILE_BYTES = 1 << 30  # more than so many pixels take without compression
@@ -151,7 +151,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
         with warnings.catch_warnings(), memory.needed(f"for {source}", "scale it down first"):
             # Our own limit is stricter and an error; metadata oddities do not change the pixels.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=(*FORMATS, *_VARIANTS))
+            image = Image.open(io.BytesIO(content), formats=_OPENED)
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS};"
