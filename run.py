@@ -166,7 +166,8 @@ def answer_one(args: argparse.Namespace) -> None:
     from blip2.prompts import fill_template
 
     [source], [text] = args.input_dir, args.input_text
-    text = fill_template(args.prompt_template or "{}", text)
+    if args.prompt_template:
+        text = fill_template(args.prompt_template, text)
     if inputs.is_collection(source):
         raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
     watch = Stopwatch()

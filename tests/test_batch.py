@@ -526,13 +526,46 @@ def test_flags(answer, expected):
     assert flags(answer) == expected
 
 
-def test_templates_wrap_bare_questions_only():
-    template = "Question: {} Answer:"
-    assert fill_template(template, "why?") == "Question: why? Answer:"
-    assert fill_template(template, "Question: why? Answer:") == "Question: why? Answer:"
-    assert fill_template(template, "") == ""
-    assert fill_template("{}", "why?") == "why?"
-    assert fill_template("{}!", "{0} {}") == "{0} {}!"
+TEMPLATE = "Question: {} Answer:"
+IN_FORM = "Question: why? Answer:"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "prompt"),
+    [
+        (TEMPLATE, "why?", IN_FORM),
+        (TEMPLATE, " why?\n\n\n", IN_FORM),
+        *(
+            (TEMPLATE, text, IN_FORM)
+            for text in (
+                IN_FORM,
+                f"{IN_FORM} ",
+                f"\t {IN_FORM}",
+                f"{IN_FORM}\r\n",
+                f"\n\n{IN_FORM}\n\n\n",
+                "Question:  why?\n\nAnswer:",
+                "Question:why?Answer:",
+            )
+        ),
+        (TEMPLATE, *["Question: a? Answer: b. Question: c? Answer:"] * 2),
+        (TEMPLATE, 'what does "Answer:" mean?', 'Question: what does "Answer:" mean? Answer:'),
+        (TEMPLATE, "Question: why?", "Question: Question: why? Answer:"),
+        (TEMPLATE, "", ""),
+        (TEMPLATE, " \n\n ", ""),
+        ("{}", "why?", "why?"),
+        ("{}", " why?\n", "why?"),
+        ("{}!", "{0} {}", "{0} {}!"),
+        ("a {}", "apple", "a apple"),
+        ("a {}", "a cat", "a cat"),
+        ("{} is", "this", "this is"),
+        ("a  photo\nof {}.", "a photo of me.", "a  photo\nof me."),
+        ("(.*) {}", "x", "(.*) x"),
+    ],
+)
+def test_templates_wrap_what_has_not_their_form(template, text, prompt):
+    filled = fill_template(template, text)
+    assert filled == prompt
+    assert fill_template(template, filled) == filled
 
 
 def test_fingerprints_change_with_the_engine(tmp_path):
