@@ -275,7 +275,8 @@ class LocalWorkers:
         decoded = self._decoders.decode(batches, work.preprocessing)
         position = work.start.position
         # The next batch is laid out while this one is answered.
-        with ThreadPoolExecutor(1) as ahead:
+        ahead = ThreadPoolExecutor(1)
+        try:
             coming = ahead.submit(self._next_batch, decoded, position)
             while True:
                 watch = Stopwatch()
@@ -287,6 +288,9 @@ class LocalWorkers:
                 coming = ahead.submit(self._next_batch, decoded, position)
                 questions, options = work.questions, work.options
                 yield answer_batch(self._pipeline, batch, values, questions, options, watch)
+        finally:
+            # Not waited for: it may wait for a picture, until the decoders end.
+            ahead.shutdown(wait=False, cancel_futures=True)
 
     def _next_batch(
         self,
