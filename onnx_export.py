@@ -91,7 +91,8 @@ def main() -> None:
     modules.check_checkpoint(checkpoint)
     preprocessing = images.Preprocessing.of(checkpoint)
     tokenizer = prompts.load_tokenizer(tokenizer_location(args.hf_model_location, checkpoint))
-    pixel_values = images.pixel_values(images.load_image(args.image), preprocessing)[None]
+    picture = images.load_image(args.image)
+    pixel_values = torch.from_numpy(images.pixel_values(picture, preprocessing))[None]
     query_tokens = checkpoint.tensor("query_tokens").float()
     dtype, qformer_dtype = (getattr(torch, name) for name in (args.dtype, args.qformer_dtype))
 

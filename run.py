@@ -167,7 +167,8 @@ def answer_one(args: argparse.Namespace) -> None:
     from blip2.prompts import fill_template
 
     [source], [text] = args.input_dir, args.input_text
-    text = fill_template(args.prompt_template or "{}", text)
+    if args.prompt_template:
+        text = fill_template(args.prompt_template, text)
     if inputs.is_collection(source):
         raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
     watch = Stopwatch({"start": cli.seconds_since_start()})
@@ -303,12 +304,14 @@ def first_with_engine(holds_engine: Callable[[Path], bool], *directories: str) -
 
 def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
     """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+    import torch
+
     from blip2 import images
 
     if source.endswith(".pt"):
         return load_saved_picture(Path(source))
     picture = images.load_image(source)
-    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+    return torch.from_numpy(images.pixel_values(picture, pipeline.vision.preprocessing))[None]
 
 
 def load_saved_picture(path: Path) -> torch.Tensor:

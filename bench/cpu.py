@@ -178,7 +178,8 @@ def demo(args: argparse.Namespace) -> None:
         if not (out / "opt" / opt_directory).exists():
             continue
         pipeline = open_pipeline(out / "onnx", out / "opt" / opt_directory, out / "query_tokens.pt")
-        pixels = pixel_values(load_image(DEMO / "scene.png"), pipeline.vision.preprocessing)[None]
+        picture = pixel_values(load_image(DEMO / "scene.png"), pipeline.vision.preprocessing)
+        pixels = torch.from_numpy(picture)[None]
         seconds = [
             median_seconds(make(pipeline, pixels, text), args.repeats) for text in DEMO_TEXTS
         ]

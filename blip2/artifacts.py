@@ -55,6 +55,11 @@ class UserError(Exception):
     """Something the user can mend. Shown as `error: what, where; what to do`, exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of some library says, in one line; the name of its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory whose files move into `directory` when the block succeeds.
@@ -379,8 +384,9 @@ def load_tensor(path: Path, made_by: str) -> torch.Tensor:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot read {path}: {reason[0]}; make it again with: {made_by}") from None
+        raise UserError(
+            f"cannot read {path}: {first_line(error)}; make it again with: {made_by}"
+        ) from None
     if not is_plain(content) or not content.is_floating_point():
         raise UserError(f"{path} holds no plain tensor; make it again with: {made_by}")
     if not torch.isfinite(content).all():

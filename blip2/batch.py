@@ -122,11 +122,7 @@ class Work:
     options: GenerationOptions
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from `start` on, not decoded.
-
-        Raises:
-            UserError: there is a shard, but no webdataset to read it with.
-        """
+        """The batches from `start` on, not decoded."""
         pictures = inputs.read_pictures(self.entries[self.start.entry :])
         pictures, position = itertools.islice(pictures, self.start.skip, None), self.start.position
         while batch := list(itertools.islice(pictures, self.batch_size)):
@@ -199,8 +195,7 @@ def find_start(entries: Sequence[str], journal: Journal, batch_size: int) -> Sta
     """Where the batch begins that holds the first picture which is not in the journal.
 
     Raises:
-        UserError: the input is another than that of the journal's pictures, or there is a shard
-            but no webdataset to read it with.
+        UserError: the input is another than that of the journal's pictures.
     """
     position, number, names = journal.done // batch_size * batch_size, 0, journal.names()
     start = Start()
@@ -280,7 +275,8 @@ class LocalWorkers:
         decoded = self._decoders.decode(batches, work.preprocessing)
         position = work.start.position
         # The next batch is laid out while this one is answered.
-        with ThreadPoolExecutor(1) as ahead:
+        ahead = ThreadPoolExecutor(1)
+        try:
             coming = ahead.submit(self._next_batch, decoded, position)
             while True:
                 watch = Stopwatch()
@@ -292,6 +288,9 @@ class LocalWorkers:
                 coming = ahead.submit(self._next_batch, decoded, position)
                 questions, options = work.questions, work.options
                 yield answer_batch(self._pipeline, batch, values, questions, options, watch)
+        finally:
+            # Not waited for: it may wait for a picture, until the decoders end.
+            ahead.shutdown(wait=False, cancel_futures=True)
 
     def _next_batch(
         self,

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import blip2
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 from blip2.batch import (
     WAIT,
     Answered,
@@ -175,10 +175,9 @@ def _connect(address: str) -> None:
                 log_to_driver=False,
             )
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot join a Ray cluster at {address} ({reason}); check the address given to --ray, and"
-            " set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token"
+            f"cannot join a Ray cluster at {address} ({first_line(error)}); check the address given to"
+            " --ray, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token"
         ) from None
     # Ray's own handler would end this process before it has said what was done.
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -215,10 +214,9 @@ def _killed_workers() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"a process of the cluster was killed, perhaps for want of memory ({reason}); give the"
-            " same command again to go on"
+            f"a process of the cluster was killed, perhaps because memory ran out"
+            f" ({first_line(error)}); give the same command again to go on"
         ) from None
 
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 import numpy as np
@@ -47,7 +48,11 @@ class Decoders:
         # Not forked: a process that runs engines has threads and a GPU, which no fork could use.
         # Nor forked from a server: that one imports from the current directory, not from ours.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        # The workers end when nobody holds the other end: even where this process was killed.
+        ended, self._lifeline = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(ended,)
+        )
         # They start and import while the engines load.
         for _ in range(workers):
             self._pool.submit(int)
@@ -55,8 +60,11 @@ class Decoders:
     def __enter__(self) -> Decoders:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:  # a download would be waited for
+            self._lifeline.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._lifeline.close()
 
     def decode(
         self, batches: Iterable[Sequence[Picture]], preprocessing: Preprocessing
@@ -108,20 +116,20 @@ class Decoders:
 
 def _worker_killed() -> UserError:
     return UserError(
-        "a process that decodes pictures was killed, perhaps for want of memory; give the same"
+        "a process that decodes pictures was killed, perhaps because memory ran out; give the same"
         " command again to go on, with fewer --workers"
     )
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even where it was killed."""
+def _start_worker(ended: Connection) -> None:
+    """Leave Ctrl-C to the parent, and end when it closes its end of the pipe, whatever goes on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _end_with(ended: Connection) -> None:
+    ended.poll(None)  # nothing is ever sent
     os._exit(1)
 
 
@@ -139,7 +147,7 @@ def _load(picture: Picture) -> Image.Image:
 def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
     """A picture's 3 x S x S float32 values, or what is wrong with it."""
     try:
-        return images.pixel_values(_load(picture), preprocessing).numpy()
+        return images.pixel_values(_load(picture), preprocessing)
     except (UserError, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 

@@ -2,30 +2,43 @@
 
 For 8-bit RGB files the result equals Hugging Face's Pillow processor (BlipImageProcessorPil) bit
 for bit. What plain `convert("RGB")` gets wrong is mended first: EXIF rotation is applied,
-transparency is laid over white, 16-bit and float pictures are scaled instead of clipped.
+transparency is laid over white, pictures of more than 8 bits are scaled instead of clipped.
+Metadata never makes a picture unreadable: of it only the rotation matters, where it can be found.
+
+Needs numpy and Pillow only: processes that decode pictures are many, and import this.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import stat
+import struct
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from blip2 import downloads, memory
-from blip2.artifacts import UserError
-from blip2.checkpoints import MAX_IMAGE_SIZE, Checkpoint, VisionConfig, image_processor
+from blip2.artifacts import UserError, first_line
+
+if TYPE_CHECKING:
+    from blip2.checkpoints import Checkpoint
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_OPENED = (*FORMATS, "DIB")  # a BMP without its first header
+SUFFIXES = tuple(
+    suffix
+    for suffix, name in sorted(Image.registered_extensions().items())
+    if name in (*_OPENED, "MPO")  # a JPEG with further ones behind it, opened as a JPEG
+)
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
 MAX_FILE_BYTES = 1 << 30  # more than so many pixels take without compression
+MAX_SIDE = 4096  # of what a ViT takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Preprocessing:
         Raises:
             UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
+        from blip2.checkpoints import VisionConfig, image_processor
+
         path, fields = image_processor.description(checkpoint)
         try:
             return cls(**image_processor.arguments(fields, VisionConfig.of(checkpoint)))
@@ -68,7 +83,7 @@ class Preprocessing:
         sides = (self.height, self.width)
         statistics = (*self.mean, *self.std, self.rescale_factor)
         valid = (
-            all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides)
+            all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
             and len(self.mean) == len(self.std) == 3
             and all(type(value) in (int, float) for value in statistics)
             # Within what leaves every pixel a number in float32; NaN is not.
@@ -102,16 +117,21 @@ def decode_image(content: bytes, source: str) -> Image.Image:
         with warnings.catch_warnings(), memory.needed(f"for {source}", "scale it down first"):
             # Our own limit is stricter and an error; metadata oddities do not change the pixels.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=_OPENED)
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS};"
                     " scale it down first"
                 )
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                print(f"note: {source} is animated; only its first frame is used", file=sys.stderr)
+            # Pillow keeps the upper byte of such colours, and forgets that there was another.
+            halved = any(";16" in str(tile) for tile in image.tile) and image.mode in _COLOURS
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            if _has_more_frames(content):
+                print(f"note: {source} is animated; only its first frame is used", file=sys.stderr)
+            image = _upper_bytes_to_full_scale(image, source) if halved else image
+            turn = _TURNS.get(_orientation(image))
+            rgb = to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
     except UserError:
         raise
     except Image.DecompressionBombError:  # of twice as many, before we can look
@@ -124,8 +144,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
         ) from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source} is damaged: {reason}; replace the file") from None
+        raise UserError(f"{source} is damaged: {first_line(error)}; replace the file") from None
 
 
 def _read(path: Path) -> bytes:
@@ -151,26 +170,145 @@ def _read(path: Path) -> bytes:
     return content
 
 
+def _has_more_frames(content: bytes) -> bool:
+    """Whether an animation goes on; looked up apart, as what follows a picture may be damaged."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        return getattr(image, "is_animated", False) and image.format != "MPO"
+    except Exception:
+        return False
+
+
+# What a viewer does to a picture of each orientation but 1.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The orientation that the metadata tells, whatever else is wrong with it."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow parses all of it, and raises whatever comes up
+        found = None
+    return found if isinstance(found, int) else _find_orientation(image.info.get("exif"))
+
+
+def _find_orientation(exif: object) -> int | None:
+    """The orientation in EXIF's first directory, of which nothing else need make sense.
+
+    EXIF is a TIFF: byte order, 42, where the first directory is; there a count, and entries of
+    twelve bytes each: tag, type, count, value.
+    """
+    if not isinstance(exif, bytes):  # a text chunk of a PNG may have that name
+        return None
+    tiff = re.sub(rb"^(Exif\0\0)+", b"", exif)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "<")
+    try:
+        [start] = struct.unpack_from(f"{order}I", tiff, 4)
+        [count] = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
+            if tag == ExifTags.Base.Orientation and kind in _INTEGERS:
+                return struct.unpack_from(f"{order}{_INTEGERS[kind]}", tiff, entry + 8)[0]
+    except struct.error:
+        pass
+    return None
+
+
+_INTEGERS = {1: "B", 3: "H", 4: "I"}  # TIFF's types, as struct writes them
+_COLOURS = ("RGB", "RGBA", "LA")
+_BITS = (8, 10, 12, 14, 16)  # that a value of 16 bits may use
+
+
+def _upper_bytes_to_full_scale(image: Image.Image, source: str) -> Image.Image:
+    """Brighten colours of which cameras use 10, 12 or 14 of 16 bits.
+
+    Raises:
+        UserError: nothing is left of them.
+    """
+    bands = zip(image.getbands(), image.getextrema(), strict=True)
+    highest = max(high for band, (_, high) in bands if band != "A")
+    if highest == 0:
+        raise UserError(
+            f"{source} uses at most the lowest 8 of its 16 bits a colour, and they cannot be read;"
+            " save it with 8 bits a colour"
+        )
+    white = next(white for bits in _BITS if (white := (1 << bits >> 8) - 1) >= highest)
+    brighter = image.point(lambda value: min(255, value * 255 // white))
+    key = image.info.get("transparency")
+    if isinstance(key, tuple):
+        brighter.info["transparency"] = tuple(min(255, (v >> 8) * 255 // white) for v in key)
+    return brighter
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB without losing what a person sees in the picture."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit files fill 0..65535; float files 0..1 or, from other tools, 0..255.
-        full_scale = 65535 if image.mode.startswith("I") else (1 if values.max() <= 1 else 255)
-        scaled = np.nan_to_num(values) * (255 / full_scale)
-        return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return Image.fromarray(_to_8_bits(image)).convert("RGB")
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    # A text chunk of a PNG may have that name too.
+    is_keyed = isinstance(image.info.get("transparency"), int | bytes | tuple)
+    if not is_keyed:
+        image.info.pop("transparency", None)
+    if is_keyed or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
 
 
-def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Resize and normalise one RGB picture: 3 x height x width, float32."""
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """Grey of more than 8 bits, or of floats, scaled to 0..255: height x width, uint8.
+
+    No file says which of its values is white. Integers below zero, and floats well below, are a
+    range of their own, shown from the lowest to the highest. Others begin at 0, which is black.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 1:
+        values = np.where(values < 0, values + (1 << 32), values)  # Pillow knows no unsigned ones
+    finite = values[np.isfinite(values)]
+    lowest, highest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    black, white = 0.0, _white(highest, is_float=image.mode == "F")
+    if lowest < (-white / 4 if image.mode == "F" else 0):
+        black, white = lowest, highest
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    grey = np.clip((values - black) * (255 / (white - black or 1)) + 0.5, 0, 255).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # there 0 is white
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
+
+
+def _white(highest: float, is_float: bool) -> float:
+    """The value that is meant as white where `highest` is the highest that there is.
+
+    Integers use 8, 10, 12, 14 or 16 bits, whatever they are stored in. Floats go to 1, or like the
+    integers; highlights and resampling exceed that.
+    """
+    if is_float and highest <= 16:
+        return 1.0
+    excess = 1.25 if is_float else 1.0
+    full_scales = ((1 << bits) - 1 for bits in _BITS)
+    return next((float(white) for white in full_scales if highest <= white * excess), highest)
+
+
+def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and normalise one RGB picture: 3 x height x width, float32, C-contiguous."""
     size = (preprocessing.width, preprocessing.height)
     resized = np.asarray(image.resize(size, resample=preprocessing.resample))
     # The same operations in the same precisions as Hugging Face, so that the bits are the same.
     rescaled = (resized.astype(np.float64) * preprocessing.rescale_factor).astype(np.float32)
     mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
-    return torch.from_numpy(np.ascontiguousarray(((rescaled - mean) / std).transpose(2, 0, 1)))
+    return np.ascontiguousarray(((rescaled - mean) / std).transpose(2, 0, 1))

@@ -5,33 +5,41 @@
         picture.path, picture.key
 
 Folders are searched recursively for picture files and shards, sorted by path. Links to folders are
-not followed: they may lead in circles. A shard's pictures are read through webdataset, one after
-the other, so a shard may be larger than the memory.
+not followed: they may lead in circles. What macOS leaves beside pictures (`._name`, `__MACOSX/`) are
+none. A shard's pictures are read one after the other, so a shard may be larger than the memory.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
+import lzma
 import os
+import re
+import sys
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
+from blip2.images import MAX_FILE_BYTES, SUFFIXES
 
-SUFFIXES = (
-    *(".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
 _URLS = ("http://", "https://")
+_SHARDS = (".tar", ".tar.gz", ".tgz")
+_ENCODINGS = {  # of a list, by its byte order mark
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """One picture, not decoded: a file or URL, or with `key` and `content` a file in a shard.
 
-    `error` says why there is nothing to decode: what could be read of a shard ends there.
+    `error` says why there is nothing to decode: of a file in a shard, or where a shard breaks off.
     """
 
     path: str
@@ -45,14 +53,20 @@ class Picture:
         return {"path": self.path} if self.key is None else {"path": self.path, "key": self.key}
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name is one of a picture."""
-    return name.lower().endswith(SUFFIXES)
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture, by its path."""
+    return path.lower().endswith(SUFFIXES) and not _is_of_macos(path)
 
 
-def is_shard(name: str) -> bool:
-    """Whether a file's name is one of a tar shard."""
-    return name.lower().endswith(".tar")
+def is_shard(path: str) -> bool:
+    """Whether a file is a tar shard, by its path."""
+    return path.lower().endswith(_SHARDS) and not _is_of_macos(path)
+
+
+def _is_of_macos(path: str) -> bool:
+    """Whether a path is one under which macOS keeps a file's attributes where nothing else can."""
+    *folders, name = re.split(r"[/\\]" if os.sep == "\\" else "/", path)
+    return name.startswith("._") or "__MACOSX" in folders
 
 
 def _is_url(source: str) -> bool:
@@ -63,7 +77,7 @@ def is_collection(source: str) -> bool:
     """Whether `source` may stand for several pictures."""
     if _is_url(source):
         return False
-    listed = source.lower().endswith((".tar", ".txt"))
+    listed = source.lower().endswith((*_SHARDS, ".txt"))
     pattern = glob.has_magic(source) and not os.path.exists(source)
     return listed or os.path.isdir(source) or pattern
 
@@ -109,28 +123,41 @@ def _entries_in(folder: str) -> list[str]:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions")
 
     return sorted(
-        os.path.join(directory, name)
+        path
         for directory, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if is_picture(name) or is_shard(name)
+        for path in (os.path.join(directory, name) for name in names)
+        if is_picture(path) or is_shard(path)
     )
 
 
 def _listed_in(path: Path) -> list[str]:
+    """A list's lines: in the encoding of its byte order mark, else in that of file names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        # Names need not be UTF-8; os.fsdecode keeps their bytes.
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    return [os.fsdecode(line) for line in lines if line.strip()]
+    mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
+    encoding = _ENCODINGS.get(mark, sys.getfilesystemencoding())
+    try:
+        # Names need not be valid in it: their bytes are kept, as the system's own names are.
+        text = content[len(mark) :].decode(encoding, "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
+    return [_without_blanks(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+
+
+def _without_blanks(line: str) -> str:
+    """A line without the blanks around it, unless they belong to a file's name."""
+    stripped = line.strip()
+    return line if line != stripped and os.path.lexists(line) else stripped
 
 
 def read_pictures(entries: Sequence[str]) -> Iterator[Picture]:
-    """The pictures of every entry; a shard that breaks off ends with a Picture of its `error`.
-
-    Raises:
-        UserError: there is a shard, but no webdataset to read it with.
-    """
+    """The pictures of every entry; a shard that breaks off ends with a Picture of its `error`."""
     for entry in entries:
         if is_shard(entry) and not _is_url(entry):
             yield from _read_shard(entry)
@@ -138,29 +165,71 @@ def read_pictures(entries: Sequence[str]) -> Iterator[Picture]:
             yield Picture(entry)
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar file that must not break off: tarfile takes damage for the file's end.
+
+    The end is a block of zeros. Behind it another tar file may follow, as `cat` joins them.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """The next member.
+
+        Raises:
+            tarfile.ReadError: the file is damaged, or is over without its end.
+            tarfile.HeaderError: it is over, or there are zeros instead of a member.
+        """
+        try:
+            member = super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            archive.has_ended = True
+            raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+            if getattr(archive, "has_ended", False):
+                raise tarfile.EmptyHeaderError from None
+            raise tarfile.ReadError(_CUT) from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(first_line(error)) from None
+        archive.has_ended = False
+        return member
+
+
+def _open_shard(path: str, mode: str) -> tarfile.TarFile:
+    return tarfile.open(path, mode, tarinfo=_Member, ignore_zeros=True)
+
+
+def _pictures_in(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in shard:
+        if not member.isdir() and is_picture(member.name):
+            yield member
+        shard.members = []  # tarfile keeps every header it has seen otherwise
+
+
+_CUT = "unexpected end of data"  # tarfile's own words for a member that breaks off
+# What damaged shards make tarfile and the decompressors behind it raise.
+_DAMAGES = (OSError, EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZMAError)
+
+
 def _read_shard(path: str) -> Iterator[Picture]:
     try:
-        from webdataset.tariterators import tar_file_expander
-    except ImportError:
-        raise UserError(
-            f"{path} needs webdataset; install it with: pip install webdataset"
-        ) from None
-    try:
-        with open(path, "rb") as stream:
-            files = tar_file_expander(
-                [{"url": path, "stream": stream}], select_files=is_picture, eof_value=None
-            )
-            for file in files:
-                yield Picture(path, file["fname"], file["data"])
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        reason = str(error.args[0]) if error.args else type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        # webdataset adds the stream's repr, which tells a reader nothing.
-        reason = reason.split(" @ ")[0]
-        yield Picture(
-            path, error=f"{path} is damaged or cannot be read: {reason}; replace the file"
-        )
+        with _open_shard(path, "r|*") as shard:
+            for member in _pictures_in(shard):
+                yield _read_member(path, shard, member)
+    except _DAMAGES as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        what = "truncated" if reason == _CUT or isinstance(error, EOFError) else "damaged"
+        yield Picture(path, error=f"{path} is {what} ({reason}); replace the file")
+
+
+def _read_member(path: str, shard: tarfile.TarFile, member: tarfile.TarInfo) -> Picture:
+    name = f"{path}/{member.name}"
+    if not member.isreg():
+        error = f"{name} is a link or a device, not a file; make the shard of files"
+        return Picture(path, member.name, error=error)
+    if member.size > MAX_FILE_BYTES:
+        error = f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
+        return Picture(path, member.name, error=error)
+    return Picture(path, member.name, shard.extractfile(member).read())
 
 
 def count_pictures(entries: Sequence[str]) -> int:
@@ -171,10 +240,9 @@ def count_pictures(entries: Sequence[str]) -> int:
 def _count_in(path: str) -> int:
     count = 0
     try:
-        with tarfile.open(path) as shard:
-            for member in shard:
-                count += member.isreg() and is_picture(member.name)
-                shard.members = []  # tarfile keeps every header it has seen otherwise
-    except (OSError, EOFError, tarfile.TarError):
+        with _open_shard(path, "r:*") as shard:
+            for _ in _pictures_in(shard):
+                count += 1
+    except _DAMAGES:
         count += 1  # the line that will say so
     return count

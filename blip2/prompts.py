@@ -6,12 +6,13 @@ table), then BOS `</s>`, then the text. The answer ends at the newline.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 
 MADE_BY = "python onnx_export.py"
 BOS, PAD = "</s>", "<pad>"
@@ -114,10 +115,9 @@ def _download_tokenizer(hub_id: str) -> Path:
             )
         )
     except Exception as error:  # hub, network and name errors share no base class
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no tokenizer at {hub_id}: not a directory, and the hub says: {reason}; make one with:"
-            f" {MADE_BY}, or name a directory with --hf_model_location"
+            f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}; make"
+            f" one with: {MADE_BY}, or name a directory with --hf_model_location"
         ) from None
 
 
@@ -128,8 +128,18 @@ def build_input_ids(text_ids: list[int], num_query_tokens: int, vocab_size: int)
 
 
 def fill_template(template: str, text: str) -> str:
-    """The prompt for a text: put in place of the template's {}, unless it is blank or in it already."""
+    """The prompt for a text: put in place of the template's {}, without the blanks around it.
+
+    A text that has the template's form already, however it is spaced, gets the template's spacing;
+    one of blanks alone is empty, which asks for a caption.
+    """
     before, after = template.split("{}")
-    if not text.strip() or (text.startswith(before) and text.endswith(after)):
-        return text
-    return f"{before}{text}{after}"
+    form = re.fullmatch(rf"{_words(before)}(.*){_words(after)}", text.strip(), re.DOTALL)
+    inner = (form[1] if form else text).strip()
+    return f"{before}{inner}{after}" if form or inner else ""
+
+
+def _words(text: str) -> str:
+    """A pattern for the same words, with any blanks between; it ends and begins no longer word."""
+    words = r"\s+".join(map(re.escape, text.split()))
+    return rf"(?!(?<=\w)\w){words}(?!(?<=\w)\w)" if words else ""

@@ -59,6 +59,7 @@ def judge(pipeline, examples, options) -> dict[str, tuple[int, int]]:
 
     Every picture is looked at once, whatever the number of questions about it.
     """
+    import numpy as np
     import torch
 
     from blip2.images import pixel_values
@@ -71,7 +72,7 @@ def judge(pipeline, examples, options) -> dict[str, tuple[int, int]]:
     pictures = (list(group) for _, group in by_scene)
     while batch := list(itertools.islice(pictures, BATCH)):
         pixels = [pixel_values(group[0].image, pipeline.vision.preprocessing) for group in batch]
-        look = pipeline.look(torch.stack(pixels), Stopwatch())
+        look = pipeline.look(torch.from_numpy(np.stack(pixels)), Stopwatch())
         owners = [index for index, group in enumerate(batch) for _ in group]
         flat = [example for group in batch for example in group]
         prompts = [scenes.prompt(example.question) for example in flat]

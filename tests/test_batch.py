@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import html
 import html.parser
 import io
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bad_inputs import encoded, noise
 from batch_runs import SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
@@ -40,7 +42,7 @@ from blip2.batch import (
     stack_pictures,
     write_answers,
 )
-from blip2.decoders import Decoders
+from blip2.decoders import Decoders, decode_picture
 from blip2.images import Preprocessing, load_image, pixel_values
 from blip2.journal import Journal, fingerprint
 from blip2.language import GenerationOptions
@@ -344,26 +346,157 @@ def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp
         decoded = list(decoders.decode(batches, preprocessing))
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
-            assert np.array_equal(values, pixel_values(load_image(file), preprocessing).numpy())
+            assert np.array_equal(values, pixel_values(load_image(file), preprocessing))
 
 
-def test_a_broken_shard_gives_what_it_has_and_one_error(photos, tmp_path):
+def test_a_decoding_process_is_small(decoders, tmp_path):
+    """Many run at once: what starts slowly and takes hundreds of megabytes is imported in none."""
+    batches = [[inputs.Picture(file)] for file in gray(tmp_path, 3)]
+    list(decoders.decode(batches, Preprocessing(4, 4)))
+    modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
+    assert {"numpy", "PIL"} <= modules
+    assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
+
+
+def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
+    """A shard of grey pictures, each with a text, as tarfile writes it."""
+    path = directory / f"{keys}.tar{mode[1:].replace(':', '.')}"
+    with tarfile.open(path, mode) as shard:
+        for key in keys:
+            for name, content in ((f"{key}.png", encoded(noise(), "PNG")), (f"{key}.cls", b"1")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_shard_is_read_as_webdataset_reads_it(tmp_path, mode):
     wds = pytest.importorskip("webdataset")
-    shard = tmp_path / "s.tar"
-    with wds.TarWriter(str(shard)) as writer:
-        for key in "abc":
-            writer.write({"__key__": key, "png": (photos / "b" / "1.png").read_bytes()})
+    shard = shard_of(tmp_path, "abc", mode)
+    with open(shard, "rb") as stream:
+        theirs = wds.tariterators.tar_file_expander([{"url": "", "stream": stream}], eof_value=None)
+        expected = [(m["fname"], m["data"]) for m in theirs if m["fname"].endswith("png")]
+    found = list(inputs.read_pictures(inputs.list_entries([str(shard)])))
+    assert [(picture.key, picture.content) for picture in found] == expected
+    assert len(expected) == inputs.count_pictures([str(shard)]) == 3
+
+
+def test_a_shard_cut_anywhere_gives_what_it_has_and_one_error(tmp_path):
+    shard = shard_of(tmp_path, "abc")
+    content = shard.read_bytes()
     with tarfile.open(shard) as whole:
-        last_content = whole.getmembers()[2].offset_data
-    os.truncate(shard, last_content + 100)
-    (tmp_path / "t.tar").write_text("no tar")
-    names = [str(shard), str(tmp_path / "t.tar"), "next.png"]
-    *good, broken, bad, last = inputs.read_pictures(names)
-    assert [picture.key for picture in good] == ["a.png", "b.png"]
-    assert [broken.path, bad.path, last.path] == names
-    assert "damaged" in broken.error
-    assert "damaged" in bad.error
-    assert last.error is None
+        members = whole.getmembers()
+    end = members[-1].offset_data + 512
+    starts = [*(member.offset for member in members), end]
+    # Between members, in a header, in what is in a file, and in the zeros behind it.
+    cuts = {start + more for start in starts for more in (-1, 0, 100, 600)}
+    for cut in sorted(cut for cut in cuts if 0 < cut < end + 512):
+        shard.write_bytes(content[:cut])
+        *good, broken = inputs.read_pictures([str(shard)])
+        complete = [m.name for m in members[::2] if m.offset_data + m.size <= cut]
+        assert [picture.key for picture in good] == complete
+        assert (broken.path, broken.key) == (str(shard), None)
+        assert "abc.tar is truncated (" in broken.error
+        assert inputs.count_pictures([str(shard)]) > len(good)
+    shard.write_bytes(content[: end + 512])  # one block of its end is enough
+    assert [p.error for p in inputs.read_pictures([str(shard)])] == [None] * 3
+
+
+def test_a_damaged_shard_gives_what_it_has_and_one_error(tmp_path):
+    shard = shard_of(tmp_path, "abc")
+    content = shard.read_bytes()
+    with tarfile.open(shard) as whole:
+        second = whole.getmember("b.png")
+    for hole in (b"\xff" * 512, bytes(600)):  # over the second picture's header, and behind it
+        end = second.offset + len(hole)
+        shard.write_bytes(content[: second.offset] + hole + content[end:])
+        *good, broken, last = inputs.read_pictures([str(shard), "next.png"])
+        assert [picture.key for picture in good] == ["a.png"]
+        assert f"{shard} is damaged (" in broken.error
+        assert (last.path, last.error) == ("next.png", None)
+    for text in ("no tar", "no tar" * 99):
+        shard.write_text(text)
+        [broken] = inputs.read_pictures([str(shard)])
+        assert f"{shard} is " in broken.error
+    gone = tmp_path / "gone.tar"
+    [broken] = inputs.read_pictures([str(gone)])
+    assert "gone.tar is damaged (No such file or directory)" in broken.error
+
+
+def test_shards_behind_one_another_in_a_file_are_read(tmp_path):
+    both = tmp_path / "both.tar"
+    both.write_bytes(b"".join(shard_of(tmp_path, keys).read_bytes() for keys in ("ab", "c")))
+    keys = [picture.key for picture in inputs.read_pictures([str(both)])]
+    assert keys == ["a.png", "b.png", "c.png"]
+    os.truncate(both, shard_of(tmp_path, "ab").stat().st_size + 600)
+    *_, broken = inputs.read_pictures([str(both)])
+    assert "both.tar is truncated" in broken.error
+
+
+def test_what_no_file_of_a_shard_may_be_is_an_error_of_its_own(tmp_path, monkeypatch):
+    """Larger than a picture alone may be, or a link; what macOS adds is no picture."""
+    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 2000)
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as writer:
+        for name, size in {"big.png": 2001, "._a.png": 9, "__MACOSX/a.png": 9, "a.png": 9}.items():
+            member = tarfile.TarInfo(name)
+            member.size = size
+            writer.addfile(member, io.BytesIO(bytes(size)))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        writer.addfile(link)
+    big, whole, link = inputs.read_pictures([str(shard)])
+    assert (big.key, big.content) == ("big.png", None)
+    assert "s.tar/big.png is larger than" in big.error
+    assert (whole.key, whole.error) == ("a.png", None)
+    assert "s.tar/link.png is a link" in link.error
+    assert inputs.count_pictures([str(shard)]) == 3
+    assert big.error in decode_picture(big, Preprocessing(4, 4))
+
+
+def test_every_suffix_of_the_formats_is_one_of_a_picture(tmp_path):
+    """By each name under which Pillow saves a format, in folders and shards; not what macOS adds."""
+    formats = {"BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+    suffixes = [s for s, name in Image.registered_extensions().items() if name in formats]
+    assert {".jfif", ".jpe", ".dib", ".pnm", ".tif", ".apng", ".mpo"} <= set(suffixes)
+    folder, extra = tmp_path / "photos", tmp_path / "photos" / "__MACOSX"
+    extra.mkdir(parents=True)
+    for suffix in suffixes:
+        grey = Image.new("F" if suffix == ".pfm" else "L", (5, 4), 128)
+        grey.save(folder / f"a{suffix.upper()}", Image.registered_extensions()[suffix])
+    for name in ("._a.jpg", "._a.tar", "__MACOSX/a.jpg", "__MACOSX/._a.jpg", "notes.txt"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    files = inputs.list_entries([str(folder)])
+    assert sorted(Path(file).suffix.lower() for file in files) == sorted(suffixes)
+    assert inputs.list_entries([f"{folder}/**"]) == inputs.list_entries([f"{folder}/*"]) == files
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(folder, "photos")
+    members = list(inputs.read_pictures([str(tmp_path / "s.tar")]))
+    assert len(members) == len(suffixes)
+    for picture in (*members, *map(inputs.Picture, files)):
+        assert not isinstance(decode_picture(picture, Preprocessing(4, 4)), str), picture
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n\n"])
+def test_lists_as_editors_write_them(tmp_path, monkeypatch, encoding, end):
+    monkeypatch.chdir(tmp_path)
+    Path(" c .png").touch()
+    names = ["a.png", "猫.png", "http://x/a b.png", " c .png", "d\u2028\x0c.png"]
+    lines = ["a.png", "  猫.png\t", " http://x/a b.png ", " c .png", "d\u2028\x0c.png ", " ", ""]
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    Path("list.txt").write_bytes(mark + end.join(lines).encode(encoding))
+    assert inputs.list_entries(["list.txt"]) == names
+
+
+def test_lists_of_names_in_no_encoding(tmp_path):
+    """A name is bytes; in a list that says how it is encoded, what is not so is an error."""
+    (tmp_path / "list.txt").write_bytes(b"\xff\xe9.png\n")
+    assert os.fsencode(inputs.list_entries([str(tmp_path / "list.txt")])[0]) == b"\xff\xe9.png"
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF16_LE + b"a\0b")
+    with pytest.raises(UserError, match=r"cannot read .*list\.txt: .*truncated data; save it"):
+        inputs.list_entries([str(tmp_path / "list.txt")])
 
 
 def test_sources_without_pictures_are_refused(tmp_path):
@@ -394,13 +527,46 @@ def test_flags(answer, expected):
     assert flags(answer) == expected
 
 
-def test_templates_wrap_bare_questions_only():
-    template = "Question: {} Answer:"
-    assert fill_template(template, "why?") == "Question: why? Answer:"
-    assert fill_template(template, "Question: why? Answer:") == "Question: why? Answer:"
-    assert fill_template(template, "") == ""
-    assert fill_template("{}", "why?") == "why?"
-    assert fill_template("{}!", "{0} {}") == "{0} {}!"
+TEMPLATE = "Question: {} Answer:"
+IN_FORM = "Question: why? Answer:"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "prompt"),
+    [
+        (TEMPLATE, "why?", IN_FORM),
+        (TEMPLATE, " why?\n\n\n", IN_FORM),
+        *(
+            (TEMPLATE, text, IN_FORM)
+            for text in (
+                IN_FORM,
+                f"{IN_FORM} ",
+                f"\t {IN_FORM}",
+                f"{IN_FORM}\r\n",
+                f"\n\n{IN_FORM}\n\n\n",
+                "Question:  why?\n\nAnswer:",
+                "Question:why?Answer:",
+            )
+        ),
+        (TEMPLATE, *["Question: a? Answer: b. Question: c? Answer:"] * 2),
+        (TEMPLATE, 'what does "Answer:" mean?', 'Question: what does "Answer:" mean? Answer:'),
+        (TEMPLATE, "Question: why?", "Question: Question: why? Answer:"),
+        (TEMPLATE, "", ""),
+        (TEMPLATE, " \n\n ", ""),
+        ("{}", "why?", "why?"),
+        ("{}", " why?\n", "why?"),
+        ("{}!", "{0} {}", "{0} {}!"),
+        ("a {}", "apple", "a apple"),
+        ("a {}", "a cat", "a cat"),
+        ("{} is", "this", "this is"),
+        ("a  photo\nof {}.", "a photo of me.", "a  photo\nof me."),
+        ("(.*) {}", "x", "(.*) x"),
+    ],
+)
+def test_templates_wrap_what_has_not_their_form(template, text, prompt):
+    filled = fill_template(template, text)
+    assert filled == prompt
+    assert fill_template(template, filled) == filled
 
 
 def test_fingerprints_change_with_the_engine(tmp_path):

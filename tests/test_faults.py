@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -313,6 +314,35 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
     with artifacts.staging(left):
         pass
     assert os.listdir(left) == ["image.pt"]
+
+
+@pytest.mark.parametrize("script", ["run", "many", "export"])
+def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
+    """The server says nothing; the limit behind which that ends a download is not in reach."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        ask = (
+            *("run.py", "--engine_dir", tiny_export.output / "onnx", "--opt_engine_dir", tiny_opt),
+            *("--query_tokens", tiny_export.output / "query_tokens.pt", "--input_dir", url),
+        )
+        run = start(
+            *{
+                "run": ask,
+                "many": (*ask, url, "--workers", 1, "--output", tmp_path / "out.jsonl"),
+                "export": (
+                    *("onnx_export.py", "--model_dir", tiny_export.checkpoint),
+                    *("--image", url, "--output_dir", tmp_path / "out"),
+                ),
+            }[script],
+            env={**os.environ, "no_proxy": "*"},
+        )
+        server.settimeout(60)
+        with server.accept()[0]:
+            time.sleep(0.2)  # it has asked, and waits
+            run.send_signal(signal.SIGINT)
+            _, err = run.communicate(timeout=downloads.SILENCE_S - 5)
+    assert run.returncode == 130
+    assert err.endswith("interrupted\n")
 
 
 def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2 import images
@@ -33,15 +33,15 @@ def test_pixel_values_equal_hugging_face_bit_for_bit(size, side):
     # Channels last is said outright: Hugging Face cannot guess it for a 3 x 3 picture.
     theirs = processor(picture, input_data_format="channels_last")["pixel_values"][0]
     ours = images.pixel_values(picture, images.Preprocessing(side, side))
-    assert ours.dtype.is_floating_point
-    assert np.array_equal(ours.numpy().view(np.int32), np.asarray(theirs).view(np.int32))
+    assert ours.dtype == np.float32
+    assert np.array_equal(ours.view(np.int32), np.asarray(theirs).view(np.int32))
 
 
 @pytest.mark.parametrize("extreme", [0, 255])
 def test_black_and_white_equal_hugging_face(extreme):
     picture = Image.new("RGB", (50, 40), (extreme,) * 3)
     theirs = BlipImageProcessorPil(size={"height": 224, "width": 224})(picture)["pixel_values"][0]
-    assert np.array_equal(images.pixel_values(picture, PREPROCESSING).numpy(), np.asarray(theirs))
+    assert np.array_equal(images.pixel_values(picture, PREPROCESSING), np.asarray(theirs))
 
 
 USUAL = {
@@ -95,7 +95,7 @@ def test_checkpoints_processors_equal_hugging_face(tiny_checkpoint, tmp_path, ch
     processor = BlipImageProcessorPil.from_pretrained(checkpoint)
     theirs = processor(picture, return_tensors="pt").pixel_values[0].float()
     preprocessing = images.Preprocessing.of(open_checkpoint(checkpoint))
-    assert torch.equal(images.pixel_values(picture, preprocessing), theirs)
+    assert np.array_equal(images.pixel_values(picture, preprocessing), theirs.numpy())
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,173 @@ def test_float_pictures_are_scaled(tmp_path):
     assert np.asarray(loaded)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_exif_rotation_is_applied(tmp_path):
+SCENE = noise(12, 9, 1)
+SCENE[0, :2] = 0, 255
+BITS = 0xFFFF / 255
+HOLE = np.where(SCENE < 9, np.nan, SCENE / 255)
+UNUSUAL = {
+    "whole.png": (SCENE * BITS).astype(np.uint16),
+    "twelve of 16 bits.png": (SCENE * (4095 / 255)).astype(np.uint16),
+    "ten of 16 bits.tif": (SCENE * (1023 / 255)).astype(np.uint16),
+    "eight of 16 bits.png": SCENE.astype(np.uint16),
+    "eight of 32 bits.tif": SCENE.astype(np.int32),
+    "sixteen of 32 bits.tif": (SCENE * BITS).astype(np.int32),
+    "thirty-one of 32 bits.tif": SCENE * np.int32((1 << 23) + 1),
+    "below zero.tif": (SCENE.astype(np.int32) * 16 - 1024),
+    "to 1.tif": (SCENE / 255).astype(np.float32),
+    "a little above 1.tif": (SCENE * (1.02 / 255)).astype(np.float32),
+    "to 255.tif": SCENE.astype(np.float32),
+    "a little above 255.tif": (SCENE * 1.02).astype(np.float32),
+    "to 65535.tif": (SCENE * BITS).astype(np.float32),
+    "from -1 to 1.tif": (SCENE / 127.5 - 1).astype(np.float32),
+    "a hole.tif": HOLE.astype(np.float32),
+    "a hole, to 255.tif": (HOLE * 255).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("name", list(UNUSUAL))
+def test_a_picture_looks_the_same_however_its_greys_are_stored(tmp_path, name):
+    loaded = images.load_image(saved(tmp_path, Image.fromarray(UNUSUAL[name]), name))
+    seen, off = np.asarray(loaded)[..., 0].astype(int), 6  # a little above 1 is 2 % too bright
+    assert np.array_equal(*(np.asarray(loaded)[..., band] for band in (0, 2)))
+    whole = np.isfinite(UNUSUAL[name].astype(float))
+    assert np.abs(seen - SCENE)[whole].max() <= off
+    assert not seen[~whole].any()
+
+
+def test_unsigned_32_bits_and_white_at_zero(tmp_path):
+    """Pillow can read them, but not write: TIFF's tags 339 and 262 are changed in the file."""
+    words = np.array([[0, 1 << 31, (1 << 32) - 1]], dtype=np.uint32).view(np.int32)
+    halves = np.array([[0, 65535]], dtype=np.uint16)
+    for values, tag, before, after, seen in (
+        (words, TiffImagePlugin.SAMPLEFORMAT, 2, 1, [0, 128, 255]),
+        (halves, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1, 0, [255, 0]),
+    ):
+        path = saved(tmp_path, Image.fromarray(values), "a.tif")
+        entry = struct.pack("<HHIH", tag, 3, 1, before)
+        assert path.read_bytes().count(entry) == 1
+        path.write_bytes(path.read_bytes().replace(entry, entry[:-2] + struct.pack("<H", after)))
+        assert np.asarray(images.load_image(path))[0, :, 0].tolist() == seen
+
+
+def png_of_16_bits(values: np.ndarray, *more: tuple[bytes, bytes]) -> bytes:
+    """An RGB PNG of height x width x 3 values, which Pillow cannot write; `more` chunks."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width, _ = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_colours_of_some_of_16_bits(bits):
+    colours = noise(12, 9)
+    content = png_of_16_bits(colours * (((1 << bits) - 1) / 255))
+    seen = np.asarray(images.decode_image(content, "a.png"))
+    step = 255 / ((1 << bits >> 8) - 1)  # Pillow keeps the upper 8 of the 16
+    assert np.abs(seen.astype(int) - colours).max() <= step
+
+
+def test_colours_of_which_nothing_can_be_read_are_refused():
+    with pytest.raises(UserError, match=r"a\.png uses at most the lowest 8 of its 16 bits"):
+        images.decode_image(png_of_16_bits(noise(12, 9)), "a.png")
+
+
+def test_the_transparent_colour_of_16_bits_is_laid_over_white(tmp_path):
+    values = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0]]])
+    content = png_of_16_bits(values, (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)))
+    assert np.asarray(images.decode_image(content, "a.png"))[0].tolist() == [[255] * 3, [255, 0, 0]]
+    grey = Image.fromarray(np.array([[0, 65535, 777]], dtype=np.uint16))
+    loaded = images.load_image(saved(tmp_path, grey, "g.png", transparency=777))
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_lab_colours_become_those_of_a_screen(tmp_path):
+    """L 53, a 80, b 67 is sRGB's red, and so on: CIE's definition. TIFF has 255 as the highest L."""
+    lab = np.array([[[136, 80, 67], [224, -86, 83], [255, 0, 0]]]).astype(np.int8)
+    image = Image.frombytes("LAB", (3, 1), lab.tobytes())
+    seen = np.asarray(images.load_image(saved(tmp_path, image, "a.tif"))).astype(int)[0]
+    assert np.abs(seen - [[255, 0, 0], [0, 255, 0], [255, 255, 255]]).max() <= 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
+def test_exif_rotation_is_applied(tmp_path, orientation, name):
     image = Image.fromarray(noise(20, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side: turn it clockwise
-    loaded = images.load_image(saved(tmp_path, image, "a.png", exif=exif))
-    assert np.array_equal(np.asarray(loaded), np.rot90(np.asarray(image), -1))
+    exif[0x0112] = orientation
+    path = saved(tmp_path, image, name, exif=exif, lossless=True)
+    loaded = np.asarray(images.load_image(path))
+    assert np.array_equal(loaded, np.asarray(ImageOps.exif_transpose(Image.open(path))))
+    if orientation == 6:  # stored lying on its side: turned clockwise
+        assert np.array_equal(loaded, np.rot90(np.asarray(image), -1))
+
+
+def exif(*entries: tuple[int, int, int, bytes], order: str = "<") -> bytes:
+    """EXIF of entries (tag, type, count, value or offset), sorted or not, right or wrong."""
+    header = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8)
+    packed = [struct.pack(f"{order}HHI", *entry[:3]) + entry[3] for entry in entries]
+    directory = struct.pack(f"{order}H", len(packed)) + b"".join(packed) + bytes(4)
+    return b"Exif\0\0" + header + directory + struct.pack("<ii", -1, 0)
+
+
+TURNED, TURNED_MOTOROLA = (0x112, 3, 1, b"\6\0\0\0"), (0x112, 3, 1, b"\0\6\0\0")
+METADATA = {
+    # name: EXIF, and whether a picture of it lies on its side
+    "a rational over 0": (exif(TURNED, (0x11A, 10, 1, struct.pack("<I", 38))), True),
+    "a long maker's name": (exif((0x10F, 2, 999, b"\xff" * 4), TURNED), True),
+    "a maker's name beyond the end": (exif((0x10F, 2, 9, b"\xff" * 4), TURNED), True),
+    "another order": (exif((0x10F, 2, 9, b"\xff" * 4), TURNED_MOTOROLA, order=">"), True),
+    "cut off behind it": (exif(TURNED)[:30], True),
+    "cut off in it": (exif(TURNED)[:24], False),
+    "a text for an orientation": (exif((0x112, 2, 2, b"6\0\0\0")), False),
+    "an orientation of 9": (exif((0x112, 3, 1, b"\x09\0\0\0")), False),
+    "entries without end": (exif(TURNED).replace(b"\x08\0\0\0\1\0", b"\x08\0\0\0\xff\xff"), True),
+    "a directory that is itself": (exif((0x8769, 4, 1, struct.pack("<I", 8)), TURNED), True),
+    "garbage": (b"Exif\0\0" + b"\xff" * 40, False),
+    "nothing": (b"Exif\0\0", False),
+}
+
+
+@pytest.mark.parametrize("name", list(METADATA))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_metadata_is_no_pixels(tmp_path, name, kind):
+    metadata, turned = METADATA[name]
+    image = Image.fromarray(noise(20, 10))
+    path = saved(tmp_path, image, "a", format=kind, exif=metadata, lossless=True)
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    expected = np.rot90(expected, -1) if turned else expected
+    assert np.array_equal(np.asarray(images.load_image(path)), expected)
+
+
+@pytest.mark.parametrize(
+    "key", ["exif", "transparency", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "gamma"]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+def test_a_text_in_a_png_is_a_text_whatever_its_name(tmp_path, key, mode):
+    text = PngImagePlugin.PngInfo()
+    text.add_text(key, "b'Exif\\x00\\x00MM\\x00*'")
+    image = Image.fromarray(noise(6, 4, 1).astype(np.uint16) * 257)
+    image = image if mode == "I;16" else Image.fromarray(noise(6, 4, 1)).convert(mode)
+    plain = images.load_image(saved(tmp_path, image, "plain.png"))
+    loaded = images.load_image(saved(tmp_path, image, "text.png", pnginfo=text))
+    assert np.array_equal(np.asarray(loaded), np.asarray(plain))
+
+
+def test_what_follows_the_first_frame_may_be_damaged(tmp_path):
+    frames = [Image.fromarray(noise(40, 40, 1, seed)) for seed in range(2)]
+    path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    whole, content = np.asarray(images.load_image(path)), path.read_bytes()
+    for cut in range(1, len(content) // 2 - 100, 97):
+        path.write_bytes(content[:-cut])
+        assert np.array_equal(np.asarray(images.load_image(path)), whole)
 
 
 def test_first_frame_of_an_animation_is_used_and_said(tmp_path, capsys):

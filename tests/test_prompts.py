@@ -59,6 +59,16 @@ def test_vocabulary_of_older_checkpoints(directory, tmp_path):
     assert (old.end_id, old.pad_id, old.vocab_size) == (new.end_id, new.pad_id, new.vocab_size)
 
 
+@pytest.mark.parametrize("error, says", [(OSError(), "OSError"), (OSError("no\nnet"), "no")])
+def test_a_hub_that_fails_with_few_words_or_many_is_one_line(monkeypatch, error, says):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=f"the hub says: {says}; make one with"):
+        prompts.load_tokenizer("some/one")
+
+
 def test_unusable_tokenizers_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
         prompts.load_tokenizer(tmp_path)

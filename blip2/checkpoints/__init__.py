@@ -12,7 +12,6 @@ tensor.
 from __future__ import annotations
 
 from blip2.checkpoints.configs import (
-    MAX_IMAGE_SIZE,
     OPTConfig,
     QFormerConfig,
     VisionConfig,
@@ -22,7 +21,6 @@ from blip2.checkpoints.hub import locate
 from blip2.checkpoints.reader import Checkpoint, is_checkpoint, lavis_checkpoint, open_checkpoint
 
 __all__ = [
-    "MAX_IMAGE_SIZE",
     "Checkpoint",
     "OPTConfig",
     "QFormerConfig",

@@ -8,10 +8,10 @@ from typing import Any
 
 from blip2.artifacts import UserError
 from blip2.checkpoints.reader import Checkpoint
+from blip2.images import MAX_SIDE
 
 # Far above every model there is: what a damaged file says must not decide how long we compute.
-MAX_IMAGE_SIZE = 4096
-_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_IMAGE_SIZE}
+_LARGEST = {"num_hidden_layers": 1000, "image_size": MAX_SIDE}
 _LARGEST_SIZE = 1 << 24
 
 

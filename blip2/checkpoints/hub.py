@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -45,8 +45,3 @@ def download(model_id: str) -> Path:
             " a network, copy the checkpoint here and give its directory"
         ) from None
     return directory
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

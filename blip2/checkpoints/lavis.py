@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 
 MODEL_TYPES = (
     "pretrain_opt2.7b",
@@ -89,10 +89,9 @@ def load_state_dict(model_type: str) -> dict[str, torch.Tensor]:
         except UserError:
             raise
         except Exception as error:  # downloads and damaged files raise nearly anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"LAVIS cannot load {model_type}: {reason}; if it cannot download, bring its files"
-                " here and give --model_dir the .pth"
+                f"LAVIS cannot load {model_type}: {first_line(error)}; if it cannot download, bring"
+                " its files here and give --model_dir the .pth"
             ) from None
     state = model.state_dict()
     return {name: state[name] for name in state if not name.startswith("opt_model.")}

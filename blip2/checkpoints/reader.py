@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 from blip2.checkpoints import hub, lavis, refusals
 from blip2.tensor_files import Stored, UnknownType, mapped, read_header
 
@@ -297,6 +297,4 @@ def _unreadable(file: Path, error: Exception, mend: str = "download it again") -
         return UserError(f"{file} is missing; {mend}")
     if kind := memory.exhausted(error):
         return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
-    return UserError(
-        f"cannot read {file}: {hub.first_line(error)}; it is truncated or damaged: {mend}"
-    )
+    return UserError(f"cannot read {file}: {first_line(error)}; it is truncated or damaged: {mend}")

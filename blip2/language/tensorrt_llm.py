@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from blip2 import memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 from blip2.language.session import Beam, Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_engine import MADE_BY, EngineConfig, check_version
 from blip2.language.trtllm_format import DTYPES
@@ -108,7 +108,7 @@ class TensorRTLLMSession(LanguageSession):
                 self._runner = runtime.ModelRunner.from_dir(str(self._engine_dir), rank=self._rank)
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
             raise UserError(
-                f"TensorRT-LLM cannot load {self._engine_dir} ({_first_line(error)}); see that the"
+                f"TensorRT-LLM cannot load {self._engine_dir} ({first_line(error)}); see that the"
                 f" GPU has memory for it, or build it again on this GPU with {MADE_BY}"
             ) from None
 
@@ -162,7 +162,7 @@ class TensorRTLLMSession(LanguageSession):
         except RuntimeError as error:
             kind = memory.OutOfMemory if memory.exhausted(error) else UserError
             raise kind(
-                f"TensorRT-LLM failed on a batch of {len(input_ids)} ({_first_line(error)}); ask"
+                f"TensorRT-LLM failed on a batch of {len(input_ids)} ({first_line(error)}); ask"
                 " less at a time, or with fewer beams"
             ) from error
         # Only a beam search has asked for scores.
@@ -267,11 +267,7 @@ def _import_tensorrt_llm() -> ModuleType:
             import tensorrt_llm.runtime
     except (ImportError, OSError) as error:
         raise UserError(
-            f"tensorrt_llm cannot be imported ({_first_line(error)}); it needs an NVIDIA GPU, its"
+            f"tensorrt_llm cannot be imported ({first_line(error)}); it needs an NVIDIA GPU, its"
             " driver and the environment of requirements-tensorrt.txt"
         ) from None
     return tensorrt_llm
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

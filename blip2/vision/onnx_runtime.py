@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError
+from blip2.artifacts import UserError, first_line
 from blip2.vision.onnx_files import MADE_BY, OnnxFiles
 from blip2.vision.session import VisionSession
 
@@ -114,8 +114,9 @@ def open_graph(path: Path, optimise: bool = True):
     except UserError:
         raise
     except Exception as error:  # its exception classes share no public base
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot open {path}: {reason}; make it again with: {MADE_BY}") from None
+        raise UserError(
+            f"cannot open {path}: {first_line(error)}; make it again with: {MADE_BY}"
+        ) from None
 
 
 def _described_tensors(path: Path, facts: dict[str, Any]) -> Tensors:
