@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Read when triton is first imported, which torch may do: its interpreter runs kernels on a CPU.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import models
 import numpy as np
 import pytest
@@ -44,7 +41,7 @@ def compiled_launches(script: str, capability: int) -> list[tuple[str, int]]:
         [sys.executable, ROOT / "tests" / script, str(capability)],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     launches = (line.split() for line in done.stdout.splitlines())
@@ -221,3 +218,13 @@ def tiny_plans(tiny_checkpoint, made_once) -> TinyPlans:
 def _one_thread():
     """Tests run side by side; a thread pool each would only make them wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gpu_double(monkeypatch) -> None:
+    """What is for a GPU runs on the CPU."""
+    pytest.importorskip("triton")
+    pytest.importorskip("cuda.bindings")
+    import gpu_double
+
+    gpu_double.install(monkeypatch)

@@ -25,6 +25,8 @@ from blip2.language.native.packing import PackedLinear
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
+pytestmark = pytest.mark.usefixtures("gpu_double")
+
 CONFIG = OPTCheckpointConfig(
     dtype="float16",
     num_hidden_layers=2,

@@ -12,6 +12,8 @@ from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.vision import kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 
+pytestmark = pytest.mark.usefixtures("gpu_double")
+
 
 def with_random_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Norms near 1, everything else of a size that lets every weight and bias count."""

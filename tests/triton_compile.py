@@ -1,6 +1,6 @@
 """Compile every Triton kernel that a BLIP-2 of the real widths launches, without its GPU.
 
-    TRITON_INTERPRET=0 python tests/triton_compile.py 90     # compute capability 9.0
+    python tests/triton_compile.py 90     # compute capability 9.0
 
 Prints a line a kernel: its name and the bytes of shared memory that it needs.
 """

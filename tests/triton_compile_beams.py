@@ -1,6 +1,6 @@
 """Compile beam search's Triton kernels as OPT-2.7B launches them, without a GPU.
 
-    TRITON_INTERPRET=0 python tests/triton_compile_beams.py 90     # compute capability 9.0
+    python tests/triton_compile_beams.py 90     # compute capability 9.0
 
 Prints a line a kernel: its name and the bytes of shared memory that it needs.
 """

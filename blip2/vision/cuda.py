@@ -61,8 +61,8 @@ class _Norm:
 
 
 def _launch_options(x: torch.Tensor) -> dict[str, bool]:
-    """Dependent launches exist from Hopper on; Triton's interpreter has no devices at all."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9:
+    """Dependent launches exist from Hopper on."""
+    if torch.cuda.get_device_capability(x.device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -312,8 +312,7 @@ class CudaQFormer:
             ]
             seen = [layer.crossattention.attention for layer in layers if layer.crossattention]
             weights = [linear.weight for inner in seen for linear in (inner.key, inner.value)]
-            weight = torch.cat(weights)
-            self._image_weight = _half_if_finite(weight) if weight.is_cuda else weight
+            self._image_weight = _half_if_finite(torch.cat(weights))
             self._projection = _QFormerLinear(module.language_projection.weight)
             self._projection_bias = module.language_projection.bias
 

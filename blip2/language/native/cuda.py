@@ -93,13 +93,11 @@ class CudaModel(OPTModel):
         return cache
 
     def _make_step(self, cache: CudaCache) -> Callable[[torch.Tensor], torch.Tensor]:
-        device = cache.keys.device
-        if device.type == "cuda":
-            from blip2.language.native.fused_step import FusedStep, macros_for
+        from blip2.language.native.fused_step import FusedStep, macros_for
 
-            macros = macros_for(self.config, self.weights, cache.rows, device)
-            if macros is not None:
-                return FusedStep(self.config, self.weights, cache, macros)
+        macros = macros_for(self.config, self.weights, cache.rows, cache.keys.device)
+        if macros is not None:
+            return FusedStep(self.config, self.weights, cache, macros)
         return LayeredStep(self.config, self.weights, cache)
 
     def prefill(

@@ -58,9 +58,6 @@ class LayeredStep:
         cache = self._cache
         keys, values = cache.keys[layer], cache.values[layer]
         heads, head_size = keys.shape[1], keys.shape[3]
-        if not qkv.is_cuda:
-            _attend_in_torch(cache, layer, qkv, attended)
-            return
         from blip2.language.native.compiled import load_kernel
 
         warps = 1 if cache.rows * heads >= _MANY_HEADS else _FEW_HEADS_WARPS
@@ -78,20 +75,3 @@ class LayeredStep:
             cache.max_len,
             head_size**-0.5,
         )
-
-
-def _attend_in_torch(
-    cache: CudaCache, layer: int, qkv: torch.Tensor, attended: torch.Tensor
-) -> None:
-    """What attention.cu computes."""
-    keys, values = cache.keys[layer], cache.values[layer]
-    rows, slots = torch.arange(cache.rows), torch.arange(cache.max_len)
-    query, key, value = qkv.unflatten(1, (3, keys.shape[1], -1)).unbind(1)
-    keys[rows, :, cache.lengths] = key
-    values[rows, :, cache.lengths] = value
-    sources = cache.sources.long()
-    scores = torch.einsum("rhd,rlhd->rhl", query.float(), keys[sources, :, slots].float())
-    visible = slots <= cache.lengths[:, None]
-    scores = (scores * keys.shape[3] ** -0.5).masked_fill(~visible[:, None], -torch.inf)
-    mixed = torch.einsum("rhl,rlhd->rhd", scores.softmax(-1), values[sources, :, slots].float())
-    attended.copy_(mixed.flatten(1))

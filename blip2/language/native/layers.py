@@ -49,11 +49,9 @@ class Layers:
         self._qkv, self._hidden = buffer(3 * width), buffer(config.ffn_size)
         # What is still to be added to x: a linear's product, of which cuBLAS leaves the bias out.
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._on_gpu = device.type == "cuda"  # else in Triton's interpreter
-        if self._on_gpu:
-            properties = torch.cuda.get_device_properties(device)
-            self._hopper = properties.major == 9
-            self._multiprocessors = properties.multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        self._hopper = properties.major == 9
+        self._multiprocessors = properties.multi_processor_count
         self.pdl_options = pdl_options(device)
 
     def run(self, attend: Attend) -> None:
@@ -135,7 +133,7 @@ class Layers:
 
     @property
     def _few_rows(self) -> bool:
-        return self._on_gpu and self._tokens <= _MOST_ROWS
+        return self._tokens <= _MOST_ROWS
 
     def _launch(
         self,
@@ -228,6 +226,6 @@ def _as_macros(macros: dict[str, int]) -> tuple[tuple[str, int], ...]:
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
-    """For a Triton launch: dependent launches exist from Hopper on, and not in the interpreter."""
-    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """For a Triton launch: dependent launches exist from Hopper on."""
+    pdl = torch.cuda.get_device_capability(device)[0] >= 9
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

@@ -51,14 +51,6 @@ class PackedLinear(Linear):
         """The float16 weight, N x K, that the stored one stands for."""
         if self.scales is None:
             return self.weight
-        if self.weight.is_cuda:
-            return self._unpacked_by_kernel()
-        channels, inputs = self.shape
-        unsigned = _UNPACKED[self.bits](self.weight, inputs)[:channels]
-        values = unsigned.half() - (1 << (self.bits - 1))
-        return values * self.scales[:, None]
-
-    def _unpacked_by_kernel(self) -> torch.Tensor:
         from blip2.language.native.compiled import load_kernel
 
         weight = torch.empty(self.shape, dtype=torch.float16, device=self.weight.device)
@@ -78,10 +70,6 @@ def _pack8(unsigned: torch.Tensor) -> torch.Tensor:
     return blocks.permute(0, 3, 2, 4, 1, 5).contiguous()  # tile, group, g, t, near/far, input
 
 
-def _unpack8(packed: torch.Tensor, inputs: int) -> torch.Tensor:
-    return packed.permute(0, 4, 2, 1, 3, 5).reshape(-1, inputs)
-
-
 def _pack4(unsigned: torch.Tensor) -> torch.Tensor:
     blocks = unsigned.unflatten(1, (-1, 2, 4, 4, 2)).unflatten(0, (-1, 2, 8))
     # tile, near/far, g, group, half, t, pair, which of the pair: nibbles 0-3 are the firsts of the
@@ -90,10 +78,4 @@ def _pack4(unsigned: torch.Tensor) -> torch.Tensor:
     return (nibbles[..., 0] | nibbles[..., 1] << 4).contiguous()
 
 
-def _unpack4(packed: torch.Tensor, inputs: int) -> torch.Tensor:
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(6).unflatten(6, (2, 4))
-    return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 6).reshape(-1, inputs)
-
-
 _PACKED = {8: _pack8, 4: _pack4}
-_UNPACKED = {8: _unpack8, 4: _unpack4}

@@ -1,0 +1,261 @@
+"""A GPU that runs on the CPU: Triton's kernels in its interpreter, those in CUDA C++ as PyTorch.
+
+What the product launches, and with what, is its own; a double checks that a launch covers its work
+and computes from the same arguments what the kernel is to compute. Whether the kernels themselves
+are right only a GPU says: tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.experimental.gluon  # else the first launch does, when the language is replaced
+import triton.language as tl
+from torch.nn import functional
+from triton.runtime.interpreter import InterpretedFunction
+
+# An H100, as far as the product asks.
+PROPERTIES = types.SimpleNamespace(
+    major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
+)
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Let the product find an H100, on which tensors are on the CPU."""
+    from blip2.language.native import (
+        beam_kernels,
+        compiled,
+        fused_step,
+        kernels,
+        layered_step,
+        prompt,
+    )
+    from blip2.vision import kernels as vision_kernels
+
+    interpret(patch, beam_kernels, kernels, vision_kernels)
+    for module in (compiled, fused_step):
+        patch.setattr(module, "load_kernel", load_kernel)
+    for module in (layered_step, prompt):
+        patch.setattr(module, "capture", lambda launch, _device: launch)
+    patch.setattr(torch.cuda, "get_device_properties", lambda _device: PROPERTIES)
+    patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+
+
+def interpret(patch: pytest.MonkeyPatch, *modules: types.ModuleType) -> None:
+    """Have these modules' Triton kernels interpreted, and what of Triton's own they are made of.
+
+    Triton has one setting for that, TRITON_INTERPRET, which it reads as it decorates a kernel: it
+    would be the whole process's.
+    """
+    for module in (tl, tl.standard, *modules):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction):
+                patch.setattr(module, name, _interpreted(value.fn))
+            elif name in ("gdc_wait", "gdc_launch_dependents"):  # an instruction of GPUs
+                patch.setattr(module, name, lambda: None)
+
+
+# One for each function: Triton's interpreter tells sums from maxima by what combines them.
+_interpreted = functools.cache(InterpretedFunction)
+
+
+def load_kernel(path: Path, _name: str, macros: tuple[tuple[str, int], ...]) -> Callable[..., None]:
+    """A double of the kernel in a .cu file."""
+    return functools.partial(DOUBLES[path.name], dict(macros))
+
+
+def linear(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    rows: int,
+    channels: int,
+    shared_bytes: int = 0,
+    cluster: int = 1,
+) -> None:
+    """linear.cu, linear_hopper.cu and linear_hopper_packed.cu."""
+    split = macros.get("SPLIT")
+    covered = (16 * grid[0], 8 * macros["TILES"] * grid[1])
+    if split:
+        covered = (16 * macros["WARPS"] * grid[1], 8 * macros["TILES"])
+        _rule(grid[0] == cluster == split, "a cluster has another size than its kernel")
+        _rule(shared_bytes <= (228 << 10) // 2, "no two blocks on a multiprocessor")
+    _rule(threads == 32 * macros["WARPS"], "threads")
+    _rule(covered[0] >= channels and covered[1] >= rows, "outputs are left out")
+    _rule(tuple(x.shape) == (rows, macros["WIDTH"]) and x.is_contiguous(), "inputs")
+    _rule(tuple(out.shape) == (rows, channels) and out.is_contiguous(), "outputs")
+    _rule((bias is not None) == macros["HAS_BIAS"], "bias")
+    _rule((out.dtype == torch.float32) == macros["OUT_FLOAT"], "the outputs' type")
+    bits = macros.get("BITS", 16)
+    values = weight if bits == 16 else unpacked(weight, bits, (channels, macros["WIDTH"]))
+    y = x.float() @ values.float().T
+    if bits < 16:
+        y *= scales.float()
+    if bias is not None:
+        y += bias.float()
+    if macros["RELU"]:
+        y = y.relu()
+    out.copy_(out + y if macros["RESIDUAL"] else y)
+
+
+def unpack_weight(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    channels: int,
+    inputs: int,
+) -> None:
+    """unpack.cu."""
+    _rule(16 * grid[0] * threads >= packed.numel(), "weights are left out")
+    weight.copy_(unpacked(packed, macros["BITS"], (channels, inputs)) * scales[:, None])
+
+
+def unpacked(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
+    """The signed integers in a packed weight, channels x inputs in float16."""
+    channels, inputs = shape
+    if bits == 8:
+        unsigned = packed.permute(0, 4, 2, 1, 3, 5)
+    else:
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(6).unflatten(6, (2, 4))
+        unsigned = nibbles.permute(0, 5, 2, 1, 4, 3, 7, 6)
+    return unsigned.reshape(-1, inputs)[:channels].half() - (1 << (bits - 1))
+
+
+def attention(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    sources: torch.Tensor,
+    attended: torch.Tensor,
+    max_len: int,
+    softmax_scale: float,
+) -> None:
+    """attention.cu."""
+    heads, count = grid
+    _rule(threads == 32 * macros["WARPS"], "threads")
+    _rule(keys.shape == (count, heads, max_len, macros["HEAD_SIZE"]), "the cache's shape")
+    rows, slots = torch.arange(count), torch.arange(max_len)
+    query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+    keys[rows, :, lengths] = key
+    values[rows, :, lengths] = value
+    sources = sources.long()
+    visible = slots <= lengths[:, None]
+    seen_keys, seen_values = (
+        cache[sources, :, slots].float().where(visible[:, :, None, None], 0)
+        for cache in (keys, values)
+    )
+    scores = torch.einsum("rhd,rlhd->rhl", query.float(), seen_keys) * softmax_scale
+    weights = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
+    attended.copy_(torch.einsum("rhl,rlhd->rhd", weights, seen_values).flatten(1))
+
+
+def step(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    addresses: torch.Tensor,
+    token: torch.Tensor,
+    length: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *buffers_and_max_len: Any,
+    shared_bytes: int,
+    together: bool,
+) -> None:
+    """step.cu; the model is read where its table of addresses says."""
+    _rule(grid == (macros["BLOCKS"], 1) and threads == 32 * (macros["WARPS"] + 1), "blocks")
+    _rule(shared_bytes == macros["SHARED"] and together, "blocks that do not wait for one another")
+    *_, logits, first_mark, max_len = buffers_and_max_len
+    _rule(keys.shape[3] == max_len, "the cache's shape")
+    width, ffn, vocab = macros["WIDTH"], macros["FFN"], macros["VOCAB"]
+    table = iter(addresses.tolist())
+
+    def vector(count: int = width) -> torch.Tensor:
+        return tensor_at(next(table), (count,), torch.float16).float()
+
+    def linear(channels: int, inputs: int, bits: int, bias: bool = True):
+        if bits == 16:
+            weight = tensor_at(next(table), (channels, inputs), torch.float16).float()
+            next(table)
+        else:
+            group = 32 if bits == 8 else 64
+            shape = (-(-channels // 16), inputs // group, 8, 4)
+            shape += (2, 8) if bits == 8 else (2, 2, 4)
+            packed = tensor_at(next(table), shape, torch.uint8)
+            weight = unpacked(packed, bits, (channels, inputs)).float() * vector(channels)[:, None]
+        if not bias:
+            _rule(next(table) == 0, "the head has a bias")
+        offset = vector(channels) if bias else None
+        return lambda x: functional.linear(x.half().float(), weight, offset)
+
+    def norm():
+        weight, bias = vector(), vector()
+        return lambda x: functional.layer_norm(x, (width,), weight, bias, 1e-5)
+
+    bits, n = macros["BITS"], int(length)
+    shapes = ((3 * width, width), (width, width), (ffn, width), (width, ffn))
+    layers = [
+        ([linear(*shape, bits) for shape in shapes], [norm(), norm()])
+        for _ in range(macros["LAYERS"])
+    ]
+    head, final_norm = linear(vocab, width, macros["HEAD_BITS"], bias=False), norm()
+    embedding = tensor_at(next(table), (vocab, width), torch.float16)
+    positions = tensor_at(next(table), (n + 1, width), torch.float16)
+    _rule(next(table, None) is None, "the table of addresses has another length")
+
+    x = embedding[token].float() + positions[n].float()
+    for index, ((qkv, dense, fc, proj), (input_norm, post_norm)) in enumerate(layers):
+        query, key, value = qkv(input_norm(x)).unflatten(1, (3, macros["HEADS"], -1)).unbind(1)
+        keys[index, 0, :, n], values[index, 0, :, n] = key[0], value[0]
+        seen_keys, seen_values = (
+            cache[index, 0, :, : n + 1].float() for cache in (keys, values)
+        )
+        scores = torch.einsum("hd,hld->hl", query[0].half().float(), seen_keys)
+        weights = (scores * query.shape[2] ** -0.5).softmax(-1)
+        x = x + dense(torch.einsum("hl,hld->hd", weights, seen_values).reshape(1, width))
+        x = x + proj(fc(post_norm(x)).relu())
+    logits.copy_(head(final_norm(x)))
+    length += 1
+    first_mark ^= macros["LAYERS"] % 2
+
+
+def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The contiguous tensor of a type that lies at an address."""
+    memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _rule(kept: Any, what: str) -> None:
+    if not kept:
+        raise AssertionError(f"a launch that no kernel takes: {what}")
+
+
+DOUBLES = {
+    "attention.cu": attention,
+    "linear.cu": linear,
+    "linear_hopper.cu": linear,
+    "linear_hopper_packed.cu": linear,
+    "step.cu": step,
+    "unpack.cu": unpack_weight,
+}
