@@ -274,6 +274,8 @@ class LocalWorkers:
         batches = (batch.pictures for batch in work.batches())
         decoded = self._decoders.decode(batches, work.preprocessing)
         position = work.start.position
+        prompts = [question.prompt for question in work.questions]
+        self._pipeline.prepare(prompts[:1] * work.batch_size, work.options)
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         try:

@@ -121,6 +121,19 @@ class Pipeline:
         count, vocab_size = self.vision.num_query_tokens, self.language.vocab_size
         return [build_input_ids(self.tokenizer.encode(text), count, vocab_size) for text in texts]
 
+    def prepare(self, texts: Sequence[str], options: GenerationOptions) -> None:
+        """Have what a batch with these texts needs compiled; `look` and `ask` wait for it.
+
+        All at once, where they would compile one kernel after another, each when it is needed.
+        """
+        lengths = [len(ids) for ids in self.encode(texts)]
+        try:
+            self.vision.prepare(len(texts))
+            self.language.prepare(lengths, self.vision.num_query_tokens, options)
+        except Exception as error:
+            if not memory.exhausted(error):  # else `look` and `ask` will say so, or do with less
+                raise
+
     def answer(
         self,
         pixel_values: torch.Tensor,
@@ -140,6 +153,8 @@ class Pipeline:
             UserError: an input that the engines cannot take, or a stage that yields NaN or Inf.
         """
         watch = stopwatch or Stopwatch()
+        with watch.time("ViT"):  # which waits for its kernels first
+            self.prepare(texts, options)
         look = self.look(pixel_values, watch)
         with watch.time("OPT"):
             return self.ask(look, texts, options)

@@ -31,21 +31,14 @@ PROPERTIES = types.SimpleNamespace(
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Let the product find an H100, on which tensors are on the CPU."""
-    from blip2.language.native import (
-        beam_kernels,
-        compiled,
-        fused_step,
-        kernels,
-        layered_step,
-        prompt,
-    )
+    from blip2 import cuda_graphs
+    from blip2.language.native import beam_kernels, compiled, fused_step, kernels
     from blip2.vision import kernels as vision_kernels
 
     interpret(patch, beam_kernels, kernels, vision_kernels)
     for module in (compiled, fused_step):
         patch.setattr(module, "load_kernel", load_kernel)
-    for module in (layered_step, prompt):
-        patch.setattr(module, "capture", lambda launch, _device: launch)
+    patch.setattr(cuda_graphs, "capture", lambda launch, _pool=None: launch)
     patch.setattr(torch.cuda, "get_device_properties", lambda _device: PROPERTIES)
     patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
 
@@ -228,9 +221,7 @@ def step(
     for index, ((qkv, dense, fc, proj), (input_norm, post_norm)) in enumerate(layers):
         query, key, value = qkv(input_norm(x)).unflatten(1, (3, macros["HEADS"], -1)).unbind(1)
         keys[index, 0, :, n], values[index, 0, :, n] = key[0], value[0]
-        seen_keys, seen_values = (
-            cache[index, 0, :, : n + 1].float() for cache in (keys, values)
-        )
+        seen_keys, seen_values = (cache[index, 0, :, : n + 1].float() for cache in (keys, values))
         scores = torch.einsum("hd,hld->hl", query[0].half().float(), seen_keys)
         weights = (scores * query.shape[2] ** -0.5).softmax(-1)
         x = x + dense(torch.einsum("hl,hld->hd", weights, seen_values).reshape(1, width))

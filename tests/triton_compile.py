@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from blip2 import kernel_launch
 from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.vision import cuda, kernels, modules
 
@@ -59,7 +60,7 @@ def prepare(kernels: ModuleType, capability: int) -> dict[str, bool]:
 
 def main(capability: int) -> None:
     options = prepare(kernels, capability)
-    cuda._launch_options = lambda _x: options
+    kernel_launch._dependent_options = lambda _device: options
     with torch.device("meta"):
         vit = modules.VisionTransformer(VisionConfig(num_hidden_layers=1)).half()
         for images in (1, 16):

@@ -12,6 +12,7 @@ import sys
 import torch
 from triton_compile import prepare
 
+from blip2 import kernel_launch
 from blip2.language.native import beam_kernels, cuda_cache, cuda_decoding
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
@@ -19,7 +20,7 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 def main(capability: int) -> None:
     launch_options = prepare(beam_kernels, capability)
-    cuda_decoding.pdl_options = cuda_cache.pdl_options = lambda _device: launch_options
+    kernel_launch._dependent_options = lambda _device: launch_options
     config = OPTCheckpointConfig(
         dtype="float16",
         num_hidden_layers=1,

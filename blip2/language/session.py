@@ -119,6 +119,17 @@ class LanguageSession(abc.ABC):
             UserError: the weights are damaged, or cannot be read.
         """
 
+    def prepare(  # noqa: B027 - most engines have nothing to prepare
+        self, lengths: Sequence[int], table_rows: int, options: GenerationOptions
+    ) -> None:
+        """Have what such requests need compiled; `generate` waits for it, or does so itself.
+
+        Args:
+            lengths: of each request's input_ids.
+            table_rows: of each request's part of the prompt table.
+            options: how to decode.
+        """
+
     def limit_batch(self, size: int) -> None:
         """Work with batches of at most `size` from now on, and let go what larger ones needed."""
         self.limits = dataclasses.replace(self.limits, max_batch_size=size)

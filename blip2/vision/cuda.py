@@ -16,6 +16,7 @@ import triton
 from torch import nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from blip2.kernel_launch import launch
 from blip2.vision import kernels, modules
 
 _LOG2_E = math.log2(math.e)
@@ -42,7 +43,9 @@ class _Norm:
         rows, width = x.shape
         out = torch.empty_like(x)
         rows_each = 1 if rows < _MANY_ROWS else 4
-        kernels.norm_kernel[(triton.cdiv(rows, rows_each),)](
+        launch(
+            kernels.norm_kernel,
+            (triton.cdiv(rows, rows_each),),
             x,
             x if parts is None else parts,
             self.shift,
@@ -55,16 +58,9 @@ class _Norm:
             ROWS=rows_each,
             BLOCK=triton.next_power_of_2(width),
             PARTS=0 if parts is None else len(parts),
-            **_launch_options(x),
+            device=x.device,
         )
         return out
-
-
-def _launch_options(x: torch.Tensor) -> dict[str, bool]:
-    """Dependent launches exist from Hopper on."""
-    if torch.cuda.get_device_capability(x.device)[0] >= 9:
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +133,9 @@ class CudaVisionTransformer:
         rows += -rows % _ALIGNMENT
         patches = pixel_values.new_zeros(rows, padded)
         hidden = pixel_values.new_zeros(rows, width)
-        kernels.patches_kernel[(tokens, images)](
+        launch(
+            kernels.patches_kernel,
+            (tokens, images),
             pixel_values,
             self._start,
             patches,
@@ -148,7 +146,7 @@ class CudaVisionTransformer:
             PATCH=self._patch,
             BLOCK=triton.next_power_of_2(padded),
             BLOCK_WIDTH=triton.next_power_of_2(width),
-            **_launch_options(hidden),
+            device=hidden.device,
         )
         return hidden.addmm_(patches, self._patch_weight.T)
 
@@ -163,7 +161,9 @@ class CudaVisionTransformer:
         many = images >= 16
         block_m, block_n = 128 if many else 64, 128 if images == 1 else 64
         by_head = qkv.view(-1, 3 * heads, head_size)
-        kernels.attention_kernel[(triton.cdiv(tokens - 1, block_m) + 1, heads, images)](
+        launch(
+            kernels.attention_kernel,
+            (triton.cdiv(tokens - 1, block_m) + 1, heads, images),
             TensorDescriptor.from_tensor(by_head, [block_n, 1, low]),
             TensorDescriptor.from_tensor(by_head, [block_n, 1, high]),
             qkv,
@@ -178,7 +178,7 @@ class CudaVisionTransformer:
             EVEN=(tokens - 1) % block_n == 0,
             num_warps=4,
             num_stages=3 if many else 2,
-            **_launch_options(qkv),
+            device=qkv.device,
         )
 
     def _expand(self, x: torch.Tensor, fc1: nn.Linear) -> torch.Tensor:
@@ -206,7 +206,9 @@ class _QFormerLinear:
         block_m, block_n, block_k = 32, 64, 256
         out = x.new_empty(triton.cdiv(inputs, block_k), rows, channels)
         grid = (triton.cdiv(channels, block_n), len(out), triton.cdiv(rows, block_m))
-        kernels.few_rows_linear_kernel[grid](
+        launch(
+            kernels.few_rows_linear_kernel,
+            grid,
             x,
             self._few_rows_weight,
             out,
@@ -217,7 +219,7 @@ class _QFormerLinear:
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_warps=8,
-            **_launch_options(x),
+            device=x.device,
         )
         return out
 
@@ -229,7 +231,9 @@ class _QFormerLinear:
         _, rows, channels = parts.shape
         out = x.new_empty(rows, channels, dtype=dtype)
         block = 512 if rows <= _FEW_ROWS else 2048
-        kernels.sum_kernel[(triton.cdiv(out.numel(), block),)](
+        launch(
+            kernels.sum_kernel,
+            (triton.cdiv(out.numel(), block),),
             parts,
             bias,
             out,
@@ -238,7 +242,7 @@ class _QFormerLinear:
             PARTS=len(parts),
             GELU=gelu,
             BLOCK=block,
-            **_launch_options(x),
+            device=x.device,
         )
         return out
 
@@ -365,7 +369,9 @@ class CudaQFormer:
         queries = len(self._start)
         head_size = width // self._heads
         out = query.new_empty(rows, width)
-        kernels.query_attention_kernel[(self._heads, rows // queries)](
+        launch(
+            kernels.query_attention_kernel,
+            (self._heads, rows // queries),
             query,
             query_bias,
             keys_values,
@@ -383,7 +389,7 @@ class CudaQFormer:
             BLOCK_M=max(16, triton.next_power_of_2(queries)),
             BLOCK_N=32 if tokens <= 32 else 64,
             num_stages=2 if tokens <= 32 else 3,  # in shared memory, which many parts fill
-            **_launch_options(query),
+            device=query.device,
         )
         return out
 

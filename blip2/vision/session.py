@@ -36,6 +36,9 @@ class VisionSession(abc.ABC):
             UserError: the weights are damaged, or cannot be read.
         """
 
+    def prepare(self, batch_size: int) -> None:  # noqa: B027 - most engines have nothing to prepare
+        """Have what batches of that size need compiled; the stages wait for it, or do so themselves."""
+
     def limit_batch(self, size: int) -> None:
         """Work with batches of at most `size` from now on, and let go what larger ones needed."""
         self.max_batch_size = size

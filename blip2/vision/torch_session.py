@@ -18,6 +18,7 @@ from blip2.checkpoints import Checkpoint, open_checkpoint
 from blip2.cuda_graphs import Graph
 from blip2.devices import best_device
 from blip2.images import Preprocessing
+from blip2.kernel_launch import compile_ahead
 from blip2.vision import modules
 from blip2.vision.session import VisionSession
 
@@ -59,6 +60,7 @@ class TorchSession(VisionSession):
         self.output_size = checkpoint.shape("language_projection.weight")[0]
         self._checkpoint = checkpoint
         self._stages: Stages | None = None
+        self._compiled_sizes: set[int] = set()
 
     def load(self) -> None:
         """Read the weights; a second call does nothing.
@@ -74,6 +76,18 @@ class TorchSession(VisionSession):
         qformer = modules.load_qformer(checkpoint, torch.float32, device)
         make = gpu_stages if self.dtype == torch.float16 else float32_stages
         self._stages = make(vit, qformer, query_tokens)
+
+    @torch.inference_mode()
+    def prepare(self, batch_size: int) -> None:
+        self.load()
+        size = prepared_size(min(batch_size, self.max_batch_size))
+        if self.dtype != torch.float16 or size in self._compiled_sizes:
+            return
+        self._compiled_sizes.add(size)
+        sides = (self.preprocessing.height, self.preprocessing.width)
+        with compile_ahead():
+            pixel_values = torch.zeros(size, 3, *sides, dtype=self.dtype, device=self.device)
+            self._stages.qformer(self._stages.vit(pixel_values))
 
     def limit_batch(self, size: int) -> None:
         super().limit_batch(size)

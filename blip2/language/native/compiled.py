@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 from blip2 import cache
+from blip2.kernel_launch import is_ahead, submit
 
 _POINTER = ctypes.c_void_p
 
@@ -22,13 +24,28 @@ _POINTER = ctypes.c_void_p
 class CompiledKernel:
     """One kernel of a .cu file with its macros set; launches on PyTorch's current stream."""
 
-    def __init__(self, name: str, cubin: bytes) -> None:
-        """Load a compiled kernel."""
-        torch.cuda.current_stream()  # PyTorch makes the context that the module is loaded into
-        self._library = _check(driver.cuModuleLoadData(cubin))
-        self._function = _check(driver.cuModuleGetFunction(self._library, name.encode()))
+    def __init__(self, path: Path, name: str, macros: tuple[tuple[str, int], ...]) -> None:
+        """For the current GPU; it is compiled when it is first launched, or ahead of that."""
+        self._source = (path, name, macros)
+        self._device = torch.cuda.current_device()
         self._dependent = torch.cuda.get_device_capability()[0] >= 9
         self._shared_bytes = 48 << 10  # more has to be asked for
+        self._compiling: Future | None = None
+
+    @functools.cached_property
+    def _function(self) -> driver.CUfunction:
+        return self._compiling.result() if self._compiling else self._load()
+
+    def _load(self) -> driver.CUfunction:
+        path, name, macros = self._source
+        major, minor = torch.cuda.get_device_capability(self._device)
+        # With "a", what only this very architecture has: what is compiled here need not run elsewhere.
+        architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+        cubin = kept_cubin(path, macros, architecture)
+        with torch.cuda.device(self._device):
+            torch.cuda.mem_get_info()  # a call that gives this thread the GPU's context
+            library = _check(driver.cuModuleLoadData(cubin))  # stays loaded with the process
+        return _check(driver.cuModuleGetFunction(library, name.encode()))
 
     def __call__(
         self,
@@ -44,8 +61,12 @@ class CompiledKernel:
         Tensors go as their addresses, None as a null pointer, int and float as 32 bits. A `cluster`
         of so many blocks, side by side in x, sees one another's shared memory (Hopper and later).
         Blocks that wait for one another have to run `together` (a cooperative launch), and such a
-        launch waits for the kernel before as usual.
+        launch waits for the kernel before as usual. Within `compile_ahead` it is compiled only.
         """
+        if is_ahead():
+            if self._compiling is None:
+                self._compiling = submit(self._load)
+            return
         config = driver.CUlaunchConfig()
         config.sharedMemBytes = shared_bytes
         config.gridDimX, config.gridDimY = grid
@@ -142,11 +163,8 @@ def _options(macros: tuple[tuple[str, int], ...], architecture: str) -> list[str
 
 @functools.cache
 def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]) -> CompiledKernel:
-    """Compile a kernel for the current GPU and load it; once a process."""
-    major, minor = torch.cuda.get_device_capability()
-    # With "a", what only this very architecture has: what is compiled here need not run elsewhere.
-    architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-    return CompiledKernel(name, kept_cubin(path, macros, architecture))
+    """A kernel for the current GPU, the same one throughout a process."""
+    return CompiledKernel(path, name, macros)
 
 
 def _check(result: tuple) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from blip2.kernel_launch import launch
 from blip2.language.native import beam_kernels
-from blip2.language.native.layers import pdl_options
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 _REORDERED = 1024  # entries of `sources` that a program of reorder_kernel takes
@@ -31,7 +31,6 @@ class CudaCache:
         self._slots = torch.arange(max_len, device=device)
         self._own = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         self._num_beams = 1
-        self._pdl_options = pdl_options(device)
 
     @property
     def rows(self) -> int:
@@ -53,7 +52,9 @@ class CudaCache:
         beams = triton.next_power_of_2(self._num_beams)
         block = max(1, _REORDERED // beams)
         grid = (self.rows // self._num_beams, triton.cdiv(self.max_len, block))
-        beam_kernels.reorder_kernel[grid](
+        launch(
+            beam_kernels.reorder_kernel,
+            grid,
             self.sources,
             source_rows,
             self.lengths,
@@ -61,5 +62,5 @@ class CudaCache:
             self.max_len,
             BEAMS=beams,
             BLOCK=block,
-            **self._pdl_options,
+            device=self.keys.device,
         )

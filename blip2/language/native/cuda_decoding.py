@@ -8,8 +8,8 @@ import torch
 import triton
 
 from blip2.decoding import RULED_OUT, BeamSearch, Greedy
+from blip2.kernel_launch import launch
 from blip2.language.native import beam_kernels, kernels
-from blip2.language.native.layers import pdl_options
 from blip2.language.session import GenerationOptions
 
 _BLOCKS = (1024, 2048, 4096, 8192)  # logits that candidates_kernel may search at a time
@@ -31,13 +31,14 @@ class CudaGreedy(Greedy):
         self._steps = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self._step = self._steps[:1]
         self._chosen = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        self._pdl_options = pdl_options(torch.device(device))
 
     def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As in the base class; the tokens returned are overwritten by the next call."""
         if self._penalty.penalty != 1:
             return super().advance(logits)
-        kernels.greedy_kernel[(self.rows,)](
+        launch(
+            kernels.greedy_kernel,
+            (self.rows,),
             logits,
             self._chosen,
             self._tokens,
@@ -50,7 +51,7 @@ class CudaGreedy(Greedy):
             self.options.pad_id,
             BLOCK=8192,
             num_warps=16,
-            **self._pdl_options,
+            device=logits.device,
         )
         return self._chosen, None
 
@@ -82,7 +83,6 @@ class CudaBeamSearch(BeamSearch):
         self._hopeless = torch.zeros_like(self._can_improve)
         self._next_tokens = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self._source_rows = torch.zeros_like(self._next_tokens)
-        self._pdl_options = pdl_options(torch.device(device))
 
     @property
     def _kept(self) -> int:
@@ -93,7 +93,9 @@ class CudaBeamSearch(BeamSearch):
         if self._block is None:
             return super().advance(logits)
         places = triton.next_power_of_2(self._kept)
-        beam_kernels.candidates_kernel[(self.rows, self._chunks)](
+        launch(
+            beam_kernels.candidates_kernel,
+            (self.rows, self._chunks),
             logits,
             *self._statistics,
             *self._candidates,
@@ -102,9 +104,11 @@ class CudaBeamSearch(BeamSearch):
             PLACES=places,
             BLOCK=self._block,
             num_warps=max(4, self._block // 512),
-            **self._pdl_options,
+            device=logits.device,
         )
-        beam_kernels.beams_kernel[(self.requests,)](
+        launch(
+            beam_kernels.beams_kernel,
+            (self.requests,),
             *self._statistics,
             *self._candidates,
             self._norms,
@@ -131,7 +135,7 @@ class CudaBeamSearch(BeamSearch):
             CHUNKS=triton.next_power_of_2(self._chunks),
             CANDIDATES=triton.next_power_of_2(self._chunks * self._kept),
             num_warps=8,
-            **self._pdl_options,
+            device=logits.device,
         )
         return self._next_tokens, self._source_rows
 

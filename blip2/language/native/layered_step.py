@@ -8,6 +8,7 @@ import torch
 import triton
 
 from blip2.cuda_graphs import Graph
+from blip2.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
@@ -30,7 +31,7 @@ class LayeredStep:
         self._tokens = torch.zeros(cache.rows, dtype=torch.int64, device=device)
         shape = (cache.rows, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._run = Graph(self._launch) if device.type == "cuda" else self._launch
+        self._run = Graph(self._launch)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: rows, int64 → logits: rows x vocab_size, float32, overwritten by the next."""
@@ -40,7 +41,9 @@ class LayeredStep:
 
     def _launch(self) -> None:
         width = self._config.hidden_size
-        kernels.embed_kernel[(self._cache.rows, triton.cdiv(width, 1024))](
+        launch(
+            kernels.embed_kernel,
+            (self._cache.rows, triton.cdiv(width, 1024)),
             self._tokens,
             self._cache.lengths,
             self._weights.embedding,
@@ -48,7 +51,7 @@ class LayeredStep:
             self._layers.x,
             width,
             BLOCK=1024,
-            **self._layers.pdl_options,
+            device=self._tokens.device,
         )
         self._layers.run(self._attend)
         self._layers.logits(self._logits)

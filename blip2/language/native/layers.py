@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import triton
 
+from blip2.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
@@ -52,7 +53,6 @@ class Layers:
         properties = torch.cuda.get_device_properties(device)
         self._hopper = properties.major == 9
         self._multiprocessors = properties.multi_processor_count
-        self.pdl_options = pdl_options(device)
 
     def run(self, attend: Attend) -> None:
         """Queue all layers; `attend(layer, qkv, attended)` fills `attended` from tokens x 3 x width."""
@@ -100,7 +100,9 @@ class Layers:
     def _norm(self, norm: Norm) -> torch.Tensor:
         width = self.x.shape[1]
         product, bias = self._pending or (None, None)
-        kernels.norm_kernel[(self._tokens,)](
+        launch(
+            kernels.norm_kernel,
+            (self._tokens,),
             self.x,
             product,
             bias,
@@ -112,7 +114,7 @@ class Layers:
             ADD=product is not None,
             ADD_BIAS=bias is not None,
             BLOCK=triton.next_power_of_2(width),
-            **self.pdl_options,
+            device=self.x.device,
         )
         self._pending = None
         return self._normed
@@ -223,9 +225,3 @@ def _split(channels: int, inputs: int, multiprocessors: int) -> int:
 
 def _as_macros(macros: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((name, int(value)) for name, value in macros.items())
-
-
-def pdl_options(device: torch.device) -> dict[str, bool]:
-    """For a Triton launch: dependent launches exist from Hopper on."""
-    pdl = torch.cuda.get_device_capability(device)[0] >= 9
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

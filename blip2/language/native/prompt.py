@@ -9,6 +9,7 @@ import torch
 import triton
 
 from blip2.cuda_graphs import Graph
+from blip2.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
@@ -63,8 +64,7 @@ class Prompt:
         self._layers = Layers(config, weights, requests * length, device)
         self._last_layers = Layers(config, weights, requests, device)
         self._logits = torch.empty((requests, config.vocab_size), device=device)
-        captured = device.type == "cuda" and is_captured(shape)
-        self._run = Graph(self._launch) if captured else self._launch
+        self._run = Graph(self._launch) if is_captured(shape) else self._launch
 
     def __call__(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_table: torch.Tensor
@@ -88,7 +88,9 @@ class Prompt:
         head_size = self._config.hidden_size // heads
         requests, length = self._input_ids.shape
         block = 16 if length <= 64 else 64  # with more blocks each reads again what is before it
-        kernels.prompt_attention_kernel[(triton.cdiv(length, block), heads, requests)](
+        launch(
+            kernels.prompt_attention_kernel,
+            (triton.cdiv(length, block), heads, requests),
             qkv,
             cache.keys[layer],
             cache.values[layer],
@@ -101,5 +103,5 @@ class Prompt:
             BLOCK_D=max(16, triton.next_power_of_2(head_size)),
             BLOCK=block,
             num_warps=block // 16 if block > 16 else 2,
-            **self._layers.pdl_options,
+            device=qkv.device,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from blip2 import decoding
 from blip2.artifacts import UserError
 from blip2.devices import best_device
+from blip2.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
 from blip2.language.native.model import ACTIVATIONS, OPTModel
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
@@ -48,6 +50,7 @@ class NativeSession(LanguageSession):
             max_num_beams=config.vocab_size // 2,
         )
         self._model: OPTModel | None = None
+        self._compiled_cases: set[tuple] = set()
 
     def load(self) -> None:
         """Read the weights; a second call does nothing.
@@ -57,6 +60,24 @@ class NativeSession(LanguageSession):
         """
         if self._model is None:
             self._model = self._model_class.load(self._tensors, self.device)
+
+    @torch.inference_mode()
+    def prepare(self, lengths: Sequence[int], table_rows: int, options: GenerationOptions) -> None:
+        self.load()
+        if self.device.type != "cuda":
+            return
+        lengths = list(lengths)[: self.limits.max_batch_size]
+        case = (len(lengths), max(lengths), table_rows, dataclasses.replace(options, seed=0))
+        if case in self._compiled_cases:
+            return
+        self._compiled_cases.add(case)
+        input_ids = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+        table = torch.zeros(len(lengths), table_rows, self.hidden_size, device=self.device)
+        with compile_ahead():
+            requests = _Requests(self._model, self.device, input_ids, options, 0)
+            # What a random choice is made of has to be numbers.
+            logits = requests.read_prompts(table).zero_()
+            requests.append(*requests.strategy.advance(logits))
 
     def limit_batch(self, size: int) -> None:
         super().limit_batch(size)
@@ -82,37 +103,61 @@ class NativeSession(LanguageSession):
         options: GenerationOptions,
         first_request: int,
     ) -> list[Generation]:
-        lengths = torch.tensor([len(ids) for ids in input_ids], device=self.device)
-        padded = pad_sequence(list(input_ids), batch_first=True).long().to(self.device)
-        cache = self._model.new_cache(lengths, options.num_beams, options.max_output_len)
-        strategy = decoding.make_strategy(
-            options,
-            input_ids,
-            self.vocab_size,
-            first_request,
-            self.device,
-            self._model.greedy,
-            self._model.beam_search,
-        )
-
-        logits = self._model.prefill(padded, lengths, prompt_table.to(self.device), cache)
-        logits = logits.repeat_interleave(options.num_beams, dim=0)
+        requests = _Requests(self._model, self.device, input_ids, options, first_request)
+        strategy = requests.strategy
+        logits = requests.read_prompts(prompt_table)
         ends: collections.deque[_Flags] = collections.deque()
         for step in range(options.max_output_len):
-            next_tokens, source_rows = strategy.advance(logits)
+            chosen = strategy.advance(logits)
             if step == options.max_output_len - 1:
                 break
             ends.append(_Flags(strategy.ended()))
             if len(ends) > self._model.steps_ahead and ends.popleft().all():
                 break
-            if source_rows is not None:
-                cache.reorder(source_rows)
-            logits = self._model.step(next_tokens, cache)
+            logits = requests.append(*chosen)
         if not strategy.finite():
             raise UserError(
                 "the OPT yields NaN or Inf; make its checkpoint again from the original"
             )
         return strategy.results()
+
+
+class _Requests:
+    """A batch on its way: its cache, and the strategy that chooses its tokens."""
+
+    def __init__(
+        self,
+        model: OPTModel,
+        device: torch.device,
+        input_ids: Sequence[torch.Tensor],
+        options: GenerationOptions,
+        first_request: int,
+    ) -> None:
+        self._model, self._device, self._num_beams = model, device, options.num_beams
+        self._lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
+        self._input_ids = pad_sequence(list(input_ids), batch_first=True).long().to(device)
+        self._cache = model.new_cache(self._lengths, options.num_beams, options.max_output_len)
+        self.strategy = decoding.make_strategy(
+            options,
+            input_ids,
+            model.config.vocab_size,
+            first_request,
+            device,
+            model.greedy,
+            model.beam_search,
+        )
+
+    def read_prompts(self, prompt_table: torch.Tensor) -> torch.Tensor:
+        """Logits after the prompts, rows x vocab_size."""
+        table = prompt_table.to(self._device)
+        logits = self._model.prefill(self._input_ids, self._lengths, table, self._cache)
+        return logits.repeat_interleave(self._num_beams, dim=0)
+
+    def append(self, tokens: torch.Tensor, source_rows: torch.Tensor | None) -> torch.Tensor:
+        """Logits after one token more of each row, which may continue another row."""
+        if source_rows is not None:
+            self._cache.reorder(source_rows)
+        return self._model.step(tokens, self._cache)
 
 
 class _Flags:
