@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,14 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
+# Nothing is kept from one run of the tests to the next.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+
+def run_program(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run one of the scripts as a user would: `run_program("run.py", "--json")`."""
     script, *rest = map(str, arguments)
     return subprocess.run(
@@ -31,7 +38,7 @@ def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
 
 

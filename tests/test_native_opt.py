@@ -222,6 +222,22 @@ def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_checkpoint_runs_as_its_conversion_does(shape, tmp_path):
+    """In float16, with the ids that transformers gives for weights rounded to it."""
+    model = opt_models.opt(seed=len(shape), **SHAPES[shape])
+    converted = convert(model, tmp_path, dtype="float16")
+    direct = open_language_session(tmp_path / "hf")
+    prompts, images = random_prompts(model, 3)
+    model = model.half().float()
+    table = table_of(model, images)
+    options = GenerationOptions(end_id=17, max_output_len=NEW_TOKENS)
+    answers = direct.generate(prompts, table, options)
+    assert answers == converted.generate(prompts, table, options)
+    for answer, ids, rows in zip(answers, prompts, images, strict=True):
+        assert answer.beams[0].token_ids == reference(model, ids, rows, options)[0][0]
+
+
 @pytest.mark.parametrize(
     "how",
     [

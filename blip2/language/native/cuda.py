@@ -37,6 +37,7 @@ class CudaModel(OPTModel):
     """OPT whose layers normalise first, for one GPU."""
 
     steps_ahead = 1  # one is enough for the GPU never to wait for the host
+    has_kernels = True
     greedy = CudaGreedy
     beam_search = CudaBeamSearch
     max_batch_size = 64  # larger ones are hardly faster a request, and their cache is large

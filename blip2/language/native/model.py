@@ -29,10 +29,12 @@ class OPTModel:
     """OPT with LayerNorm before (most sizes) or after (350M) attention and MLP.
 
     `steps_ahead` is how many steps to queue before reading whether every answer had ended by then:
-    none where host and device are the same. `greedy` and `beam_search` are what searches so.
+    none where host and device are the same. `has_kernels` says that it is compiled when it is first
+    used. `greedy` and `beam_search` are what searches so.
     """
 
     steps_ahead = 0
+    has_kernels = False
     max_batch_size: int | None = None
     greedy: type[Greedy] = Greedy
     beam_search: type[BeamSearch] = BeamSearch

@@ -64,7 +64,7 @@ class NativeSession(LanguageSession):
     @torch.inference_mode()
     def prepare(self, lengths: Sequence[int], table_rows: int, options: GenerationOptions) -> None:
         self.load()
-        if self.device.type != "cuda":
+        if not self._model.has_kernels:
             return
         lengths = list(lengths)[: self.limits.max_batch_size]
         case = (len(lengths), max(lengths), table_rows, dataclasses.replace(options, seed=0))

@@ -1,0 +1,67 @@
+"""When graphs are captured and which batch sizes have one, on a CPU; tests/gpu has the real ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blip2 import cuda_graphs
+from blip2.cuda_graphs import Graph
+from blip2.kernel_launch import compile_ahead
+from blip2.vision.torch_session import MAX_BATCH_SIZE, Graphs, prepared_size
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """The pools of the captures, which a replay runs again."""
+    pools = []
+
+    def capture(launch, pool=None):
+        pools.append(pool)
+        launch()  # what PyTorch does in a capture: outputs get their places
+        return launch
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return pools
+
+
+def test_a_graph_is_captured_for_the_second_call(captures):
+    runs = []
+    graph = Graph(lambda: runs.append(1))
+    with compile_ahead():
+        graph()
+        graph()
+    assert not captures
+    graph()
+    assert not captures
+    graph()
+    graph()
+    assert len(captures) == 1
+    assert len(runs) == 2 + 1 + 1 + 2  # ahead, as it is, captured, replayed
+
+
+def test_sizes_are_few_and_hold_every_batch():
+    sizes = [prepared_size(pictures) for pictures in range(1, MAX_BATCH_SIZE + 1)]
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert all(size >= pictures for pictures, size in enumerate(sizes, start=1))
+    assert all(prepared_size(size) == size for size in sizes)
+
+
+def test_batches_of_every_size_share_few_graphs(captures):
+    stage = Graphs(lambda x: 2 * x + 1)
+    for _ in range(3):
+        for pictures in range(MAX_BATCH_SIZE, 0, -1):
+            x = torch.randn(pictures, 3)
+            assert torch.equal(stage(x), 2 * x + 1)
+    assert len(captures) == 11
+    assert len(set(map(id, captures))) == 1  # one memory for all
+
+
+def test_released_graphs_are_made_anew_in_other_memory(captures):
+    stage = Graphs(lambda x: x + 1)
+    for _ in range(2):
+        for _ in range(2):
+            stage(torch.zeros(4, 1))
+        stage.release()
+    assert len(set(map(id, captures))) == 2

@@ -1,0 +1,79 @@
+"""Tensors read from their place in a file, against the format's own reader."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from blip2.tensor_files import (
+    FiniteChecks,
+    Loader,
+    StoredTensor,
+    UnknownType,
+    is_finite,
+    read_header,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_tensors_are_those_of_the_formats_own_reader(tmp_path):
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        "half": torch.randn(3, 5).half(),
+        "odd": torch.arange(7, dtype=torch.uint8),  # what follows it is not aligned
+        "brain": torch.randn(4, 3).bfloat16(),
+        "float": torch.randn(2, 3, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.empty(0, 4),
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    stored, expected, load = read_header(file), load_file(file), Loader(CPU)
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (stored[name].shape, stored[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(load(stored[name]), tensor)
+
+
+def test_a_transposed_tensor_is_read_column_by_column(tmp_path):
+    file = tmp_path / "weights"
+    weight = torch.randn(3, 5)
+    file.write_bytes(b"12345678" + weight.T.contiguous().numpy().tobytes())
+    stored = StoredTensor(file, 8, torch.float32, (3, 5), transposed=True)
+    assert torch.equal(stored.mapped(), weight)
+
+
+def test_a_file_that_is_no_safetensors_or_cut_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.randn(100)}, file)
+    stored, whole = read_header(file), file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(SafetensorError):
+        read_header(file)
+    with pytest.raises(ValueError, match="file size"):
+        stored["a"].mapped()  # it was cut since
+    file.write_bytes(whole.replace(b'"F32"', b'"F8_'[:4] + b'"'))
+    with pytest.raises((SafetensorError, UnknownType)):
+        read_header(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_found_wherever_they_are(dtype, value):
+    for place in (0, 499, 999):
+        tensor = torch.randn(1000).to(dtype)
+        assert is_finite(tensor)
+        tensor[place] = value
+        assert not is_finite(tensor)
+
+
+def test_what_another_type_cannot_hold_is_not_finite_in_it():
+    checks = FiniteChecks(torch.float16)
+    checks.add("fits", torch.tensor([65504.0, -65504.0]))
+    checks.add("nothing", torch.empty(0))
+    assert checks.first_not_finite() is None
+    checks.add("too large", torch.tensor([1.0, 70000.0]))
+    assert checks.first_not_finite() == "too large"
