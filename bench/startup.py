@@ -7,7 +7,8 @@
 Each line is a process that asks one question about one picture, in float16: `run.py` from a
 checkpoint, from converted files and from ONNX files, and transformers. The first start of each finds
 no kernels compiled and no file verified, later ones what it left; files are in the page cache for all.
-"Ever" is the whole process, "after torch" the same without what `python -c "import torch"` takes.
+"Whole" is from the command to the last line, "after torch" the same without what `python -c "import
+torch"` takes.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main() -> None:
             timed([sys.executable, "-c", "import torch"])[0] for _ in range(args.repeats)
         )
         print(f"import torch: {torch_seconds:.2f} s, median of {args.repeats}")
-        print(f"{'':<30}{'ever':>8}{'after torch':>13}{'start':>8}{'load':>8}", end="")
+        print(f"{'':<30}{'whole':>8}{'after torch':>13}{'start':>8}{'load':>8}", end="")
         print(f"{'1st answer':>12}{'2nd answer':>12}", flush=True)
         for name, flags in ways.items():
             flags = [*flags, "--input_dir", str(picture)]
@@ -116,17 +117,25 @@ def draw_picture(path: Path) -> Path:
 def empty_caches(parent: Path) -> Iterator[dict[str, str]]:
     """The environment of a user who has run nothing yet."""
     with tempfile.TemporaryDirectory(dir=parent) as cache:
-        yield {**os.environ, "XDG_CACHE_HOME": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+        places = {"TRITON_CACHE_DIR": f"{cache}/triton", "CUDA_CACHE_PATH": f"{cache}/nv"}
+        yield {**os.environ, "XDG_CACHE_HOME": cache, **places}
 
 
 def timed(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, str]:
-    """Seconds of a process, and what it printed."""
+    """Seconds from a command to the last line that it printed, or its end, and those lines."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    return seconds, done.stdout
+    printed, seconds = [], 0.0
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        for line in process.stdout:
+            seconds = time.perf_counter() - started
+            printed.append(line)
+        if process.wait():
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(map(str, command))}\n{errors.read()}")
+    return seconds or time.perf_counter() - started, "".join(printed)
 
 
 def run(*arguments: object) -> None:
