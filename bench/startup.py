@@ -5,8 +5,9 @@
     python -m bench.startup --model_dir DIRECTORY  # a BLIP-2 of your own
 
 Each line is a process that asks one question about one picture, in float16: `run.py` from a
-checkpoint, from converted files and from ONNX files, and transformers. The first start of each finds
-no kernels compiled and no file verified, later ones what it left; files are in the page cache for all.
+checkpoint, from converted files and from ONNX files, from the same copied from another machine, and
+transformers. The first start of each finds no kernels compiled, and of copied files none verified;
+later ones find what it left. Files are in the page cache for all.
 "Whole" is from the command to the last line, "after torch" the same without what `python -c "import
 torch"` takes.
 """
@@ -52,28 +53,33 @@ def main() -> None:
         work = Path(directory)
         model = args.model_dir or random_checkpoint(work / "checkpoint")
         picture = draw_picture(work / "picture.png")
-        ways = {"checkpoint": ["--engine_dir", str(model), "--opt_engine_dir", str(model)]}
-        run("opt/convert_checkpoint.py", "--model_dir", model, "--output_dir", work / "opt")
-        ways["converted OPT"] = ["--engine_dir", str(model), "--opt_engine_dir", str(work / "opt")]
+        opt, export = work / "opt", work / "export"
+        convert = ["opt/convert_checkpoint.py", "--model_dir", model, "--output_dir", opt]
+        run(*convert)
+        checkpoint = ["--engine_dir", model, "--opt_engine_dir"]
+        ways = {
+            "checkpoint": ([*checkpoint, model], []),
+            "converted OPT": ([*checkpoint, opt], [convert]),
+            "converted OPT, copied": ([*checkpoint, opt], []),
+        }
         if args.onnx:
-            run(
-                *("onnx_export.py", "--model_dir", model, "--image", picture),
-                *("--output_dir", work / "export"),
-            )
-            tokens = str(work / "export" / "query_tokens.pt")
-            ways["ONNX files"] = [
-                *("--engine_dir", str(work / "export" / "onnx")),
-                *("--opt_engine_dir", str(work / "opt"), "--query_tokens", tokens),
-            ]
+            make = ["onnx_export.py", "--model_dir", model, "--image", picture]
+            make += ["--output_dir", export]
+            run(*make)
+            flags = ["--engine_dir", export / "onnx", "--opt_engine_dir", opt]
+            flags += ["--query_tokens", export / "query_tokens.pt"]
+            ways["ONNX files, copied"] = (flags, [])
         torch_seconds = statistics.median(
             timed([sys.executable, "-c", "import torch"])[0] for _ in range(args.repeats)
         )
         print(f"import torch: {torch_seconds:.2f} s, median of {args.repeats}")
-        print(f"{'':<30}{'whole':>8}{'after torch':>13}{'start':>8}{'load':>8}", end="")
+        print(f"{'':<36}{'whole':>8}{'after torch':>13}{'start':>8}{'load':>8}", end="")
         print(f"{'1st answer':>12}{'2nd answer':>12}", flush=True)
-        for name, flags in ways.items():
-            flags = [*flags, "--input_dir", str(picture)]
+        for name, (flags, made_by) in ways.items():
+            flags = [*map(str, flags), "--input_dir", str(picture)]
             with empty_caches(work) as environment:
+                for command in made_by:
+                    run(*command, environment=environment)
                 line(f"{name}, first start", torch_seconds, ask(flags, environment))
                 starts = [ask(flags, environment) for _ in range(args.repeats)]
                 middle = sorted(starts, key=lambda start: start.whole)[len(starts) // 2]
@@ -138,8 +144,8 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> tupl
     return seconds or time.perf_counter() - started, "".join(printed)
 
 
-def run(*arguments: object) -> None:
-    timed([sys.executable, *map(str, arguments)])
+def run(*arguments: object, environment: dict[str, str] | None = None) -> None:
+    timed([sys.executable, *map(str, arguments)], environment)
 
 
 def _run_py(flags: list[str]) -> list[str]:
@@ -168,7 +174,7 @@ def ask_transformers(model: Path, picture: Path) -> Start:
 def line(name: str, torch_seconds: float, start: Start) -> None:
     figures = (start.start, start.load)
     second = "" if start.second is None else f"{start.second:>10.3f} s"
-    print(f"{name:<30}{start.whole:>6.2f} s{start.whole - torch_seconds:>11.2f} s", end="")
+    print(f"{name:<36}{start.whole:>6.2f} s{start.whole - torch_seconds:>11.2f} s", end="")
     print("".join(f"{figure:>6.2f} s" for figure in figures), end="")
     print(f"{start.first:>10.2f} s{second}", flush=True)
 

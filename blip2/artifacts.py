@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -141,6 +142,9 @@ def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
         for old in {old for pattern in replaces for old in directory.glob(pattern)}:
             if old not in targets.values():
                 old.unlink()
+        # Hashed as they were written: the first run need not do so again.
+        for path, found in itertools.chain.from_iterable(map(_described_files, targets.values())):
+            _remember_verified(_state(path), str(found))
 
 
 def _target_of(filename: str | None, stage: Path, directory: Path) -> Path:
@@ -292,7 +296,7 @@ class Verification:
             for artifact, command in made_by.items()
             for path, expected in _described_files(artifact)
             if large_too or path.stat().st_size <= _SMALL_BYTES
-            if cache.read("verified", state := _state(path)) != str(expected).encode()
+            if not _is_verified(state := _state(path), str(expected))
         ]
 
     def __enter__(self) -> Verification:
@@ -322,7 +326,7 @@ class Verification:
                     f" replaced; make both again with: {command}"
                 )
             if unchanged:
-                cache.write("verified", state, found.encode())
+                _remember_verified(state, found)
 
 
 def _state(path: Path) -> str:
@@ -330,6 +334,14 @@ def _state(path: Path) -> str:
     status = path.stat()
     facts = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
     return cache.key_of(*map(str, facts))
+
+
+def _is_verified(state: str, expected: str) -> bool:
+    return cache.read("verified", state) == expected.encode()
+
+
+def _remember_verified(state: str, found: str) -> None:
+    cache.write("verified", state, found.encode())
 
 
 def _described_files(artifact: Path) -> Iterator[tuple[Path, Any]]:

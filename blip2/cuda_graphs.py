@@ -11,30 +11,30 @@ from blip2.kernel_launch import is_ahead
 
 
 class Graph:
-    """What `launch` queues over static buffers, a replay of one CUDA graph from the second call on.
+    """What is queued over static buffers, a replay of one CUDA graph from the second call on.
 
     The first call queues it as it is: kernels are compiled and cuBLAS sets itself up then, which a
     capture must not do, and what is called once does not pay for one.
     """
 
-    def __init__(self, launch: Callable[[], None], pool: Any = None) -> None:
+    def __init__(self, pool: Any = None) -> None:
         """`pool` is what `capture` takes."""
-        self._launch, self._pool = launch, pool
-        self._queue: Callable[[], None] = self._first
+        self._pool = pool
+        self._has_run = False
+        self._replay: Callable[[], None] | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, launch: Callable[[], None]) -> None:
+        """`launch` queues the same each time. Not kept: it may own this graph, and gigabytes."""
         if is_ahead():  # nothing runs that could be captured
-            self._launch()
+            launch()
+        elif self._replay is not None:
+            self._replay()
+        elif self._has_run:
+            self._replay = capture(launch, self._pool)
+            self._replay()
         else:
-            self._queue()
-
-    def _first(self) -> None:
-        self._launch()
-        self._queue = self._second
-
-    def _second(self) -> None:
-        self._queue = capture(self._launch, self._pool)
-        self._queue()
+            launch()
+            self._has_run = True
 
 
 def capture(launch: Callable[[], None], pool: Any = None) -> Callable[[], None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -27,16 +30,19 @@ def captures(monkeypatch) -> list:
 
 
 def test_a_graph_is_captured_for_the_second_call(captures):
-    runs = []
-    graph = Graph(lambda: runs.append(1))
+    runs, graph = [], Graph()
+
+    def launch() -> None:
+        runs.append(1)
+
     with compile_ahead():
-        graph()
-        graph()
+        graph(launch)
+        graph(launch)
     assert not captures
-    graph()
+    graph(launch)
     assert not captures
-    graph()
-    graph()
+    graph(launch)
+    graph(launch)
     assert len(captures) == 1
     assert len(runs) == 2 + 1 + 1 + 2  # ahead, as it is, captured, replayed
 
@@ -56,6 +62,28 @@ def test_batches_of_every_size_share_few_graphs(captures):
             assert torch.equal(stage(x), 2 * x + 1)
     assert len(captures) == 11
     assert len(set(map(id, captures))) == 1  # one memory for all
+
+
+def test_what_owns_a_graph_goes_with_its_last_reference(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "capture", lambda _launch, _pool: lambda: None)
+
+    class Step:
+        def __init__(self) -> None:
+            self.graph = Graph()
+
+        def launch(self) -> None:
+            pass
+
+    step = Step()
+    gone = weakref.ref(step)
+    for _ in range(3):
+        step.graph(step.launch)
+    gc.disable()  # it may be gigabytes: nobody waits for the collector
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_released_graphs_are_made_anew_in_other_memory(captures):

@@ -129,6 +129,18 @@ def test_a_file_is_verified_once_until_it_changes(tmp_path, own_cache, monkeypat
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_what_a_program_wrote_here_is_verified(tmp_path, monkeypatch):
+    with artifacts.staging(tmp_path / "out") as stage:
+        (stage / "a.pt").write_bytes(b"first")
+        artifacts.write_sidecar(stage / "a.pt")
+    path = tmp_path / "out" / "a.pt"
+    assert verify(path, monkeypatch) == 0
+    path.write_bytes(b"other")
+    with pytest.raises(UserError, match="is not the file that its description"):
+        verify(path, monkeypatch)
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_a_verified_file_has_to_have_its_sidecars_hash(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     path.write_bytes(b"first")

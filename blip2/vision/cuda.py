@@ -81,6 +81,12 @@ class CudaVisionTransformer:
     LayerNorm adds it as it reads.
     """
 
+    @staticmethod
+    def takes(module: modules.VisionTransformer) -> bool:
+        """Whether a head's columns can be copied by a tensor's descriptor: in 16 bytes at a time."""
+        layer = module.encoder.layers[0]
+        return layer.layer_norm1.weight.shape[0] // layer.num_heads % 8 == 0
+
     def __init__(self, module: modules.VisionTransformer) -> None:
         """Takes over the module's weights, where they are and in their dtype."""
         embeddings, layers = module.embeddings, module.encoder.layers

@@ -151,7 +151,8 @@ def gpu_stages(
     """
     from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer  # a CPU needs no Triton
 
-    stages = Graphs(CudaVisionTransformer(vit)), Graphs(CudaQFormer(qformer, query_tokens))
+    see = CudaVisionTransformer(vit) if CudaVisionTransformer.takes(vit) else vit
+    stages = Graphs(see), Graphs(CudaQFormer(qformer, query_tokens))
 
     def release() -> None:
         for stage in stages:
@@ -173,17 +174,21 @@ def prepared_size(pictures: int) -> int:
 class _Prepared:
     """A function's buffers for one batch size, and its graph."""
 
-    def __init__(self, function: Stage, size: int, example: torch.Tensor, pool: object) -> None:
+    def __init__(self, size: int, example: torch.Tensor, pool: object) -> None:
         # Rows that no picture fills are computed too: as zeros they are as good as any.
         self.input = example.new_zeros(size, *example.shape[1:])
         self.output: torch.Tensor | None = None
+        self._graph = Graph(pool)
+
+    def run(self, function: Stage) -> None:
+        """Have `output` computed of `input`."""
 
         def launch() -> None:
             # A graph's output stays where its capture put it; that of the first call is replaced.
             with _tf32_products():
                 self.output = function(self.input)
 
-        self.run = Graph(launch, pool)
+        self._graph(launch)
 
 
 class Graphs:
@@ -205,10 +210,10 @@ class Graphs:
         """x: at most MAX_BATCH_SIZE x …, of the same shape but for that each time."""
         size = prepared_size(len(x))
         if size not in self._prepared:
-            self._prepared[size] = _Prepared(self._function, size, x, self._pool)
+            self._prepared[size] = _Prepared(size, x, self._pool)
         prepared = self._prepared[size]
         prepared.input[: len(x)].copy_(x)
-        prepared.run()
+        prepared.run(self._function)
         return prepared.output[: len(x)]
 
 

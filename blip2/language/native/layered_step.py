@@ -31,12 +31,12 @@ class LayeredStep:
         self._tokens = torch.zeros(cache.rows, dtype=torch.int64, device=device)
         shape = (cache.rows, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self._run = Graph(self._launch)
+        self._graph = Graph()
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: rows, int64 → logits: rows x vocab_size, float32, overwritten by the next."""
         self._tokens.copy_(tokens)
-        self._run()
+        self._graph(self._launch)
         return self._logits
 
     def _launch(self) -> None:

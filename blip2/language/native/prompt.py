@@ -64,7 +64,7 @@ class Prompt:
         self._layers = Layers(config, weights, requests * length, device)
         self._last_layers = Layers(config, weights, requests, device)
         self._logits = torch.empty((requests, config.vocab_size), device=device)
-        self._run = Graph(self._launch) if is_captured(shape) else self._launch
+        self._graph = Graph() if is_captured(shape) else None
 
     def __call__(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_table: torch.Tensor
@@ -73,7 +73,10 @@ class Prompt:
         self._input_ids[:, : input_ids.shape[1]] = input_ids
         self._table.copy_(prompt_table)
         torch.add(self._starts, lengths - 1, out=self._last)
-        self._run()
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph(self._launch)
         return self._logits
 
     def _launch(self) -> None:
