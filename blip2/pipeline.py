@@ -14,6 +14,7 @@ import torch
 
 from blip2 import artifacts, language, memory, vision
 from blip2.artifacts import UserError
+from blip2.checkpoints import TokenIds
 from blip2.language import Generation, GenerationOptions, LanguageSession
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
@@ -276,12 +277,17 @@ def open_pipeline(
                 if opt.takes_requests
                 else None,
                 opt,
-                load_tokenizer(tokenizer or _tokenizer_beside(engine_dir, query_tokens)),
+                _open_tokenizer(tokenizer, _tokenizer_beside(engine_dir, query_tokens)),
             )
         with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
             opt.load()
         verification.finish()
     return pipeline
+
+
+def _open_tokenizer(given: str | Path | None, beside: Path) -> Tokenizer:
+    """The tokenizer beside the engines, or the one given, with the ids that are known beside them."""
+    return load_tokenizer(given, TokenIds.beside(beside)) if given else load_tokenizer(beside)
 
 
 def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:

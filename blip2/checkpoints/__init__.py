@@ -18,6 +18,7 @@ from blip2.checkpoints.configs import (
     VisionConfig,
     image_token_index,
 )
+from blip2.checkpoints.generation import TokenIds
 from blip2.checkpoints.reader import Checkpoint, is_checkpoint, lavis_checkpoint, open_checkpoint
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Checkpoint",
     "OPTConfig",
     "QFormerConfig",
+    "TokenIds",
     "VisionConfig",
     "image_token_index",
     "is_checkpoint",
