@@ -82,7 +82,7 @@ def main() -> None:
     import torch
 
     from blip2 import artifacts, images, prompts
-    from blip2.checkpoints import lavis_checkpoint, open_checkpoint
+    from blip2.checkpoints import TokenIds, lavis_checkpoint, open_checkpoint
     from blip2.vision import export, modules
     from blip2.vision.onnx_files import QFORMER_FILE, VIT_FILE
 
@@ -90,7 +90,9 @@ def main() -> None:
     checkpoint = open_model(args.model_dir)
     modules.check_checkpoint(checkpoint)
     preprocessing = images.Preprocessing.of(checkpoint)
-    tokenizer = prompts.load_tokenizer(tokenizer_location(args.hf_model_location, checkpoint))
+    tokenizer = prompts.load_tokenizer(
+        tokenizer_location(args.hf_model_location, checkpoint), TokenIds.of(checkpoint)
+    )
     picture = images.load_image(args.image)
     pixel_values = torch.from_numpy(images.pixel_values(picture, preprocessing))[None]
     query_tokens = checkpoint.tensor("query_tokens").float()

@@ -14,7 +14,7 @@ import torch
 
 from blip2 import artifacts, language, memory, vision
 from blip2.artifacts import UserError
-from blip2.checkpoints import is_checkpoint, locate
+from blip2.checkpoints import TokenIds, is_checkpoint, locate
 from blip2.language import Generation, GenerationOptions, LanguageSession
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
@@ -283,7 +283,7 @@ def open_pipeline(
     pipeline = Pipeline(
         vision.open_vision_session(engine_dir, query_tokens) if opt.takes_requests else None,
         opt,
-        load_tokenizer(tokenizer or _tokenizer_beside(engine_dir, query_tokens)),
+        _open_tokenizer(tokenizer, _tokenizer_beside(engine_dir, query_tokens)),
     )
     made_by = {
         **vision.artifacts_of(engine_dir, query_tokens),
@@ -297,6 +297,11 @@ def open_pipeline(
             opt.load()
         verification.finish()
     return pipeline
+
+
+def _open_tokenizer(given: str | Path | None, beside: Path) -> Tokenizer:
+    """The tokenizer beside the engines, or the one given, with the ids that are known beside them."""
+    return load_tokenizer(given, TokenIds.beside(beside)) if given else load_tokenizer(beside)
 
 
 def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:

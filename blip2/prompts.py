@@ -1,18 +1,24 @@
 """Text to input_ids and back, with BLIP-2's conventions.
 
 A request to OPT is n ids that stand for the picture (vocab_size + 0 … n - 1: rows of the prompt
-table), then BOS `</s>`, then the text. The answer ends at the newline.
+table), then BOS, then the text. By BLIP-2's custom BOS is `</s>`, and the answer ends at the newline;
+a checkpoint may say otherwise.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
 
 from blip2.artifacts import UserError, first_line
+from blip2.checkpoints import TokenIds
+from blip2.checkpoints.tokenizer import FILES as TOKENIZER_FILES
+from blip2.checkpoints.tokenizer import read_tokenizer
 
 MADE_BY = "python onnx_export.py"
 BOS, PAD = "</s>", "<pad>"
@@ -22,22 +28,34 @@ class Tokenizer:
     """OPT's byte-level BPE behind the four calls that the pipeline needs.
 
     Special tokens written out in a text (`</s>`, `<image>`) are encoded as ordinary characters: a
-    question cannot end the prompt or pose as a picture.
+    question cannot end the prompt or pose as a picture. Those that a checkpoint added for its
+    prompts are read as tokens.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        ids: TokenIds | None = None,
+        prompt_tokens: Sequence[str] = (),
+    ) -> None:
+        """Take a backend, the checkpoint's ids, and the special tokens that a text may hold.
+
+        Raises:
+            UserError: tokens are missing, or the end would be part of the answer.
+        """
         backend.no_truncation()
         backend.no_padding()
+        ids = ids or TokenIds()
         self._backend = backend
-        self.bos_id = self._special(BOS)
+        self._encoder = _reading(backend, prompt_tokens) if prompt_tokens else backend
+        self.bos_id = self._special(BOS) if ids.bos is None else ids.bos
         self.pad_id = self._special(PAD)
-        newline = backend.encode("\n", add_special_tokens=False).ids
-        if len(newline) != 1:
+        self.end_id = self._newline() if ids.eos is None else ids.eos
+        if text := self.decode([self.end_id]):
             raise UserError(
-                "the tokenizer has no single token for the newline, which ends BLIP-2's answers; use"
-                " the tokenizer of the BLIP-2 or OPT checkpoint"
+                f"the checkpoint's answers end by {text!r} (eos_token_id {self.end_id}), which is"
+                " text; set text_config's eos_token_id to the newline's or that of a special token"
             )
-        self.end_id = newline[0]
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def _special(self, token: str) -> int:
@@ -48,6 +66,15 @@ class Tokenizer:
                 " checkpoint"
             )
         return token_id
+
+    def _newline(self) -> int:
+        newline = self._backend.encode("\n", add_special_tokens=False).ids
+        if len(newline) != 1:
+            raise UserError(
+                "the tokenizer has no single token for the newline, which ends BLIP-2's answers; use"
+                " the tokenizer of the BLIP-2 or OPT checkpoint"
+            )
+        return newline[0]
 
     def encode(self, text: str) -> list[int]:
         """BOS, then the ids of `text`; an empty text is BOS alone and asks for a caption.
@@ -60,24 +87,35 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise UserError(f"the text {text!r} is not UTF-8; write it in that encoding") from None
         # Not set before: tokenizers 0.13, which LAVIS needs, knows no such setting, but can save.
-        self._backend.encode_special_tokens = True
-        return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
+        self._encoder.encode_special_tokens = True
+        return [self.bos_id, *self._encoder.encode(text, add_special_tokens=False).ids]
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of generated ids, without special tokens and surrounding blanks."""
         return self._backend.decode(token_ids, skip_special_tokens=True).strip()
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json into `directory`, which is made if need be."""
+        """Write tokenizer.json and the ids for it into `directory`, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
         text = self._backend.to_str(pretty=True)
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+        TokenIds(self.bos_id, self.end_id).write(directory)
 
 
-def load_tokenizer(location: str | Path) -> Tokenizer:
+def _reading(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    """The same backend to which some special tokens are none, so that texts may hold them."""
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] &= token["content"] not in tokens
+    return tokenizers.Tokenizer.from_str(json.dumps(description))
+
+
+def load_tokenizer(location: str | Path, ids: TokenIds | None = None) -> Tokenizer:
     """Open the tokenizer in a directory, or of a model on the Hugging Face hub.
 
-    tokenizer.json is taken where there is one; older OPT checkpoints have vocab.json + merges.txt.
+    Args:
+        location: a checkpoint, what `Tokenizer.save` wrote, or a hub id.
+        ids: where prompts begin and answers end, if the files there are not to say it.
 
     Raises:
         UserError: no tokenizer there, or none that OPT could use.
@@ -86,34 +124,34 @@ def load_tokenizer(location: str | Path) -> Tokenizer:
     if not directory.is_dir():
         directory = _download_tokenizer(str(location))
     try:
-        if (directory / "tokenizer.json").is_file():
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
-        if (directory / "vocab.json").is_file():
-            files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
-            backend = tokenizers.ByteLevelBPETokenizer.from_file(*files)
-            backend.add_special_tokens(["<s>", PAD, BOS, "<unk>"])
-            return Tokenizer(backend._tokenizer)
+        files = read_tokenizer(directory)
     except UserError:
         raise
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(
             f"cannot read the tokenizer in {directory}: {error}; make it again with: {MADE_BY}"
         ) from None
-    raise UserError(
-        f"{directory} holds no tokenizer.json; make it with: {MADE_BY}, or name another directory"
-        " or hub id with --hf_model_location"
-    )
+    if files is None:
+        raise UserError(
+            f"{directory} holds no tokenizer.json; make it with: {MADE_BY}, or name another"
+            " directory or hub id with --hf_model_location"
+        )
+    if ids is None or not ids.are_stated:
+        ids = TokenIds.beside(directory)
+    if files.bos is not None and ids.bos not in (None, files.bos):
+        raise UserError(
+            f"the tokenizer in {directory} puts token {files.bos} before a text, the checkpoint's"
+            f" text_config token {ids.bos} (bos_token_id); set the latter to the former"
+        )
+    ids = TokenIds(files.bos if ids.bos is None else ids.bos, ids.eos)
+    return Tokenizer(files.backend, ids, files.prompt_tokens)
 
 
 def _download_tokenizer(hub_id: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt"]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # hub, network and name errors share no base class
         raise UserError(
             f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}; make"

@@ -57,6 +57,7 @@ def tiny_blip2(
             "max_position_embeddings": 96,
             "word_embed_proj_dim": 64,
             "init_std": 0.2,
+            "eos_token_id": 202,  # the newline, as in Salesforce's
             **(text or {}),
         },
         num_query_tokens=num_query_tokens,

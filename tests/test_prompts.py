@@ -11,6 +11,7 @@ from models import tiny_tokenizer
 
 from blip2 import prompts
 from blip2.artifacts import UserError
+from blip2.checkpoints import TokenIds
 
 
 @pytest.fixture
@@ -78,3 +79,130 @@ def test_unusable_tokenizers_are_one_line(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="has no </s> token"):
         prompts.load_tokenizer(tmp_path)
+
+
+def checkpoint(directory, **text_config):
+    """A BLIP-2's config.json beside the tokenizer, whose `.` is id 17 and newline 202."""
+    config = {"model_type": "blip-2", "text_config": text_config}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "text_config, end_id",
+    [({"eos_token_id": 202}, 202), ({"eos_token_id": [3]}, 3), ({}, 2)],
+    ids=["the newline", "a list of one", "transformers' default"],
+)
+def test_answers_end_as_text_config_says(directory, tmp_path, text_config, end_id):
+    checkpoint(directory, **text_config)
+    tokenizer = prompts.load_tokenizer(directory)
+    assert tokenizer.end_id == end_id
+    tokenizer.save(tmp_path / "exported")
+    again = prompts.load_tokenizer(tmp_path / "exported")
+    assert (again.end_id, again.bos_id, again.pad_id) == (end_id, 2, 1)
+    (tmp_path / "exported" / "generation_config.json").unlink()  # as exports before it were
+    assert prompts.load_tokenizer(tmp_path / "exported").end_id == 202
+
+
+def test_an_opt_alone_follows_lavis(directory):
+    """Its own end is `</s>`, but its tokenizer is for a BLIP-2 that ends at the newline."""
+    for name in ("config.json", "generation_config.json"):
+        (directory / name).write_text(json.dumps({"model_type": "opt", "eos_token_id": 2}))
+    assert prompts.load_tokenizer(directory).end_id == 202
+
+
+@pytest.mark.parametrize(
+    "text_config, message",
+    [
+        ({"eos_token_id": [202, 2]}, r"ends answers by 2 tokens \(eos_token_id \[202, 2\]\)"),
+        ({"eos_token_id": None}, "eos_token_id is None; set it to the id of one token"),
+        ({"eos_token_id": -1}, "eos_token_id is -1; set it"),
+        ({"eos_token_id": 17}, r"answers end by '\.' \(eos_token_id 17\), which is text"),
+        ({"bos_token_id": "2"}, "bos_token_id is '2'; set it"),
+    ],
+)
+def test_ends_that_cannot_be_kept_are_refused(directory, text_config, message):
+    checkpoint(directory, **text_config)
+    with pytest.raises(UserError, match=message):
+        prompts.load_tokenizer(directory)
+
+
+def test_a_damaged_export_is_refused(directory):
+    (directory / "generation_config.json").write_text('{"bos_token_id": 2}')
+    with pytest.raises(UserError, match="holds no bos_token_id and eos_token_id; make it again"):
+        prompts.load_tokenizer(directory)
+
+
+def test_what_is_not_read_is_said(directory, capsys):
+    checkpoint(directory, eos_token_id=202, repetition_penalty=1.5)
+    generation = {"eos_token_id": 202, "num_beams": 5, "do_sample": False, "temperature": 1.0}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    assert prompts.load_tokenizer(directory).end_id == 202
+    said = capsys.readouterr().err
+    assert "asks for repetition_penalty 1.5, num_beams 5, which BLIP-2 in transformers does" in said
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    checkpoint(directory, eos_token_id=202)
+    assert prompts.load_tokenizer(directory).end_id == 202
+    assert "asks for eos_token_id 2, which" in capsys.readouterr().err
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [202]}))
+    prompts.load_tokenizer(directory)
+    assert capsys.readouterr().err == ""
+
+
+def test_ids_beside_the_engines_count_for_any_tokenizer(directory):
+    checkpoint(directory, eos_token_id=2)
+    assert prompts.load_tokenizer(directory, TokenIds(2, 3)).end_id == 3
+    assert prompts.load_tokenizer(directory, TokenIds()).end_id == 2
+
+
+def test_words_that_a_checkpoint_added_are_read_as_tokens(directory, tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens(["[VQA]", "<image>"])
+    backend.add_tokens(["<color>"])
+    backend.save(str(directory / "tokenizer.json"))
+    tokenizer = prompts.load_tokenizer(directory)
+    assert tokenizer.encode("[VQA]a<color>") == [2, 260, *tokenizer.encode("a")[1:], 262]
+    assert len(tokenizer.encode("<image></s>")) == 1 + len("<image></s>")
+    assert tokenizer.decode([260, 262]) == "<color>"
+    tokenizer.save(tmp_path / "exported")
+    again = prompts.load_tokenizer(tmp_path / "exported")
+    assert again.encode("[VQA]a<color>") == tokenizer.encode("[VQA]a<color>")
+    assert again.decode([260, 262]) == "<color>"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, "is a T5Tokenizer, not the"),
+        ("tokenizer_config.json", {"split_special_tokens": True}, "sets split_special_tokens"),
+        ("tokenizer_config.json", {"add_bos_token": False}, "puts nothing before a text"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["[VQA]"]}, "gives it no id"),
+        ("added_tokens.json", {"<color>": 300}, "disagree on the id of '<color>': 260 and 300"),
+    ],
+)
+def test_tokenizers_that_would_give_other_ids_are_refused(directory, name, content, message):
+    (directory / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        prompts.load_tokenizer(directory)
+    assert str(directory) in str(error.value)
+
+
+def test_a_template_says_what_is_before_a_text(directory):
+    template = tokenizers.processors.TemplateProcessing
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def saved(single, *special):
+        backend.post_processor = template(single=single, special_tokens=list(special))
+        backend.save(str(directory / "tokenizer.json"))
+
+    saved("<s> $A", ("<s>", 0))
+    assert prompts.load_tokenizer(directory).encode("a")[0] == 0
+    checkpoint(directory, bos_token_id=2)
+    with pytest.raises(UserError, match="puts token 0 before a text, the checkpoint's text_config"):
+        prompts.load_tokenizer(directory)
+    for single, message in (
+        ("$A", "puts nothing before a text, BLIP-2 wants a </s> there"),
+        ("</s> $A </s>", "BLIP-2's puts one token before a text"),
+    ):
+        saved(single, ("</s>", 2))
+        with pytest.raises(UserError, match=message):
+            prompts.load_tokenizer(directory)

@@ -17,6 +17,7 @@ from blip2.checkpoints.configs import (
     VisionConfig,
     image_token_index,
 )
+from blip2.checkpoints.generation import TokenIds
 from blip2.checkpoints.hub import locate
 from blip2.checkpoints.reader import Checkpoint, is_checkpoint, lavis_checkpoint, open_checkpoint
 
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "OPTConfig",
     "QFormerConfig",
+    "TokenIds",
     "VisionConfig",
     "image_token_index",
     "is_checkpoint",
