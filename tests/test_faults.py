@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -481,9 +482,13 @@ def test_an_export_that_overflows_float16_says_so(tmp_path):
 class Server(http.server.BaseHTTPRequestHandler):
     """Answers that a picture's address can give."""
 
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self):
+        self.asked.append(self.path)
         port = self.server.server_address[1]
         target = {"/inside": f"http://127.0.0.1:{port}/ok", "/file": "file:///etc/passwd"}
+        target["/quoted"] = f"http://127%2E0%2E0%2E1:{port}/ok"
         target |= {"/ftp": "ftp://127.0.0.1/x", "/loop": "/loop"}
         if self.path in target:
             self.send_response(302)
@@ -522,6 +527,7 @@ def server() -> Iterator[str]:
         ("/drip", "it takes longer than 1 s"),
         ("/short", "IncompleteRead"),
         ("/inside", "a redirect leads to 127.0.0.1, which is no public address"),
+        ("/quoted", "a redirect leads to 127.0.0.1, which is no public address"),
         ("/loop", "a redirect leads to 127.0.0.1"),
         ("/file", "is not allowed"),
         ("/ftp", "Found; check"),
@@ -536,6 +542,96 @@ def test_downloads_are_limited(server, monkeypatch, path, says):
     assert f"cannot download {server}{path}: " in str(error.value)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url, asked",
+    [
+        ("/сцена.png", "/%D1%81%D1%86%D0%B5%D0%BD%D0%B0.png"),
+        ("/%D1%81%D1%86.png", "/%D1%81%D1%86.png"),
+        ("/a scene.png?of=a b&c=ü#part", "/a%20scene.png?of=a%20b&c=%C3%BC"),
+        ("/100% c\u00f6tton.png", "/100%%20c%C3%B6tton.png"),
+        ("/a\tb\n.png", "/ab.png"),
+        ("/un\udcffcode.png", "/un%FFcode.png"),
+    ],
+)
+def test_addresses_as_people_copy_them(server, monkeypatch, url, asked):
+    """What a browser asks the server for: the URL standard's percent-encoding."""
+    monkeypatch.setenv("no_proxy", "*")
+    assert downloads.download(server + url) == b"x" * 9
+    assert Server.asked[-1] == asked
+
+
+@pytest.mark.parametrize(
+    "url, ascii_url",
+    [
+        ("http://пример.рф:8080/я", "http://xn--e1afmkfd.xn--p1ai:8080/%D1%8F"),
+        ("https://straße.de/", "https://xn--strae-oqa.de/"),  # not strasse.de, which is another's
+        ("http://Bücher.example", "http://xn--bcher-kva.example"),
+        ("http://[::1]:8/a b", "http://[::1]:8/a%20b"),
+        (" http://u:p@例え.jp/ ", "http://u:p@xn--r8jz45g.jp/"),
+    ],
+)
+def test_hosts_beyond_ascii(url, ascii_url):
+    assert downloads.as_ascii(url) == ascii_url
+
+
+def test_hosts_that_no_name_may_have_are_one_line():
+    with pytest.raises(UserError, match=r"cannot download http://☃\.-\./x: "):
+        downloads.download("http://☃.-./x")
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """A proxy at a private address, as most are: answers everything itself, with a redirect once."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(302 if self.path.endswith("/start") else 200)
+        self.send_header("Location", self.server.leads_to)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"done")
+
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        self.send_error(504, "as far as it goes without certificates")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "leads_to, says",
+    [
+        ("http://example.org/a.png", None),
+        ("http://93.184.215.14/a.png", None),
+        ("https://example.org/a.png", "504 as far as it goes"),
+        *(
+            (f"{scheme}://{host}/a.png", "which is no public address")
+            for scheme in ("http", "https")
+            for host in ("127.0.0.1", "10.0.0.1:81", "127.1", "0x7f000001", "127%2e0.0.1", "[::1]")
+        ),
+        ("http://u@LocalHost./a.png", "which is no public address"),
+        ("https://a.localhost/a.png", "which is no public address"),
+    ],
+)
+def test_behind_a_proxy_it_is_the_target_that_must_be_public(monkeypatch, leads_to, says):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.asked, proxy.leads_to = [], leads_to
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        try:
+            if says is None:
+                assert downloads.download("http://example.org/start") == b"done"
+            else:
+                with pytest.raises(UserError, match=says):
+                    downloads.download("http://example.org/start")
+        finally:
+            proxy.shutdown()
+    reached = says is None or "504" in says
+    assert len(proxy.asked) == 1 + reached
 
 
 def test_what_the_user_asks_for_himself_may_be_private(server, monkeypatch):
