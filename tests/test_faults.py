@@ -346,18 +346,25 @@ def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
     assert err.endswith("interrupted\n")
 
 
-def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):
-    """Closed, full, of a reader that goes, and of an encoding that lacks the question's letters."""
+def test_standard_streams_that_take_nothing_or_little(tiny_export, tiny_opt, tmp_path):
+    """Closed, full, of a reader that goes, and of an encoding that lacks the question's letters.
+
+    A picture a line goes elsewhere, and is written whatever becomes of standard output and errors.
+    """
     out = tiny_export.output
     ask = (
         *(sys.executable, "run.py", "--engine_dir", out / "onnx", "--opt_engine_dir", tiny_opt),
-        *("--query_tokens", out / "query_tokens.pt", "--input_dir", out / "image.pt"),
+        *("--query_tokens", out / "query_tokens.pt", "--input_dir", tiny_export.picture),
         *("--input_text", "猫?"),
     )
     line = " ".join(map(str, ask))
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1", "LANG": "C"}
+    many = f"{line} --workers 1 --output {tmp_path}"
     shell = {
         f"{line} >&-": (0, ""),
+        f"{line} 2>&-": (0, ""),
+        f"{many}/closed.jsonl <&- >&- 2>&-": (0, ""),
+        f"{many}/silent.jsonl 2>&-": (0, ""),
         f"{line} >/dev/full": (2, "error: cannot write standard output: No space left on device"),
         f"set -o pipefail; {line} | true": (0, ""),
         f"{line} | grep -q 'u732b'": (0, ""),
@@ -371,6 +378,9 @@ def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):
     for run, (code, says) in zip(runs, shell.values(), strict=True):
         _, err = run.communicate(timeout=120)
         assert (run.returncode, err.partition(";")[0].strip()) == (code, says), run.args
+    for name in ("closed", "silent"):
+        [answer] = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert "answer" in json.loads(answer)
 
 
 # --- many pictures -----------------------------------------------------------------------------
