@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _STAGE_PREFIX = ".stage-"
+_LOCK = ".stage.lock"  # of a directory; there only while it is held
 _MOST_ATTEMPTS = 5
 _HASHING_THREADS = 2  # the ViT's weights and OPT's, which are most of the bytes
 _SMALL_BYTES = 16 << 20  # what is hashed in no time is hashed whatever the user says
@@ -101,11 +101,13 @@ def _open_stage(directory: Path, stack: contextlib.ExitStack) -> Path:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, new)
-            with _locked(directory):  # nobody takes the new one for abandoned before it is locked
+            with locked(directory / _LOCK):  # before it is locked itself, a stage looks abandoned
                 _remove_abandoned_stages(directory)
-                stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
-                stack.callback(shutil.rmtree, stage, ignore_errors=True)
-                stack.enter_context(_locked(stage))
+                box = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
+                stack.callback(shutil.rmtree, box, ignore_errors=True)
+                stack.enter_context(locked(box / "lock"))
+            stage = box / "files"
+            stage.mkdir()
             break
         except FileNotFoundError:
             # Another process may just have removed what it had made and left empty.
@@ -125,9 +127,9 @@ def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
         path: directory / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()
     }
     for path in targets:
-        with path.open("rb") as written:
+        with path.open("r+b") as written:  # Windows flushes nothing that is open for reading
             os.fsync(written.fileno())
-    with _locked(directory):
+    with locked(directory / _LOCK):
         # Whatever can be in the way is found before the first file moves.
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,25 +160,53 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    handle = os.open(directory, os.O_RDONLY)
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock among processes: the file `path`, which is there only meanwhile.
+
+    Whoever is killed leaves the file, and no lock on it.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        OSError: the file cannot be made.
+    """
+    handle = _open_locked(path, wait)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        # Windows removes no file that somebody has open. Elsewhere it is removed under the lock, and
+        # who has waited for it finds that out.
+        if os.name == "nt":
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if os.name != "nt":
+            os.close(handle)
+
+
+def _open_locked(path: Path, wait: bool) -> int:
+    import filelock  # takes as long as all of --help
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not filelock.lock_descriptor(handle, blocking=wait, poll_interval=0.01):
+                raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a file that its last holder has removed
 
 
 def _remove_abandoned_stages(directory: Path) -> None:
-    """Remove what a killed process left: a stage that nobody holds a lock on."""
-    for stage in directory.glob(f"{_STAGE_PREFIX}*"):
+    """Remove what a killed process left: a stage that nobody holds the lock of."""
+    for box in directory.glob(f"{_STAGE_PREFIX}*"):
         with contextlib.suppress(OSError):
-            handle = os.open(stage, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stage, ignore_errors=True)
-            finally:
-                os.close(handle)
+            with locked(box / "lock", wait=False):
+                shutil.rmtree(box / "files", ignore_errors=True)
+            shutil.rmtree(box, ignore_errors=True)
 
 
 def sidecar_path(path: Path) -> Path:

@@ -252,6 +252,30 @@ def test_stages_of_two_processes_end_as_one_of_them(tmp_path):
     assert os.listdir(tmp_path / "deep" / "er").count("sub") == 1
 
 
+def test_a_lock_is_held_by_one_whatever_becomes_of_its_file(tmp_path):
+    """Its file goes when it is released, under those that wait for it; a killed holder leaves one."""
+    path, inside, most = tmp_path / "lock", [], []
+
+    def hold(times: int) -> None:
+        for _ in range(times):
+            with artifacts.locked(path):
+                inside.append(None)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    path.touch()
+    threads = [threading.Thread(target=hold, args=(50,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 200
+    with artifacts.locked(path), pytest.raises(BlockingIOError), artifacts.locked(path, wait=False):
+        pass
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("script", ["export", "build", "convert"])
 def test_two_programs_at_once_leave_one_whole_result(tiny_plans, tiny_checkpoint, tmp_path, script):
     out = tmp_path / "out"
