@@ -7,13 +7,14 @@
 
 The sidecar of `a/b.onnx` is `a/b.json`. It names the file, its size and SHA-256, and whatever its
 producer says of it; a consumer calls `read_sidecar`, which also checks the size, before it opens
-the file itself.
+the file itself. What no sidecar names is somebody else's, and not replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,11 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
+def staging(
+    directory: Path,
+    replaces: Sequence[str] = (),
+    is_ours: Callable[[Path], bool] = lambda _: False,
+) -> Iterator[Path]:
     """Yield a temporary directory whose files move into `directory` when the block succeeds.
 
     On any exception, Ctrl-C included, the temporary directory is removed and `directory` is as it
@@ -68,14 +73,18 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
 
     Args:
         directory: made if need be.
-        replaces: patterns of files in `directory` that are removed unless this stage has them too:
-            what an older result has and the new one has not.
+        replaces: patterns of the files that an older result may have in `directory`: those that
+            the new one has not are removed.
+        is_ours: whether a file that no sidecar names is nevertheless of this program's making.
 
     Raises:
-        UserError: the directory cannot be created or written, or the disk is full.
+        UserError: the directory cannot be created or written, the disk is full, or a file that
+            would be replaced is not ours: at once if one of `replaces`, else at the end.
     """
     with contextlib.ExitStack() as stack:
         try:
+            for old in _older(directory, replaces):
+                refuse_foreign(old, is_ours)
             stage = _open_stage(directory, stack)
         except OSError as error:
             raise _cannot_write(error, error.filename or directory) from error
@@ -87,7 +96,7 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
                 raise
             raise _cannot_write(error, _target_of(error.filename, stage, directory)) from error
         try:
-            _publish(stage, directory, replaces)
+            _publish(stage, directory, replaces, is_ours)
         except OSError as error:
             raise _cannot_write(
                 error, _target_of(error.filename2 or error.filename, stage, directory)
@@ -122,7 +131,13 @@ def _remove_empty(directories: Sequence[Path]) -> None:
             directory.rmdir()
 
 
-def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
+def _older(directory: Path, replaces: Sequence[str]) -> set[Path]:
+    return {path for pattern in replaces for path in directory.glob(pattern)}
+
+
+def _publish(
+    stage: Path, directory: Path, replaces: Sequence[str], is_ours: Callable[[Path], bool]
+) -> None:
     targets = {
         path: directory / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()
     }
@@ -135,12 +150,18 @@ def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        # Descriptions last: a crash between two moves leaves a sidecar that does not match.
-        for path in sorted(targets, key=lambda path: (path.suffix == ".json", path)):
+        for path, target in targets.items():
+            if target.exists() and not filecmp.cmp(path, target, shallow=False):
+                refuse_foreign(target, is_ours)
+        leftover = _older(directory, replaces) - set(targets.values())
+        for old in leftover:
+            refuse_foreign(old, is_ours)
+        # Descriptions first: a crash between two moves leaves one that does not match, and by which
+        # the next run knows what it may replace.
+        for path in sorted(targets, key=lambda path: (path.suffix != ".json", path)):
             os.replace(path, targets[path])
-        for old in {old for pattern in replaces for old in directory.glob(pattern)}:
-            if old not in targets.values():
-                old.unlink()
+        for old in leftover:
+            old.unlink()
 
 
 def _target_of(filename: str | None, stage: Path, directory: Path) -> Path:
@@ -157,6 +178,19 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
         f"cannot write {where}: {error.strerror or error}; free space there or choose another"
         " output directory"
     )
+
+
+def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """See that `path` is no file that somebody else wrote; one without content is nobody's.
+
+    Raises:
+        UserError: it holds something, no sidecar names it, and `is_ours` is false of it.
+    """
+    if path.is_file() and path.stat().st_size and not (is_described(path) or is_ours(path)):
+        raise UserError(
+            f"{path} exists, and was not written by this program; move it away, or choose another"
+            " place for the output"
+        )
 
 
 @contextlib.contextmanager
@@ -228,6 +262,26 @@ def sha256(path: Path, stopped: threading.Event | None = None) -> str | None:
 def describe_file(path: Path) -> dict[str, Any]:
     """Name, size in bytes and SHA-256 of a file, as sidecars hold them."""
     return {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def is_described(path: Path) -> bool:
+    """Whether a sidecar names this file or, of a graph, this data; or whether it is a sidecar."""
+    graph = path.with_suffix("") if data_path(path.with_suffix("")) == path else path
+    facts = _facts_of(sidecar_path(graph))
+    if sidecar_path(graph) == path:
+        name = facts.get("file")
+        return isinstance(name, str) and sidecar_path(path.with_name(name)) == path
+    data = facts.get("data")
+    return path.name in (facts.get("file"), data.get("file") if isinstance(data, dict) else None)
+
+
+def _facts_of(sidecar: Path) -> dict[str, Any]:
+    """What a sidecar says; nothing where there is none, or something else."""
+    try:
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) and {"file", "size", "sha256"} <= facts.keys() else {}
 
 
 def write_sidecar(path: Path, **facts: Any) -> None:

@@ -39,6 +39,7 @@ class Journal:
         self.path, self.done, self.failed = path, 0, 0
         self._questions = questions
         with contextlib.ExitStack() as stack:
+            is_new = not path.exists()
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock = path.with_name(path.name + ".lock")
@@ -50,8 +51,14 @@ class Journal:
                 ) from None
             except OSError as error:
                 raise _cannot_write(path, error) from None
-            self._check(json.loads(json.dumps(options)))
-            self._drop_torn()
+            try:
+                self._check(json.loads(json.dumps(options)))
+                self._drop_torn()
+            except BaseException:
+                self._file.close()
+                if is_new:
+                    path.unlink()
+                raise
             self._held = stack.pop_all()
 
     def __enter__(self) -> Journal:
@@ -64,7 +71,7 @@ class Journal:
         sidecar = self.path.with_name(self.path.name + ".options")
         if not os.path.getsize(self.path):
             # Nothing is lost yet, so that the options may still change.
-            with artifacts.staging(self.path.parent) as stage:
+            with artifacts.staging(self.path.parent, is_ours=_are_options) as stage:
                 (stage / sidecar.name).write_text(json.dumps(options, indent=2) + "\n")
             return
         if not sidecar.is_file():
@@ -131,6 +138,14 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from None
+
+
+def _are_options(path: Path) -> bool:
+    """Whether a file holds the options of a run: they go by their flags."""
+    try:
+        return any(name.startswith("--") for name in json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def _write(file: BinaryIO, content: bytes) -> None:

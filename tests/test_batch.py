@@ -638,6 +638,22 @@ def test_refusals_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_replaces_pages_alone(decoders, tmp_path):
+    page, output = tmp_path / "page.html", tmp_path / "out.jsonl"
+    files = gray(tmp_path, 2)
+    for name in files:
+        output.write_text(json.dumps({"path": name, "question": "", "answer": "a", "flags": []}))
+        report.check_place(page)
+        report.write_report(page, output, [name], decoders, 1)
+    assert Path(files[1]).name in page.read_text()
+    assert Path(files[0]).name not in page.read_text()
+    page.write_text("<!DOCTYPE html><style>p { color: red; }</style>")
+    for place in (report.check_place, lambda p: report.write_report(p, output, files, decoders, 1)):
+        with pytest.raises(UserError, match=r"page\.html exists, and was not written by this"):
+            place(page)
+    assert "color: red" in page.read_text()
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Reported by the page itself: what a phone would show of it.
 MEASURE = """<script>

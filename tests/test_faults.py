@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import models
 import pytest
 import torch
 from bad_inputs import assert_one_line, bad_pictures, flip, odd_pictures, run_here
@@ -26,9 +27,10 @@ from PIL import Image
 
 from blip2 import artifacts, downloads, images, memory
 from blip2.artifacts import UserError
-from blip2.language import GenerationOptions
+from blip2.language import GenerationOptions, open_language_session
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
-from blip2.vision import export
+from blip2.prompts import load_tokenizer
+from blip2.vision import export, open_vision_session
 
 TEXTS = ["what?", "", "a photo of", "how?"]
 
@@ -208,10 +210,35 @@ def test_small_files_on_full_disks(tmp_path):
 
 def test_older_files_that_a_new_result_lacks_are_removed(tmp_path):
     for names in (["rank0.bin", "rank1.bin", "config.json"], ["rank0.bin", "config.json"]):
-        with artifacts.staging(tmp_path, replaces=["rank*.bin"]) as stage:
+        with artifacts.staging(tmp_path, ["rank*.bin"], is_ours=lambda _: True) as stage:
             for name in names:
                 (stage / name).write_text(name)
         assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_what_an_older_run_wrote_is_replaced(tiny_export, tmp_path, monkeypatch, capsys):
+    """By another checkpoint and number of ranks, though damaged meanwhile; nothing else is."""
+    shutil.copytree(tiny_export.output, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    few = {"vision": {"num_hidden_layers": 1}, "qformer": {"num_hidden_layers": 2}}
+    models.tiny_blip2(Path("other"), seed=1, **few)
+    convert = "opt/convert_checkpoint.py --output_dir . --model_dir"
+    for command in (
+        f"{convert} {tiny_export.checkpoint} --tp_size 2",
+        f"onnx_export.py --model_dir other --image {tiny_export.picture}",
+        f"{convert} other",
+    ):
+        for name in ("image.pt", "query_tokens.pt", "tokenizer/tokenizer.json"):
+            Path(name).write_text("damaged")
+        Path("notes.json").write_text("{}")
+        done = run_here(command, monkeypatch, capsys)
+        assert done.code == 0, done.err
+        if command.startswith("onnx"):
+            open_vision_session(Path("onnx"), Path("query_tokens.pt"))
+            load_tokenizer(Path("tokenizer"))
+    open_language_session(Path())
+    assert sorted(path.name for path in Path().glob("rank*")) == ["rank0.json", "rank0.safetensors"]
+    assert Path("notes.json").read_text() == "{}"
 
 
 # --- other processes, and signals --------------------------------------------------------------
@@ -222,13 +249,13 @@ from pathlib import Path
 from blip2 import artifacts
 target, me = Path(sys.argv[1]), sys.argv[2]
 for turn in range(60):
-    with artifacts.staging(target / "deep" / "er", replaces=["only-*"]) as stage:
+    with artifacts.staging(target / "deep" / "er", ["only-*"], lambda _: True) as stage:
         (stage / "sub").mkdir()
         for name in ("a.bin", "sub/b.bin", f"only-{me}", "c.json"):
             (stage / name).write_text(me)
     if turn % 7 == 0:
         try:
-            with artifacts.staging(target / "deep" / "er") as stage:
+            with artifacts.staging(target / "deep" / "er", is_ours=lambda _: True) as stage:
                 (stage / "a.bin").write_text("broken")
                 raise KeyError
         except KeyError:
@@ -317,7 +344,8 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
     for sent in ends:
         out = tmp_path / sent.name
         out.mkdir()
-        (out / "image.pt").write_text("mine")
+        (out / "image.pt").write_text("of before")
+        artifacts.write_sidecar(out / "image.pt")
         runs[sent] = start(
             *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint),
             *("--image", tiny_checkpoint.picture, "--output_dir", out),
@@ -332,13 +360,13 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
         assert run.returncode == ends[sent], err
         if sent != signal.SIGKILL:
             assert err == "interrupted\n"
-            assert os.listdir(tmp_path / sent.name) == ["image.pt"]
-        assert (tmp_path / sent.name / "image.pt").read_text() == "mine"
+            assert sorted(os.listdir(tmp_path / sent.name)) == ["image.json", "image.pt"]
+        assert (tmp_path / sent.name / "image.pt").read_text() == "of before"
     left = tmp_path / signal.SIGKILL.name
-    assert len(os.listdir(left)) == 2
+    assert len(os.listdir(left)) == 3
     with artifacts.staging(left):
         pass
-    assert os.listdir(left) == ["image.pt"]
+    assert sorted(os.listdir(left)) == ["image.json", "image.pt"]
 
 
 @pytest.mark.parametrize("script", ["run", "many", "export"])

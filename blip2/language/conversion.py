@@ -16,7 +16,13 @@ import torch
 from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, OPTConfig
-from blip2.language.trtllm_format import DTYPES, OPTCheckpointConfig, Spec, tensor_specs
+from blip2.language.trtllm_format import (
+    DTYPES,
+    OPTCheckpointConfig,
+    Spec,
+    is_description,
+    tensor_specs,
+)
 from blip2.safetensors_writer import SafetensorsWriter
 
 # BLIP-2's OPT; OPT alone as transformers names it now; OPT alone in files of 2022.
@@ -30,6 +36,7 @@ _LAYER_SOURCES = {
     "post_layernorm": ("final_layer_norm",),
 }
 _UNUSED_POSITIONS = 2
+_FILES = ("config.json", "rank*.safetensors", "rank*.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ def convert(
     source = _Source(checkpoint, OPTConfig.of(checkpoint))
     specs = tensor_specs(config)
     layout = {name: (DTYPES[config.dtype], spec.shape) for name, spec in specs.items()}
-    with artifacts.staging(output_dir, replaces=["rank*.safetensors", "rank*.json"]) as stage:
+    with artifacts.staging(output_dir, _FILES, is_ours=is_description) as stage:
         files = [stage / f"rank{rank}.safetensors" for rank in range(config.tp_size)]
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(SafetensorsWriter(file, layout)) for file in files]
