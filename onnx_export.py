@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from blip2.vision import export
 
 DEFAULT_MODELS = {"huggingface": "Salesforce/blip2-opt-2.7b", "lavis": "pretrain_opt2.7b"}
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
 MERLION = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/assets/merlion.png"
 
 
@@ -99,8 +100,12 @@ def main() -> None:
     dtype, qformer_dtype = (getattr(torch, name) for name in (args.dtype, args.qformer_dtype))
 
     output_dir = Path(args.output_dir)
+    graphs = [f"onnx/{VIT_FILE}", f"onnx/{QFORMER_FILE}"]
+    described = [*graphs, "image.pt", "query_tokens.pt"]
+    sidecars = [str(artifacts.sidecar_path(Path(file))) for file in described]
+    files = [*described, *sidecars, *(f"{graph}.data" for graph in graphs), TOKENIZER_FILE]
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
-    with artifacts.staging(output_dir) as stage:
+    with artifacts.staging(output_dir, files, is_tokenizer_of_export) as stage:
         vit = stage / "onnx" / VIT_FILE
         exported = export.export_vit(checkpoint, pixel_values, dtype, vit, args.opset)
         export.write_sidecar(
@@ -137,6 +142,16 @@ def tokenizer_location(given: str | None, checkpoint: Checkpoint) -> str | Path:
             " directory of its OPT, for the tokenizer"
         )
     return location
+
+
+def is_tokenizer_of_export(path: Path) -> bool:
+    """Whether this is the tokenizer beside query tokens that were exported: it has no sidecar."""
+    from blip2 import artifacts
+
+    output_dir = path.parent.parent
+    return path == output_dir / TOKENIZER_FILE and artifacts.is_described(
+        output_dir / "query_tokens.pt"
+    )
 
 
 def report(target: Path, written: Path, differences: list[export.Difference]) -> str:

@@ -210,6 +210,8 @@ def answer_many(args: argparse.Namespace) -> int:
     from blip2.decoders import Decoders, default_workers
     from blip2.prompts import fill_template
 
+    if args.html:
+        report.check_place(args.html)
     entries = inputs.list_entries(args.input_dir)
     template = args.prompt_template or BATCH_TEMPLATE
     questions = [batch.Question(text, fill_template(template, text)) for text in args.input_text]

@@ -7,14 +7,14 @@
 
 The sidecar of `a/b.onnx` is `a/b.json`. It names the file, its size and SHA-256, and whatever its
 producer says of it; a consumer calls `read_sidecar`, which also checks the size, before it opens
-the file itself.
+the file itself. What no sidecar names is somebody else's, and not replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import filecmp
 import hashlib
 import io
 import itertools
@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 _STAGE_PREFIX = ".stage-"
+_LOCK = ".stage.lock"  # of a directory; there only while it is held
 _MOST_ATTEMPTS = 5
 _HASHING_THREADS = 2  # the ViT's weights and OPT's, which are most of the bytes
 _SMALL_BYTES = 16 << 20  # what is hashed in no time is hashed whatever the user says
@@ -62,7 +63,11 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
+def staging(
+    directory: Path,
+    replaces: Sequence[str] = (),
+    is_ours: Callable[[Path], bool] = lambda _: False,
+) -> Iterator[Path]:
     """Yield a temporary directory whose files move into `directory` when the block succeeds.
 
     On any exception, Ctrl-C included, the temporary directory is removed and `directory` is as it
@@ -71,14 +76,18 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
 
     Args:
         directory: made if need be.
-        replaces: patterns of files in `directory` that are removed unless this stage has them too:
-            what an older result has and the new one has not.
+        replaces: patterns of the files that an older result may have in `directory`: those that
+            the new one has not are removed.
+        is_ours: whether a file that no sidecar names is nevertheless of this program's making.
 
     Raises:
-        UserError: the directory cannot be created or written, or the disk is full.
+        UserError: the directory cannot be created or written, the disk is full, or a file that
+            would be replaced is not ours: at once if one of `replaces`, else at the end.
     """
     with contextlib.ExitStack() as stack:
         try:
+            for old in _older(directory, replaces):
+                refuse_foreign(old, is_ours)
             stage = _open_stage(directory, stack)
         except OSError as error:
             raise _cannot_write(error, error.filename or directory) from error
@@ -90,7 +99,7 @@ def staging(directory: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
                 raise
             raise _cannot_write(error, _target_of(error.filename, stage, directory)) from error
         try:
-            _publish(stage, directory, replaces)
+            _publish(stage, directory, replaces, is_ours)
         except OSError as error:
             raise _cannot_write(
                 error, _target_of(error.filename2 or error.filename, stage, directory)
@@ -104,11 +113,13 @@ def _open_stage(directory: Path, stack: contextlib.ExitStack) -> Path:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, new)
-            with _locked(directory):  # nobody takes the new one for abandoned before it is locked
+            with locked(directory / _LOCK):  # before it is locked itself, a stage looks abandoned
                 _remove_abandoned_stages(directory)
-                stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
-                stack.callback(shutil.rmtree, stage, ignore_errors=True)
-                stack.enter_context(_locked(stage))
+                box = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
+                stack.callback(shutil.rmtree, box, ignore_errors=True)
+                stack.enter_context(locked(box / "lock"))
+            stage = box / "files"
+            stage.mkdir()
             break
         except FileNotFoundError:
             # Another process may just have removed what it had made and left empty.
@@ -123,25 +134,37 @@ def _remove_empty(directories: Sequence[Path]) -> None:
             directory.rmdir()
 
 
-def _publish(stage: Path, directory: Path, replaces: Sequence[str]) -> None:
+def _older(directory: Path, replaces: Sequence[str]) -> set[Path]:
+    return {path for pattern in replaces for path in directory.glob(pattern)}
+
+
+def _publish(
+    stage: Path, directory: Path, replaces: Sequence[str], is_ours: Callable[[Path], bool]
+) -> None:
     targets = {
         path: directory / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()
     }
     for path in targets:
-        with path.open("rb") as written:
+        with path.open("r+b") as written:  # Windows flushes nothing that is open for reading
             os.fsync(written.fileno())
-    with _locked(directory):
+    with locked(directory / _LOCK):
         # Whatever can be in the way is found before the first file moves.
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        # Descriptions last: a crash between two moves leaves a sidecar that does not match.
-        for path in sorted(targets, key=lambda path: (path.suffix == ".json", path)):
+        for path, target in targets.items():
+            if target.exists() and not filecmp.cmp(path, target, shallow=False):
+                refuse_foreign(target, is_ours)
+        leftover = _older(directory, replaces) - set(targets.values())
+        for old in leftover:
+            refuse_foreign(old, is_ours)
+        # Descriptions first: a crash between two moves leaves one that does not match, and by which
+        # the next run knows what it may replace.
+        for path in sorted(targets, key=lambda path: (path.suffix != ".json", path)):
             os.replace(path, targets[path])
-        for old in {old for pattern in replaces for old in directory.glob(pattern)}:
-            if old not in targets.values():
-                old.unlink()
+        for old in leftover:
+            old.unlink()
         # Hashed as they were written: the first run need not do so again.
         for path, found in itertools.chain.from_iterable(map(_described_files, targets.values())):
             _remember_verified(_state(path), str(found))
@@ -163,26 +186,67 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
     )
 
 
+def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """See that `path` is no file that somebody else wrote; one without content is nobody's.
+
+    Raises:
+        UserError: it holds something, no sidecar names it, and `is_ours` is false of it.
+    """
+    if path.is_file() and path.stat().st_size and not (is_described(path) or is_ours(path)):
+        raise UserError(
+            f"{path} exists, and was not written by this program; move it away, or choose another"
+            " place for the output"
+        )
+
+
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    handle = os.open(directory, os.O_RDONLY)
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock among processes: the file `path`, which is there only meanwhile.
+
+    Whoever is killed leaves the file, and no lock on it.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        OSError: the file cannot be made.
+    """
+    handle = _open_locked(path, wait)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        # Windows removes no file that somebody has open. Elsewhere it is removed under the lock, and
+        # who has waited for it finds that out.
+        if os.name == "nt":
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if os.name != "nt":
+            os.close(handle)
+
+
+def _open_locked(path: Path, wait: bool) -> int:
+    import filelock  # takes as long as all of --help
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not filelock.lock_descriptor(handle, blocking=wait, poll_interval=0.01):
+                raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a file that its last holder has removed
 
 
 def _remove_abandoned_stages(directory: Path) -> None:
-    """Remove what a killed process left: a stage that nobody holds a lock on."""
-    for stage in directory.glob(f"{_STAGE_PREFIX}*"):
+    """Remove what a killed process left: a stage that nobody holds the lock of."""
+    for box in directory.glob(f"{_STAGE_PREFIX}*"):
         with contextlib.suppress(OSError):
-            handle = os.open(stage, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stage, ignore_errors=True)
-            finally:
-                os.close(handle)
+            with locked(box / "lock", wait=False):
+                shutil.rmtree(box / "files", ignore_errors=True)
+            shutil.rmtree(box, ignore_errors=True)
 
 
 def sidecar_path(path: Path) -> Path:
@@ -204,6 +268,26 @@ def sha256(path: Path, stopped: threading.Event | None = None) -> str | None:
 def describe_file(path: Path) -> dict[str, Any]:
     """Name, size in bytes and SHA-256 of a file, as sidecars hold them."""
     return {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def is_described(path: Path) -> bool:
+    """Whether a sidecar names this file or, of a graph, this data; or whether it is a sidecar."""
+    graph = path.with_suffix("") if data_path(path.with_suffix("")) == path else path
+    facts = _facts_of(sidecar_path(graph))
+    if sidecar_path(graph) == path:
+        name = facts.get("file")
+        return isinstance(name, str) and sidecar_path(path.with_name(name)) == path
+    data = facts.get("data")
+    return path.name in (facts.get("file"), data.get("file") if isinstance(data, dict) else None)
+
+
+def _facts_of(sidecar: Path) -> dict[str, Any]:
+    """What a sidecar says; nothing where there is none, or something else."""
+    try:
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) and {"file", "size", "sha256"} <= facts.keys() else {}
 
 
 def write_sidecar(path: Path, **facts: Any) -> None:

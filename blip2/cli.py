@@ -80,9 +80,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
-    # A closed descriptor leaves None; what a terminal's encoding lacks is escaped, not fatal.
-    stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
-    sys.stdout = stdout
+    _open_standard_streams()
+    stdout = sys.stdout
+    # What a terminal's encoding lacks is escaped, not fatal.
     if isinstance(stdout, io.TextIOWrapper):
         stdout.reconfigure(errors="backslashreplace")
     try:
@@ -116,6 +116,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Let those that were closed (`2>&-`) go nowhere; else the next files opened would be they."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest, this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
 
 
 def _explain(message: str) -> int:

@@ -14,11 +14,13 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,13 +34,26 @@ from blip2.inputs import Picture
 # Batches in flight: one being taken, and enough behind it that the workers never wait for it.
 AHEAD = 3
 THUMBNAIL = 320  # pixels of the longer side
+_SHARE = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in so many of time
+_MOST_WORKERS = 61 if sys.platform == "win32" else 256  # that Windows can wait for at once
 
 T = TypeVar("T")
 
 
 def default_workers() -> int:
     """Half of the processors that this process may use, at most 8: the engines need the others."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(8, _processors() // 2))
+
+
+def _processors() -> int:
+    """How many processors this process may use: those it is bound to, within a container's share."""
+    bound = getattr(os, "sched_getaffinity", None)  # macOS and Windows bind nobody
+    count = len(bound(0)) if bound else os.cpu_count() or 1
+    try:
+        quota, period = _SHARE.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or no limit: "max"
+        return count
 
 
 class Decoders:
@@ -50,6 +65,7 @@ class Decoders:
         context = multiprocessing.get_context("spawn")
         # The workers end when nobody holds the other end: even where this process was killed.
         ended, self._lifeline = context.Pipe(duplex=False)
+        workers = min(workers, _MOST_WORKERS)
         self._pool = ProcessPoolExecutor(
             workers, mp_context=context, initializer=_start_worker, initargs=(ended,)
         )

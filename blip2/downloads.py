@@ -1,16 +1,19 @@
 """Pictures from the web: http and https only, at most so large, within so long, no way inside.
 
 A redirect may not lead to an address that is not public: a page could send us to a service that
-only this machine can reach. An address that the user gives himself may be any.
+only this machine can reach. An address that the user gives himself may be any. A proxy may be
+anywhere; what names mean behind it is for itself to say, but addresses are looked at.
 """
 
 from __future__ import annotations
 
 import http.client
 import ipaddress
+import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from blip2.artifacts import UserError
@@ -20,6 +23,7 @@ SILENCE_S = 20  # the longest that a server may say nothing
 TIMEOUT_S = 60  # the longest that all of it may take
 _MAX_REDIRECTS = 5
 _BLOCK = 1 << 16
+_KEPT = "%!#$&'()*+,/:;=?@[]^|~"  # what browsers do not encode in paths and queries
 
 
 def is_url(source: str) -> bool:
@@ -34,6 +38,29 @@ def is_url(source: str) -> bool:
     if scheme.lower() not in ("http", "https"):
         raise UserError(f"{source} is neither http nor https; give one of those, or a file")
     return True
+
+
+def as_ascii(url: str) -> str:
+    """The URL as a browser asks for it: blanks and letters beyond ASCII percent-encoded, in UTF-8.
+
+    Of what is percent-encoded already nothing changes; the host's name is encoded by IDNA 2008.
+
+    Raises:
+        ValueError: no host has such a name.
+    """
+    parts = urllib.parse.urlsplit(url.strip())
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        import idna  # seldom needed
+
+        name, colon, port = host.partition(":")
+        host = idna.encode(name, uts46=True).decode("ascii") + colon + port
+    path = parts.path.replace("\\", "/")
+    encoded = (
+        urllib.parse.quote(part, safe=_KEPT, errors="surrogateescape")
+        for part in (path, parts.query)
+    )
+    return urllib.parse.urlunsplit((parts.scheme, user + at + host, *encoded, ""))
 
 
 def download(url: str) -> bytes:
@@ -83,7 +110,7 @@ def _fetch(url: str, deadline: float) -> bytes:
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
-    request = urllib.request.Request(url, headers={"User-Agent": "blip2-suite"})
+    request = urllib.request.Request(as_ascii(url), headers={"User-Agent": "blip2-suite"})
     content = bytearray()
     with opener.open(request, timeout=SILENCE_S) as response:
         while block := response.read(_BLOCK):
@@ -101,9 +128,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     max_redirections = _MAX_REDIRECTS
 
     def redirect_request(self, *arguments):
-        """A request that remembers that it was not the user who asked for it."""
+        """A request that remembers where it leads, as it was not the user who asked for it."""
         request = super().redirect_request(*arguments)
-        request.redirected = True
+        request.leads_to = request.host  # a proxy takes that place
         return request
 
 
@@ -113,10 +140,11 @@ class _Public:
     def connect(self) -> None:
         super().connect()
         # The address that was reached, not the name: a name can have another one by now.
-        address = self.sock.getpeername()[0].partition("%")[0]
-        if not ipaddress.ip_address(address).is_global:
+        try:
+            _check_public(self.sock.getpeername()[0])
+        except ValueError:
             self.close()
-            raise ValueError(f"a redirect leads to {address}, which is no public address")
+            raise
 
 
 class _PublicHTTP(_Public, http.client.HTTPConnection):
@@ -127,18 +155,44 @@ class _PublicHTTPS(_Public, http.client.HTTPSConnection):
     pass
 
 
-def _is_redirected(request: urllib.request.Request) -> bool:
-    # Behind a proxy we reach the proxy alone: where it may go is its own rule.
-    return getattr(request, "redirected", False) and not request.has_proxy()
+def _check_public(address: str) -> None:
+    """Raise ValueError for an address that is not public; a name is none."""
+    if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+        raise ValueError(f"a redirect leads to {address}, which is no public address")
+
+
+def _check_behind_proxy(host: str) -> None:
+    """As `_check_public`, of the host that a proxy is asked for, without asking anyone for its name."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        raise ValueError(f"a redirect leads to {host}, which is no public address")
+    try:
+        # In any of the ways to write it that the proxy may know: 127.1, 0x7f000001.
+        known = socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        return
+    for *_, (address, *_) in known:
+        _check_public(address)
+
+
+def _connection(request: urllib.request.Request, kind: type, public: type) -> type:
+    """What to connect with: where a redirect leads, something that looks where it has got."""
+    host = getattr(request, "leads_to", None)
+    if host is None:
+        return kind
+    if host == request.host:
+        return public
+    _check_behind_proxy(urllib.parse.urlsplit(f"//{host}").hostname)  # we reach the proxy alone
+    return kind
 
 
 class _HTTPHandler(urllib.request.HTTPHandler):
     def http_open(self, request):
-        kind = _PublicHTTP if _is_redirected(request) else http.client.HTTPConnection
+        kind = _connection(request, http.client.HTTPConnection, _PublicHTTP)
         return self.do_open(kind, request)
 
 
 class _HTTPSHandler(urllib.request.HTTPSHandler):
     def https_open(self, request):
-        kind = _PublicHTTPS if _is_redirected(request) else http.client.HTTPSConnection
+        kind = _connection(request, http.client.HTTPSConnection, _PublicHTTPS)
         return self.do_open(kind, request, context=self._context)

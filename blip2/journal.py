@@ -2,11 +2,12 @@
 
 Beside `captions.jsonl` lies `captions.jsonl.options`: what the lines were made with. A run that goes
 on must have the same options, engines and pictures, or the file would hold two different things.
+While it runs, `captions.jsonl.lock` keeps others away.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -38,36 +39,40 @@ class Journal:
         """
         self.path, self.done, self.failed = path, 0, 0
         self._questions = questions
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"another run is writing {path}; wait for it, or choose another --output"
-            ) from None
-        try:
-            self._check(json.loads(json.dumps(options)))
-            self._drop_torn()
-        except BaseException:
-            self._file.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            is_new = not path.exists()
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = path.with_name(path.name + ".lock")
+                stack.enter_context(artifacts.locked(lock, wait=False))
+                self._file = stack.enter_context(open(path, "ab", buffering=0))
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is writing {path}; wait for it, or choose another --output"
+                ) from None
+            except OSError as error:
+                raise _cannot_write(path, error) from None
+            try:
+                self._check(json.loads(json.dumps(options)))
+                self._drop_torn()
+            except BaseException:
+                self._file.close()
+                if is_new:
+                    path.unlink()
+                raise
+            self._held = stack.pop_all()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()
 
     def _check(self, options: dict[str, Any]) -> None:
         sidecar = self.path.with_name(self.path.name + ".options")
         if not os.path.getsize(self.path):
             # Nothing is lost yet, so that the options may still change.
-            with artifacts.staging(self.path.parent) as stage:
+            with artifacts.staging(self.path.parent, is_ours=_are_options) as stage:
                 (stage / sidecar.name).write_text(json.dumps(options, indent=2) + "\n")
             return
         if not sidecar.is_file():
@@ -134,6 +139,14 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from None
+
+
+def _are_options(path: Path) -> bool:
+    """Whether a file holds the options of a run: they go by their flags."""
+    try:
+        return any(name.startswith("--") for name in json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 def _write(file: BinaryIO, content: bytes) -> None:

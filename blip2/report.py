@@ -60,7 +60,7 @@ def write_report(
     batches = iter(lambda: list(itertools.islice(pictures, _BATCH)), [])
     thumbnails = itertools.chain.from_iterable(shown for _, shown in decoders.thumbnails(batches))
     with (
-        artifacts.staging(path.absolute().parent) as stage,
+        artifacts.staging(path.absolute().parent, is_ours=_is_ours) as stage,
         open(output, encoding="ascii") as lines,
     ):
         answers = _answers(map(json.loads, lines), questions)
@@ -71,6 +71,22 @@ def write_report(
             for thumbnail, of_picture in zip(thumbnails, answers, strict=False):
                 page.write(_article(thumbnail, of_picture))
             page.write(_TAIL)
+
+
+def check_place(path: Path) -> None:
+    """See, before there is anything to show, that the page may be written.
+
+    Raises:
+        UserError: there is a file that is no such page.
+    """
+    artifacts.refuse_foreign(path, _is_ours)
+
+
+def _is_ours(page: Path) -> bool:
+    """Whether a page was written here: only ours looks so."""
+    style = _HEAD[_HEAD.index("<style>") : _HEAD.index("</style>")].format()
+    with page.open(encoding="utf-8", errors="replace") as content:
+        return style in content.read(len(_HEAD) + 10_000)
 
 
 def _answers(lines: Iterator[dict[str, Any]], questions: int) -> Iterator[list[dict[str, Any]]]:

@@ -476,6 +476,58 @@ MACHINE = [
         "cannot write new/config.json: Is a directory",
         lambda: os.makedirs("new/config.json"),
     ),
+    # What the programs have not written, they do not replace.
+    *(
+        row(
+            f"somebody's {file}, {script}",
+            command,
+            rf"{place}{file} exists, and was not written by this program; move it away",
+            write(f"{place}{file}", content),
+        )
+        for script, command, place, files in (
+            (
+                "export",
+                EXPORT,
+                "new/",
+                {
+                    "image.pt": "mine",
+                    "query_tokens.json": "{}",
+                    "tokenizer/tokenizer.json": "{}",
+                    "onnx/Qformer/Qformer.onnx": "mine",
+                    "onnx/visual_encoder/visual_encoder.onnx.data": "mine",
+                },
+            ),
+            ("build", BUILD, "new/", {"Qformer/Qformer_fp16.plan": "mine"}),
+            (
+                "convert",
+                CONVERT,
+                "new/",
+                {
+                    "config.json": '{"architecture": "OPTForCausalLM", "model_type": "opt"}',
+                    "rank1.safetensors": "mine",
+                    "rank0.json": '{"file": "rank0.safetensors"}',
+                },
+            ),
+            (
+                "many",
+                f"{MANY} --html page.html",
+                "",
+                {"page.html": "<!DOCTYPE html>", "new.jsonl.options": "[1]"},
+            ),
+        )
+        for file, content in files.items()
+    ),
+    row(
+        "into the source",
+        CONVERT.replace(" new", " checkpoint"),
+        "checkpoint/config.json exists, and was not written by this program; move it away",
+    ),
+    row(
+        "into an engine",
+        CONVERT,
+        "new/config.json exists, and was not",
+        write("new/config.json", '{"pretrained_config": {"mapping": {}}, "build_config": {}}'),
+    ),
     row(
         "a long output", CONVERT.replace(" new", " " + "n" * 300), "File name too long; free space"
     ),
@@ -509,8 +561,9 @@ def whole(tiny_export, tiny_opt, tiny_plans, tmp_path_factory) -> Path:
         shutil.copy(tiny_plans.output / name, directory / "plan")
     narrow = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 128, "vocab_size": 320}
     for name, shape in {"narrow": narrow, "few": {"vocab_size": 96}}.items():
-        opt_models.opt(**shape).save_pretrained(directory / name)
-        checkpoint = open_checkpoint(directory / name)
+        source = tmp_path_factory.mktemp(name)
+        opt_models.opt(**shape).save_pretrained(source)
+        checkpoint = open_checkpoint(source)
         config = conversion.target_config(checkpoint, conversion.ConversionOptions(dtype="float32"))
         conversion.convert(checkpoint, config, directory / name)
     return directory

@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import encoded, noise
-from batch_runs import SCENES, command, processes_of, read, scene, wait_for
+from batch_runs import CHECKPOINT, SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
 from safetensors.torch import save_file
 
+from blip2 import decoders as batch_decoders
 from blip2 import inputs, report
 from blip2.artifacts import UserError
 from blip2.batch import (
@@ -182,6 +183,39 @@ def test_runs_that_are_killed_go_on(demo_opt, photos, tmp_path):
     assert output.read_bytes() == expected
 
 
+@pytest.mark.parametrize("system", ["macos", "windows"])
+def test_other_systems_have_what_a_cpu_needs(demo_opt, photos, tmp_path, system):
+    """Without what only Linux has, as far as that can be taken away here: see elsewhere.py."""
+    elsewhere, output = ROOT / "tests" / "elsewhere.py", tmp_path / "out.jsonl"
+    ask = [*command(demo_opt, output, "--input_dir", photos / "b"), "--html", tmp_path / "out.html"]
+    del ask[ask.index("--workers") : ask.index("--workers") + 2]  # as many as processors allow
+    convert = ("opt/convert_checkpoint.py", "--model_dir", CHECKPOINT, "--output_dir")
+    for script, *rest in (ask, ask, (*convert, tmp_path / "opt")):
+        done = run_program(elsewhere, system, ROOT / script, *rest)
+        assert done.returncode == 0, done.stderr
+    assert [line["answer"] for line in read(output)] == [
+        scenes.caption(scene(number)) for number in range(5)
+    ]
+    left = ["opt", "out.html", "out.jsonl", "out.jsonl.options"]
+    assert sorted(os.listdir(tmp_path)) == left
+    assert sorted(os.listdir(tmp_path / "opt")) == sorted(os.listdir(demo_opt))
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [(None, 8), ("max 100000\n", 8), ("350000 100000\n", 3), ("5000 100000", 1)]
+)
+def test_processors_are_counted_on_any_system(monkeypatch, tmp_path, limit, count):
+    """Those that a process is bound to, else all that there are; a container has its share."""
+    monkeypatch.setattr(batch_decoders, "_SHARE", tmp_path / "cpu.max")
+    if limit:
+        (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 20)
+    assert batch_decoders._processors() == count
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert batch_decoders._processors() == (20 if count == 8 else count)
+
+
 def journal(path: Path, **options) -> Journal:
     return Journal(path, 2, {"--num_beams": 1, **options})
 
@@ -325,9 +359,8 @@ def test_other_pictures_are_refused(fake_run, tmp_path):
 
 
 def test_full_disks_are_one_sentence(tmp_path):
-    with journal(tmp_path / "out.jsonl") as full:
-        full._file.close()
-        full._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the journal closes it
+    with journal(tmp_path / "out.jsonl") as full, open("/dev/full", "ab", buffering=0) as device:
+        full._file = device
         with pytest.raises(UserError, match="No space left on device; mend that"):
             full.append(lines_of("a"))
 
@@ -630,6 +663,22 @@ def test_refusals_are_one_line_and_leave_nothing(case, tmp_path, monkeypatch):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_replaces_pages_alone(decoders, tmp_path):
+    page, output = tmp_path / "page.html", tmp_path / "out.jsonl"
+    files = gray(tmp_path, 2)
+    for name in files:
+        output.write_text(json.dumps({"path": name, "question": "", "answer": "a", "flags": []}))
+        report.check_place(page)
+        report.write_report(page, output, [name], decoders, 1)
+    assert Path(files[1]).name in page.read_text()
+    assert Path(files[0]).name not in page.read_text()
+    page.write_text("<!DOCTYPE html><style>p { color: red; }</style>")
+    for place in (report.check_place, lambda p: report.write_report(p, output, files, decoders, 1)):
+        with pytest.raises(UserError, match=r"page\.html exists, and was not written by this"):
+            place(page)
+    assert "color: red" in page.read_text()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

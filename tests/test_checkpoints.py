@@ -104,6 +104,7 @@ def test_fingerprint_tells_large_weights_apart(tmp_path):
 
     torch.manual_seed(0)
     weight, positions = torch.randn(3000, 200), torch.randn(1, 700, 700)
+    merged = weight + 1e-3 * torch.randn(3000, 1) @ torch.randn(1, 200)
     added = torch.cat([weight[:-1], weight[-1:] + 1])  # a new word's row
     prints = [
         fingerprint(weight=weight, positions=positions),

@@ -16,7 +16,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import models
 import pytest
 import torch
 from bad_inputs import assert_one_line, bad_pictures, flip, odd_pictures, run_here
@@ -25,9 +27,10 @@ from PIL import Image
 
 from blip2 import artifacts, downloads, images, memory
 from blip2.artifacts import UserError
-from blip2.language import GenerationOptions
+from blip2.language import GenerationOptions, open_language_session
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
-from blip2.vision import export
+from blip2.prompts import load_tokenizer
+from blip2.vision import export, open_vision_session
 
 TEXTS = ["what?", "", "a photo of", "how?"]
 
@@ -207,10 +210,35 @@ def test_small_files_on_full_disks(tmp_path):
 
 def test_older_files_that_a_new_result_lacks_are_removed(tmp_path):
     for names in (["rank0.bin", "rank1.bin", "config.json"], ["rank0.bin", "config.json"]):
-        with artifacts.staging(tmp_path, replaces=["rank*.bin"]) as stage:
+        with artifacts.staging(tmp_path, ["rank*.bin"], is_ours=lambda _: True) as stage:
             for name in names:
                 (stage / name).write_text(name)
         assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_what_an_older_run_wrote_is_replaced(tiny_export, tmp_path, monkeypatch, capsys):
+    """By another checkpoint and number of ranks, though damaged meanwhile; nothing else is."""
+    shutil.copytree(tiny_export.output, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    few = {"vision": {"num_hidden_layers": 1}, "qformer": {"num_hidden_layers": 2}}
+    models.tiny_blip2(Path("other"), seed=1, **few)
+    convert = "opt/convert_checkpoint.py --output_dir . --model_dir"
+    for command in (
+        f"{convert} {tiny_export.checkpoint} --tp_size 2",
+        f"onnx_export.py --model_dir other --image {tiny_export.picture}",
+        f"{convert} other",
+    ):
+        for name in ("image.pt", "query_tokens.pt", "tokenizer/tokenizer.json"):
+            Path(name).write_text("damaged")
+        Path("notes.json").write_text("{}")
+        done = run_here(command, monkeypatch, capsys)
+        assert done.code == 0, done.err
+        if command.startswith("onnx"):
+            open_vision_session(Path("onnx"), Path("query_tokens.pt"))
+            load_tokenizer(Path("tokenizer"))
+    open_language_session(Path())
+    assert sorted(path.name for path in Path().glob("rank*")) == ["rank0.json", "rank0.safetensors"]
+    assert Path("notes.json").read_text() == "{}"
 
 
 # --- other processes, and signals --------------------------------------------------------------
@@ -221,13 +249,13 @@ from pathlib import Path
 from blip2 import artifacts
 target, me = Path(sys.argv[1]), sys.argv[2]
 for turn in range(60):
-    with artifacts.staging(target / "deep" / "er", replaces=["only-*"]) as stage:
+    with artifacts.staging(target / "deep" / "er", ["only-*"], lambda _: True) as stage:
         (stage / "sub").mkdir()
         for name in ("a.bin", "sub/b.bin", f"only-{me}", "c.json"):
             (stage / name).write_text(me)
     if turn % 7 == 0:
         try:
-            with artifacts.staging(target / "deep" / "er") as stage:
+            with artifacts.staging(target / "deep" / "er", is_ours=lambda _: True) as stage:
                 (stage / "a.bin").write_text("broken")
                 raise KeyError
         except KeyError:
@@ -249,6 +277,30 @@ def test_stages_of_two_processes_end_as_one_of_them(tmp_path):
     [winner] = set(files.values())
     assert set(files) == {"a.bin", "b.bin", "c.json", f"only-{winner}"}
     assert os.listdir(tmp_path / "deep" / "er").count("sub") == 1
+
+
+def test_a_lock_is_held_by_one_whatever_becomes_of_its_file(tmp_path):
+    """Its file goes when it is released, under those that wait for it; a killed holder leaves one."""
+    path, inside, most = tmp_path / "lock", [], []
+
+    def hold(times: int) -> None:
+        for _ in range(times):
+            with artifacts.locked(path):
+                inside.append(None)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    path.touch()
+    threads = [threading.Thread(target=hold, args=(50,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 200
+    with artifacts.locked(path), pytest.raises(BlockingIOError), artifacts.locked(path, wait=False):
+        pass
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["export", "build", "convert"])
@@ -292,7 +344,8 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
     for sent in ends:
         out = tmp_path / sent.name
         out.mkdir()
-        (out / "image.pt").write_text("mine")
+        (out / "image.pt").write_text("of before")
+        artifacts.write_sidecar(out / "image.pt")
         runs[sent] = start(
             *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint),
             *("--image", tiny_checkpoint.picture, "--output_dir", out),
@@ -307,13 +360,13 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
         assert run.returncode == ends[sent], err
         if sent != signal.SIGKILL:
             assert err == "interrupted\n"
-            assert os.listdir(tmp_path / sent.name) == ["image.pt"]
-        assert (tmp_path / sent.name / "image.pt").read_text() == "mine"
+            assert sorted(os.listdir(tmp_path / sent.name)) == ["image.json", "image.pt"]
+        assert (tmp_path / sent.name / "image.pt").read_text() == "of before"
     left = tmp_path / signal.SIGKILL.name
-    assert len(os.listdir(left)) == 2
+    assert len(os.listdir(left)) == 3
     with artifacts.staging(left):
         pass
-    assert os.listdir(left) == ["image.pt"]
+    assert sorted(os.listdir(left)) == ["image.json", "image.pt"]
 
 
 @pytest.mark.parametrize("script", ["run", "many", "export"])
@@ -345,18 +398,25 @@ def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
     assert err.endswith("interrupted\n")
 
 
-def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):
-    """Closed, full, of a reader that goes, and of an encoding that lacks the question's letters."""
+def test_standard_streams_that_take_nothing_or_little(tiny_export, tiny_opt, tmp_path):
+    """Closed, full, of a reader that goes, and of an encoding that lacks the question's letters.
+
+    A picture a line goes elsewhere, and is written whatever becomes of standard output and errors.
+    """
     out = tiny_export.output
     ask = (
         *(sys.executable, "run.py", "--engine_dir", out / "onnx", "--opt_engine_dir", tiny_opt),
-        *("--query_tokens", out / "query_tokens.pt", "--input_dir", out / "image.pt"),
+        *("--query_tokens", out / "query_tokens.pt", "--input_dir", tiny_export.picture),
         *("--input_text", "猫?"),
     )
     line = " ".join(map(str, ask))
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1", "LANG": "C"}
+    many = f"{line} --workers 1 --output {tmp_path}"
     shell = {
         f"{line} >&-": (0, ""),
+        f"{line} 2>&-": (0, ""),
+        f"{many}/closed.jsonl <&- >&- 2>&-": (0, ""),
+        f"{many}/silent.jsonl 2>&-": (0, ""),
         f"{line} >/dev/full": (2, "error: cannot write standard output: No space left on device"),
         f"set -o pipefail; {line} | true": (0, ""),
         f"{line} | grep -q 'u732b'": (0, ""),
@@ -370,6 +430,9 @@ def test_standard_output_that_takes_nothing_or_little(tiny_export, tiny_opt):
     for run, (code, says) in zip(runs, shell.values(), strict=True):
         _, err = run.communicate(timeout=120)
         assert (run.returncode, err.partition(";")[0].strip()) == (code, says), run.args
+    for name in ("closed", "silent"):
+        [answer] = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert "answer" in json.loads(answer)
 
 
 # --- many pictures -----------------------------------------------------------------------------
@@ -481,9 +544,13 @@ def test_an_export_that_overflows_float16_says_so(tmp_path):
 class Server(http.server.BaseHTTPRequestHandler):
     """Answers that a picture's address can give."""
 
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self):
+        self.asked.append(self.path)
         port = self.server.server_address[1]
         target = {"/inside": f"http://127.0.0.1:{port}/ok", "/file": "file:///etc/passwd"}
+        target["/quoted"] = f"http://127%2E0%2E0%2E1:{port}/ok"
         target |= {"/ftp": "ftp://127.0.0.1/x", "/loop": "/loop"}
         if self.path in target:
             self.send_response(302)
@@ -522,6 +589,7 @@ def server() -> Iterator[str]:
         ("/drip", "it takes longer than 1 s"),
         ("/short", "IncompleteRead"),
         ("/inside", "a redirect leads to 127.0.0.1, which is no public address"),
+        ("/quoted", "a redirect leads to 127.0.0.1, which is no public address"),
         ("/loop", "a redirect leads to 127.0.0.1"),
         ("/file", "is not allowed"),
         ("/ftp", "Found; check"),
@@ -536,6 +604,96 @@ def test_downloads_are_limited(server, monkeypatch, path, says):
     assert f"cannot download {server}{path}: " in str(error.value)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url, asked",
+    [
+        ("/сцена.png", "/%D1%81%D1%86%D0%B5%D0%BD%D0%B0.png"),
+        ("/%D1%81%D1%86.png", "/%D1%81%D1%86.png"),
+        ("/a scene.png?of=a b&c=ü#part", "/a%20scene.png?of=a%20b&c=%C3%BC"),
+        ("/100% c\u00f6tton.png", "/100%%20c%C3%B6tton.png"),
+        ("/a\tb\n.png", "/ab.png"),
+        ("/un\udcffcode.png", "/un%FFcode.png"),
+    ],
+)
+def test_addresses_as_people_copy_them(server, monkeypatch, url, asked):
+    """What a browser asks the server for: the URL standard's percent-encoding."""
+    monkeypatch.setenv("no_proxy", "*")
+    assert downloads.download(server + url) == b"x" * 9
+    assert Server.asked[-1] == asked
+
+
+@pytest.mark.parametrize(
+    "url, ascii_url",
+    [
+        ("http://пример.рф:8080/я", "http://xn--e1afmkfd.xn--p1ai:8080/%D1%8F"),
+        ("https://straße.de/", "https://xn--strae-oqa.de/"),  # not strasse.de, which is another's
+        ("http://Bücher.example", "http://xn--bcher-kva.example"),
+        ("http://[::1]:8/a b", "http://[::1]:8/a%20b"),
+        (" http://u:p@例え.jp/ ", "http://u:p@xn--r8jz45g.jp/"),
+    ],
+)
+def test_hosts_beyond_ascii(url, ascii_url):
+    assert downloads.as_ascii(url) == ascii_url
+
+
+def test_hosts_that_no_name_may_have_are_one_line():
+    with pytest.raises(UserError, match=r"cannot download http://☃\.-\./x: "):
+        downloads.download("http://☃.-./x")
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """A proxy at a private address, as most are: answers everything itself, with a redirect once."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(302 if self.path.endswith("/start") else 200)
+        self.send_header("Location", self.server.leads_to)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"done")
+
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        self.send_error(504, "as far as it goes without certificates")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "leads_to, says",
+    [
+        ("http://example.org/a.png", None),
+        ("http://93.184.215.14/a.png", None),
+        ("https://example.org/a.png", "504 as far as it goes"),
+        *(
+            (f"{scheme}://{host}/a.png", "which is no public address")
+            for scheme in ("http", "https")
+            for host in ("127.0.0.1", "10.0.0.1:81", "127.1", "0x7f000001", "127%2e0.0.1", "[::1]")
+        ),
+        ("http://u@LocalHost./a.png", "which is no public address"),
+        ("https://a.localhost/a.png", "which is no public address"),
+    ],
+)
+def test_behind_a_proxy_it_is_the_target_that_must_be_public(monkeypatch, leads_to, says):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.asked, proxy.leads_to = [], leads_to
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        try:
+            if says is None:
+                assert downloads.download("http://example.org/start") == b"done"
+            else:
+                with pytest.raises(UserError, match=says):
+                    downloads.download("http://example.org/start")
+        finally:
+            proxy.shutdown()
+    reached = says is None or "504" in says
+    assert len(proxy.asked) == 1 + reached
 
 
 def test_what_the_user_asks_for_himself_may_be_private(server, monkeypatch):

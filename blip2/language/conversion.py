@@ -17,7 +17,13 @@ import torch
 from blip2 import artifacts
 from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, OPTConfig
-from blip2.language.trtllm_format import DTYPES, OPTCheckpointConfig, Spec, tensor_specs
+from blip2.language.trtllm_format import (
+    DTYPES,
+    OPTCheckpointConfig,
+    Spec,
+    is_description,
+    tensor_specs,
+)
 from blip2.safetensors_writer import SafetensorsWriter
 from blip2.tensor_files import Stored, mapped
 
@@ -32,6 +38,7 @@ _LAYER_SOURCES = {
     "post_layernorm": ("final_layer_norm",),
 }
 _UNUSED_POSITIONS = 2
+_FILES = ("config.json", "rank*.safetensors", "rank*.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,7 @@ def convert(
     source = Source(checkpoint, OPTConfig.of(checkpoint))
     specs = tensor_specs(config)
     layout = {name: (DTYPES[config.dtype], spec.shape) for name, spec in specs.items()}
-    with artifacts.staging(output_dir, replaces=["rank*.safetensors", "rank*.json"]) as stage:
+    with artifacts.staging(output_dir, _FILES, is_ours=is_description) as stage:
         files = [stage / f"rank{rank}.safetensors" for rank in range(config.tp_size)]
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(SafetensorsWriter(file, layout)) for file in files]

@@ -8,6 +8,7 @@ lack OPT's two unused rows; weight-only quantisation is named in the config and 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ class OPTCheckpointConfig:
         if config.hidden_size % config.num_attention_heads:
             raise _bad_config(path, "hidden_size is no multiple of num_attention_heads")
         return config
+
+
+def is_description(path: Path) -> bool:
+    """Whether this is the config.json of a TensorRT-LLM checkpoint, not that of a model or engine."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return fields["architecture"] == ARCHITECTURE and "mapping" in fields
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _is_size(value: object) -> bool:

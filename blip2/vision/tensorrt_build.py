@@ -81,7 +81,9 @@ def build_plans(
     gpu = _targets(trt, options.compute_capabilities)
     built = []
 
-    with artifacts.staging(plan_dir) as staged:
+    files = [stage.plan_file for stage in stages]
+    files += [str(artifacts.sidecar_path(Path(file))) for file in files]
+    with artifacts.staging(plan_dir, files) as staged:
         for index, (stage, graph) in enumerate(facts.items()):
 
             def report(
@@ -354,5 +356,6 @@ def _load_timing_cache(config: Any, path: Path) -> None:
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
-    with artifacts.staging(path.parent) as staged:
+    # Whatever is there, TensorRT has read as its cache.
+    with artifacts.staging(path.parent, is_ours=lambda _: True) as staged:
         (staged / path.name).write_bytes(memoryview(config.get_timing_cache().serialize()))
