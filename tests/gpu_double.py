@@ -160,6 +160,7 @@ def attention(
     keys[rows, :, lengths] = key
     values[rows, :, lengths] = value
     sources = sources.long()
+    sources[rows, lengths] = rows  # the new token is the row's own
     visible = slots <= lengths[:, None]
     seen_keys, seen_values = (
         cache[sources, :, slots].float().where(visible[:, :, None, None], 0)
@@ -228,9 +229,7 @@ def step(
     for index, ((qkv, dense, fc, proj), (input_norm, post_norm)) in enumerate(layers):
         query, key, value = qkv(input_norm(x)).unflatten(1, (3, macros["HEADS"], -1)).unbind(1)
         keys[index, 0, :, n], values[index, 0, :, n] = key[0], value[0]
-        seen_keys, seen_values = (
-            cache[index, 0, :, : n + 1].float() for cache in (keys, values)
-        )
+        seen_keys, seen_values = (cache[index, 0, :, : n + 1].float() for cache in (keys, values))
         scores = torch.einsum("hd,hld->hl", query[0].half().float(), seen_keys)
         weights = (scores * query.shape[2] ** -0.5).softmax(-1)
         x = x + dense(torch.einsum("hl,hld->hd", weights, seen_values).reshape(1, width))
