@@ -1,6 +1,7 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
 # make test      the tests      make test-slow    the ones at full model size
 # make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
+# make test-gpu  the ones that need an NVIDIA GPU, with the PyTorch that PYTHON has
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow test-lavis lint environments clean
+.PHONY: demo test test-gpu test-slow test-lavis lint environments clean
 
 demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
@@ -26,7 +27,12 @@ ASK = $(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)
 
 # Two test processes, one thread each: more would only wait for one another.
 test: $(VENV)/test-installed .venv-oldest/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(MAKE) test-gpu PYTHON=$(VENV)/bin/python
+
+# Installs nothing: on a machine with a GPU its PyTorch is there, or make test has one in its environment.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 test-slow: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -m slow -s

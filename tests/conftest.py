@@ -21,6 +21,24 @@ from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `pytest -m gpu` sees a GPU: what others test, and the programs they start, run on CPUs."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests in gpu/ are marked so; where there is no GPU they are skipped."""
+    missing = pytest.mark.skip(reason="needs an NVIDIA GPU, and: make test-gpu")
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker("gpu")
+            if not torch.cuda.is_available():
+                item.add_marker(missing)
 
 # Nothing is kept from one run of the tests to the next.
 _CACHE = tempfile.TemporaryDirectory()
@@ -225,6 +243,12 @@ def tiny_plans(tiny_checkpoint, made_once) -> TinyPlans:
 def _one_thread():
     """Tests run side by side; a thread pool each would only make them wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU."""
+    return torch.device("cuda")
 
 
 @pytest.fixture

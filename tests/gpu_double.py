@@ -153,6 +153,7 @@ def attention(
     keys[rows, :, lengths] = key
     values[rows, :, lengths] = value
     sources = sources.long()
+    sources[rows, lengths] = rows  # the new token is the row's own
     visible = slots <= lengths[:, None]
     seen_keys, seen_values = (
         cache[sources, :, slots].float().where(visible[:, :, None, None], 0)

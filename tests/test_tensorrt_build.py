@@ -127,7 +127,6 @@ def test_plan_is_for_the_targets_asked_for(tiny_plans, tmp_path, targets):
     assert facts.compute_capabilities == tuple(sorted(set(targets), key=float))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the default is that GPU")
 def test_without_a_gpu_the_plan_is_for_all_but_the_oldest(tiny_plans, tmp_path):
     facts, _ = build_plan(trt, VIT, tiny_plans.onnx, tmp_path, BuildOptions())
     assert header(facts.path)["targets"] == ["8.0", "8.6", "8.9", "12.0", "12.1"]
@@ -341,7 +340,6 @@ def fake_tensorrt(version: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_standard_tensorrt_builds_for_the_gpu_that_is_here(onnx_dir, plan_dir):
     standard = fake_tensorrt("10.16.1.11")
     for wanted, match in (

@@ -287,7 +287,6 @@ def test_query_tokens_that_do_not_fit(faulty, monkeypatch):
     _one_fault(faulty, monkeypatch, r"query_tokens\.pt has shape \(1, 3, 32\)", trt)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(faulty, monkeypatch):
     faulty.gpu = None
     trt = runtime_double("tensorrt_rtx", "1.7.1.116", None, {})
