@@ -10,7 +10,6 @@ OUT := demo/out
 TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Each asks for older releases of the others and of torch than it needs, hence --no-deps.
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
-export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test test-gpu test-slow test-lavis lint environments clean
 

@@ -46,8 +46,7 @@ from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline, Stopwatch
 
-# Ray reads them when it is imported.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray reads it when it is imported.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning for every actor
 
 try:

@@ -137,3 +137,27 @@ def test_help_imports_nothing_heavy(script):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "blip2"
+
+
+SWITCHES = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def test_no_library_sends_anything_or_keeps_an_id(tiny_export, tiny_opt, tmp_path, monkeypatch):
+    """onnxruntime has written its id below the home directory by the end of a session."""
+    for name in ("XDG_CACHE_HOME", *SWITCHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = ask(tiny_export, tiny_opt, "--input_text", "")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob(".*/*")} <= {"blip2"}
+    printed = subprocess.run(
+        [sys.executable, "-c", f"import blip2, os; print(*map(os.environ.get, {list(SWITCHES)}))"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert printed.stdout.split() == list(SWITCHES.values())
