@@ -21,9 +21,10 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,6 +198,43 @@ def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
             f"{path} exists, and was not written by this program; move it away, or choose another"
             " place for the output"
         )
+
+
+def refuse_same(
+    outputs: Mapping[str, Path | int], inputs: Mapping[str, Iterable[str | Path]] | None = None
+) -> None:
+    """See that no two outputs are one file, by whatever names, and that none is an input.
+
+    Args:
+        outputs: by what the user calls them; a descriptor stands for the file that it is open on.
+        inputs: files that will be read, by what the user calls them; those that are not there
+            do no harm.
+
+    Raises:
+        UserError: names the two.
+    """
+    taken: dict[object, str] = {}
+    for name, output in outputs.items():
+        for identity in _identities(output):
+            if (other := taken.setdefault(identity, name)) != name:
+                raise UserError(f"{other} and {name} are the same file; choose another for one")
+    for name, paths in (inputs or {}).items():
+        for path in paths:
+            for identity in _identities(path):
+                if identity in taken:
+                    raise UserError(
+                        f"{taken[identity]} is {path}, which {name} reads; choose another place"
+                    )
+
+
+def _identities(file: str | Path | int) -> list[object]:
+    """What two names of one file have in common: its place, and on the disk its number."""
+    found: list[object] = [] if isinstance(file, int) else [os.path.realpath(file)]
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(file)
+        if stat.S_ISREG(status.st_mode):
+            found.append((status.st_dev, status.st_ino))
+    return found
 
 
 @contextlib.contextmanager

@@ -33,9 +33,6 @@ _PLACES = {
 }
 
 
-_FULL = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
-
-
 _IMPORTED = time.perf_counter()
 
 
@@ -81,29 +78,21 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     _open_standard_streams()
-    stdout = sys.stdout
-    # What a terminal's encoding lacks is escaped, not fatal.
-    if isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="backslashreplace")
+    stdout = sys.stdout = _standard_output(sys.stdout)
     try:
         code = main() or 0
         stdout.flush()
     except UserError as error:
         code = _explain(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): stop quietly, as other tools do.
+    except OutputError as error:
         _forget_output()
-        code = 0
+        # The reader of our output went away (`| head`): stop quietly, as other tools do.
+        code = 0 if error.errno == errno.EPIPE else _explain(str(error))
     except OSError as error:
-        if (
-            error.filename is None and error.errno in _FULL
-        ):  # files are written elsewhere, and named
-            _forget_output()
-            code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
-        elif error.filename is not None and error.errno in _PLACES:
+        if error.filename is not None and error.errno in _PLACES:
             code = _explain(f"{error.filename}: {error.strerror}; check the path and permissions")
         else:
             code = _explain_other(error)
@@ -116,6 +105,48 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
+
+
+class OutputError(OSError):
+    """Standard output cannot be written: told from what happens to files and other pipes."""
+
+    def __str__(self) -> str:
+        return f"cannot write standard output: {self.strerror}; send it elsewhere"
+
+
+class _Output(io.RawIOBase):
+    """What is behind standard output, whose errors are its own."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream  # kept, as the descriptor would be closed with it
+        self._raw = getattr(stream.buffer, "raw", stream.buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def write(self, content: bytes) -> int | None:
+        try:
+            return self._raw.write(content)
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from None
+
+
+def _standard_output(stream: io.TextIOBase) -> io.TextIOBase:
+    """The stream, if it is the system's, with errors of its own and an escape for other letters."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream)),
+        encoding=stream.encoding,
+        errors="backslashreplace",  # what a terminal's encoding lacks is not fatal
+        line_buffering=stream.line_buffering,
+    )
 
 
 def _open_standard_streams() -> None:

@@ -2,7 +2,7 @@
 
     python opt/convert_checkpoint.py --model_dir Salesforce/blip2-opt-2.7b --dtype float16 \\
         --output_dir ./opt/2.7B/trt_ckpt/fp16/1-gpu/
-    python opt/convert_checkpoint.py --use_weight_only --weight_only_precision int4
+    python opt/convert_checkpoint.py --weight_only_precision int4
 
 --model_dir is a BLIP-2, whose language model is taken, or an OPT alone: use the BLIP-2 that the
 ViT and the Q-Former are from, as its vocabulary can differ from that of facebook/opt-2.7b.
@@ -63,7 +63,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="have the linear layers quantised when the checkpoint is built or run",
     )
-    parser.add_argument("--weight_only_precision", choices=tuple(QUANT_ALGOS), default="int8")
+    parser.add_argument(
+        "--weight_only_precision",
+        choices=tuple(QUANT_ALGOS),
+        help="what --use_weight_only means, which this implies (default: int8)",
+    )
     parser.add_argument("--tp_size", type=cli.positive_int, default=1, help="GPUs to split over")
     parser.add_argument(
         "--use_parallel_embedding",
@@ -85,7 +89,10 @@ def parse_arguments() -> argparse.Namespace:
         default="1.2.1",
         help="TensorRT-LLM that the printed trtllm-build command is for, 0.9 to 1.2.1",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.use_weight_only and args.weight_only_precision is None:
+        args.weight_only_precision = "int8"
+    return args
 
 
 def main() -> None:
@@ -101,7 +108,7 @@ def main() -> None:
     checkpoint = open_checkpoint(args.model_dir)
     options = ConversionOptions(
         dtype=args.dtype,
-        quant_algo=QUANT_ALGOS[args.weight_only_precision] if args.use_weight_only else None,
+        quant_algo=QUANT_ALGOS.get(args.weight_only_precision),
         tp_size=args.tp_size,
         use_parallel_embedding=args.use_parallel_embedding,
         embedding_sharding_dim=args.embedding_sharding_dim,

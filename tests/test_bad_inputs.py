@@ -192,7 +192,16 @@ PICTURES = [
 ARTIFACTS = [
     row("no engines", f"{ASK} --engine_dir no", "no holds no ViT and Q-Former; make them with: py"),
     row("no OPT", f"{ASK} --opt_engine_dir no", "no does not exist .* python opt/convert_check"),
-    row("empty OPT folder", f"{ASK} --opt_engine_dir onnx", "onnx holds no OPT .*make one with"),
+    row(
+        "another's OPT folder",
+        f"{ASK} --opt_engine_dir onnx",
+        r"onnx holds no OPT .*make one with: python opt/convert_checkpoint.py$",
+    ),
+    row(
+        "OPT folder of a blank",
+        f"{ASK} --opt_engine_dir 'my opt'",
+        r"make one with: python opt/convert_checkpoint.py --output_dir 'my opt'$",
+    ),
     row("no query tokens", ASK, "query_tokens.pt does not exist; make", remove("query_tokens.pt")),
     row("no sidecar", ASK, "visual_encoder.json does not exist", remove(VIT.with_suffix(".json"))),
     row("no data file", ASK, "encoder.onnx.data does not exist; make it with", remove(VIT_DATA)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import errno
 import html
 import html.parser
 import io
@@ -389,6 +390,24 @@ def test_a_decoding_process_is_small(decoders, tmp_path):
     modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
     assert {"numpy", "PIL"} <= modules
     assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
+
+
+def test_decoding_processes_that_cannot_start_are_one_sentence(monkeypatch):
+    """As a start whose process ends before it has read what it is for."""
+
+    def fail(_process):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", staticmethod(fail))
+    with pytest.raises(UserError, match=r"cannot start a process that decodes.*: Broken pipe; end"):
+        Decoders(2)
+
+
+def test_decoding_processes_never_hear_of_an_interrupt(decoders):
+    """Not even while they start, when no handler of ours is set yet; this process does."""
+    ask = "__import__('signal').pthread_sigmask(0, [])"
+    assert signal.SIGINT in decoders._pool.submit(eval, ask).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
