@@ -147,13 +147,11 @@ class Cluster:
                 **self._per_actor,
             )
         )
-        position = work.start.position
         with _killed_workers():
-            for row in rows.iter_rows():
+            for row, position in zip(rows.iter_rows(), work.positions(), strict=False):
                 answered = _unpacked(row)
                 if answered.position != position:
                     raise RuntimeError(f"batch {answered.position} came instead of {position}")
-                position += len(answered.lines)
                 yield answered
 
 

@@ -90,7 +90,7 @@ def transformers_answers(truth, requests, opts: GenerationOptions):
         )
         scores = result.sequences_scores.tolist() if opts.num_beams > 1 else [None]
         ids = [new[: new.index(END_ID)] if END_ID in new else new for new in _lists(result)]
-        answers.append((ids, scores))
+        answers.append((ids, scores, [END_ID in new for new in _lists(result)]))
     return answers
 
 
@@ -100,7 +100,8 @@ def _lists(result) -> list[list[int]]:
 
 def check_answers(generations, expected) -> None:
     assert len(generations) == len(expected)
-    for generation, (ids, scores) in zip(generations, expected, strict=True):
+    for generation, (ids, scores, ended) in zip(generations, expected, strict=True):
+        assert [beam.finished for beam in generation.beams] == ended
         assert [beam.token_ids for beam in generation.beams] == ids
         found = [beam.score for beam in generation.beams]
         assert found == (scores if scores == [None] else pytest.approx(scores, rel=1e-4))
