@@ -139,16 +139,16 @@ def test_every_request_gets_the_answer_it_gets_alone(
 
 def test_the_answers_compared_are_worth_comparing(truth, requests):
     """Some end early, some do not, and all differ: else the tests above could not fail."""
-    greedy = [ids for [ids], _ in transformers_answers(truth, requests, options())]
+    greedy = [ids for [ids], _, _ in transformers_answers(truth, requests, options())]
     assert len({tuple(ids) for ids in greedy}) == len(greedy)
     assert {len(ids) == 12 for ids in greedy} == {True, False}
     short = transformers_answers(truth, requests, options(num_beams=5, length_penalty=0.0))
     long = transformers_answers(truth, requests, options(num_beams=5, length_penalty=3.0))
-    assert [ids for ids, _ in short] != [ids for ids, _ in long]
+    assert [ids for ids, *_ in short] != [ids for ids, *_ in long]
     beams = {"num_beams": 3, "length_penalty": 2.0}
     patient = transformers_answers(truth, requests, options(**beams))
     hasty = transformers_answers(truth, requests, options(**beams, early_stopping=True))
-    assert [ids for ids, _ in patient] != [ids for ids, _ in hasty]
+    assert [ids for ids, *_ in patient] != [ids for ids, *_ in hasty]
 
 
 @pytest.mark.parametrize("kv_cache_type", RUNNERS.values())
