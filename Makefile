@@ -19,10 +19,12 @@ demo: $(VENV)/run-installed
 	@echo
 	$(ASK) --input_text ""
 	@echo
-	$(ASK) --input_text "Question: What colour is the circle? Answer:"
+	$(ASK) --input_text "What colour is the circle?"
+	@printf '\nMany pictures, drawn to try it on:\n  %s && \\\n  %s\n' \
+		'$(VENV)/bin/python -m demo.draw photos 200' \
+		'$(ASK) --input_dir photos --output captions.jsonl --html captions.html'
 
-ASK = $(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)/opt/fp16 \
-	--input_dir $(OUT)/image.pt --query_tokens $(OUT)/query_tokens.pt
+ASK = $(VENV)/bin/python run.py --engine_dir $(OUT) --opt_engine_dir $(OUT)/opt/fp16
 
 # Two test processes, one thread each: more would only wait for one another.
 test: $(VENV)/test-installed .venv-oldest/installed

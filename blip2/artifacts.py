@@ -516,10 +516,15 @@ def load_tensor(path: Path, made_by: str) -> torch.Tensor:
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: {made_by}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        stored = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    try:
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+    except Exception:  # anything; its message advises to run what the file holds
         raise UserError(
-            f"cannot read {path}: {first_line(error)}; make it again with: {made_by}"
+            f"cannot read {path}: it is damaged, or no tensor that torch.save wrote (a picture needs"
+            f" its own suffix); make it again with: {made_by}"
         ) from None
     if not is_plain(content) or not content.is_floating_point():
         raise UserError(f"{path} holds no plain tensor; make it again with: {made_by}")

@@ -85,7 +85,7 @@ class Cluster:
             decoders: the most batches decoded at once; None is as many as there are processors.
 
         Raises:
-            UserError: there is no cluster at the address.
+            UserError: there is no cluster at the address, or it has no room for so many actors.
         """
         self._open_pipeline, self._decoders = open_pipeline, decoders
         self._directory = os.getcwd()
@@ -93,6 +93,12 @@ class Cluster:
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
         self.count = actors or gpus or sum(node["Alive"] for node in ray.nodes())
+        if self.count > (room := gpus or int(cpus)):
+            ray.shutdown()
+            raise UserError(
+                f"--ray_actors {self.count} is more than the cluster's {room}"
+                f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}; give at most as many"
+            )
         # Without GPUs half of the processors compute, in so many threads; the others decode. One for
         # each actor would be what decoding asks for: Ray fuses equal stages, and nothing goes ahead.
         share = cpus / 2 / self.count
