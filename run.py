@@ -286,7 +286,7 @@ def write_lines(args: argparse.Namespace) -> int:
         batch.Question(text, fill_template(args.prompt_template, text)) for text in args.input_text
     ]
     processes = args.workers or default_workers()
-    watch = Stopwatch({"start": cli.seconds_since_start()})
+    watch, afterwards = Stopwatch({"start": cli.seconds_since_start()}), Stopwatch()
     if args.ray:
         from blip2.cluster import Cluster
 
@@ -309,10 +309,10 @@ def write_lines(args: argparse.Namespace) -> int:
             workers = batch.LocalWorkers(pipeline, decoders)
             summary = write_answers(args, entries, questions, facts, workers)
     if args.html:
-        with Decoders(processes) as decoders, watch.time("page"):
+        with Decoders(processes) as decoders, afterwards.time("page"):
             report.write_report(args.html, args.output, entries, decoders, len(questions))
     printed = args.output == STANDARD_OUTPUT
-    table = summary.table(watch.seconds, cli.seconds_since_start())
+    table = summary.table(watch.seconds, afterwards.seconds, cli.seconds_since_start())
     print(table, file=sys.stderr if printed else sys.stdout)
     return 1 if summary.failed else 0
 

@@ -187,11 +187,12 @@ class Summary:
         new, wall = self.new + earlier.new, self.wall_seconds + earlier.wall_seconds
         return dataclasses.replace(self, new=new, wall_seconds=wall, seconds=dict(seconds))
 
-    def table(self, before: Mapping[str, float], total: float) -> str:
+    def table(self, before: Mapping[str, float], after: Mapping[str, float], total: float) -> str:
         """What was done, and a line for each stage.
 
         Args:
             before: seconds of what this process did before the workers could begin, by stage.
+            after: the same, when they had ended.
             total: seconds of the whole run, as a clock beside it would say.
         """
         rate = self.new / self.wall_seconds if self.new else 0.0
@@ -202,7 +203,7 @@ class Summary:
             f"{self.done} {pictures} done, {self.failed} of them failed;"
             f" {self.new} in this run{by_workers}, {rate:.1f} pictures/s"
         ]
-        stages = {**before, **self.seconds}
+        stages = {**before, **self.seconds, **after}
         if summed:
             # Where one process starts the others wait: those seconds are in "other".
             name, stages = f"total, {self.workers} x {total:.1f} s", dict(self.seconds)

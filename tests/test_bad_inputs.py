@@ -201,7 +201,11 @@ PICTURES = [
     ),
 ]
 ARTIFACTS = [
-    row("no engines", f"{ASK} --engine_dir no", "no holds no ViT and Q-Former; make them with: py"),
+    row(
+        "no engines",
+        f"{ASK} --engine_dir no",
+        "no holds no ViT and Q-Former; make them with: python onnx_export.py --output_dir no$",
+    ),
     row("no OPT", f"{ASK} --opt_engine_dir no", "no does not exist .* python opt/convert_check"),
     row(
         "another's OPT folder",
@@ -287,6 +291,12 @@ ARTIFACTS = [
         f"{ASK} --input_dir x.pt",
         "cannot read x.pt",
         pickled("x.pt", Payload()),
+    ),
+    row(
+        "a picture called image.pt",
+        f"{ASK} --input_dir x.pt",
+        r"cannot read x.pt: it is damaged, or no tensor .*a picture needs its own suffix\); make it",
+        lambda: shutil.copy("picture.png", "x.pt"),
     ),
     row("text as image.pt", f"{ASK} --input_dir x.pt", "cannot read x.pt", write("x.pt", "hello")),
     row("no image.pt", f"{ASK} --input_dir x.pt", "x.pt does not exist; make it with: python onnx"),

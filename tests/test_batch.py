@@ -395,6 +395,26 @@ def test_other_pictures_are_refused(fake_run, tmp_path):
     assert output.read_bytes() == content + b"".join(content.splitlines(keepends=True)[:2])
 
 
+def test_a_table_of_times_adds_up_to_what_the_clock_says():
+    alone = Summary(1, 0, 1, 3.0, {"ViT": 1.0, "OPT": 2.0}).table(
+        {"start": 4.0}, {"page": 1.0}, 10.0
+    )
+    first, _, *rows = alone.splitlines()
+    assert first.startswith("1 picture done, 0 of them failed; 1 in this run, 0.3 pictures/s")
+    found = {row[:20].strip(): row[20:].split() for row in rows}
+    assert list(found) == ["start", "ViT", "OPT", "page", "other", "total"]
+    *parts, total = (float(cells[0]) for cells in found.values())
+    assert sum(parts) == total == 10
+    several = Summary(4, 0, 4, 5.0, {"ViT": 9.0}, workers=2).table({"start": 4.0}, {}, 10.0)
+    assert "sum of 2 workers" in several.splitlines()[1]
+    assert [row.split()[-3:] for row in several.splitlines()[2:]] == [
+        ["9.0", "s", "45%"],
+        ["11.0", "s", "55%"],
+        ["20.0", "s", "100%"],
+    ]
+    assert "total, 2 x 10.0 s" in several
+
+
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
     files = gray(tmp_path, 5)
     fake_run(files[:1] + files[2:4])

@@ -103,3 +103,13 @@ def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path):
     assert built.returncode == 2
     assert "visual_encoder.onnx is float32" in built.stderr
     assert built.stderr.endswith("python onnx_export.py --dtype float16\n")
+
+
+def test_a_narrower_q_former_goes_with_any_vit(tiny_checkpoint, tmp_path):
+    """What it computes in bounds its error, not what lies between the stages."""
+    done = run_program(
+        *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint, "--output_dir", tmp_path),
+        *("--image", tiny_checkpoint.picture, "--dtype", "int8", "--qformer_dtype", "float16"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "onnx" / "Qformer" / "Qformer.onnx").is_file()
