@@ -1,7 +1,7 @@
-r"""Captions a second of many pictures: run.py's stages against Hugging Face transformers.
+"""Captions a second of many pictures: run.py's stages against Hugging Face transformers.
 
-    python -m bench.captions --engine_dir demo/out/onnx --opt_engine_dir demo/out/opt/fp16 \
-        --query_tokens demo/out/query_tokens.pt --pictures 200      # after make demo
+    python -m bench.captions                           # after make demo, and pip install transformers
+    python -m bench.captions --engine_dir demo/out --pictures 320       # with the exported ONNX files
 
 Draws scenes, has the demo checkpoint caption the files both ways, in turns, in one process and with
 as many threads as it is given (OMP_NUM_THREADS), and prints the median rate of each and whether the

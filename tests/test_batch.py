@@ -426,8 +426,9 @@ def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
 def retry(decoders, tmp_path):
     """As fake_run, for what failed; `dies` after that many batches."""
 
-    def run(files: list[str], dies: int | None = None) -> Summary:
-        workers = LocalWorkers(FakePipeline(), decoders)
+    def run(files: list[str], dies: int | None = None) -> tuple[FakePipeline, Summary]:
+        pipeline = FakePipeline()
+        workers = LocalWorkers(pipeline, decoders)
         if dies is not None:
             answer = workers.answer
 
@@ -441,7 +442,7 @@ def retry(decoders, tmp_path):
             find_start(files, lines, 3)
             options = GenerationOptions(end_id=0)
             work = Work(files, Start(), 3, Preprocessing(4, 4), questions, options)
-            return retry_errors(workers, work, lines)
+            return pipeline, retry_errors(workers, work, lines)
 
     return run
 
@@ -451,12 +452,12 @@ def test_errors_are_answered_again_and_nothing_else_changes(fake_run, retry, tmp
     fake_run(files)
     right = output.read_bytes()
     output.unlink()
-    whole = {number: Path(files[number]).read_bytes() for number in (0, 4, 5, 7, 10)}
+    whole = {number: Path(files[number]).read_bytes() for number in (0, 3, 4, 5, 7, 10)}
     for number in whole:
         Path(files[number]).write_text("no picture")
     fake_run(files)
     failed = output.read_bytes()
-    for number in (0, 4, 7, 10):
+    for number in (0, 3, 4, 7, 10):
         Path(files[number]).write_bytes(whole[number])
     # Interrupted between batches; then torn anywhere, as kill -9 leaves it.
     with pytest.raises(KeyboardInterrupt):
@@ -468,18 +469,24 @@ def test_errors_are_answered_again_and_nothing_else_changes(fake_run, retry, tmp
     expected = b""
     for line in right.splitlines(keepends=True):
         name = json.loads(line)["path"]
-        expected += line if name != files[5] else b"" if json.loads(line)["question"] else bad[2]
+        expected += line if name != files[5] else b"" if json.loads(line)["question"] else bad[3]
     for end in {0, 1, 200, len(torn) // 2, len(torn) - 1, len(torn)}:
         output.write_bytes(failed)
         begun.write_bytes(torn[:end])
-        summary = retry(files)
+        _, summary = retry(files)
         assert output.read_bytes().splitlines() == expected.splitlines()
         assert (summary.done, summary.failed) == (11, 1)
         assert not begun.exists()
+    # Of a batch that was written in part, all is asked again: sampled answers depend on it.
+    output.write_bytes(failed)
+    begun.write_bytes(torn[: torn.index(json.dumps(files[4]).encode()) - len('{"path": ')])
+    pipeline, _ = retry(files)
+    assert pipeline.looks == [2, 1, 1]
+    assert output.read_bytes() == expected
     _, summary = fake_run(files)  # goes on as ever, with nothing left to do
     assert (summary.done, summary.failed, summary.new) == (11, 1, 0)
     Path(files[5]).write_bytes(whole[5])
-    assert retry(files).failed == 0
+    assert retry(files)[1].failed == 0
     assert output.read_bytes() == right
 
 

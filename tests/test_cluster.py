@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from batch_runs import command, processes_of, read, wait_for
 from conftest import ROOT, run_program
+from PIL import Image
 
 from blip2.artifacts import UserError
 from blip2.batch import Batch, Question, Start, Work
@@ -156,6 +157,19 @@ def test_runs_that_are_killed_go_on_in_another_cluster(begun, marker):
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1, errors.decode()
     assert begun.output.read_bytes() == begun.expected
+    # What could not be read is asked about again, and no other line changes.
+    bad = begun.output.parent / "bad.png"
+    Image.new("RGB", (9, 9)).save(bad)
+    process = begun.start(marker, "--ray", address, "--retry_errors")
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors.decode()
+    before, after = (
+        content.splitlines() for content in (begun.expected, begun.output.read_bytes())
+    )
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    [(old, new)] = changed
+    assert b'"error"' in old
+    assert b'"answer"' in new
 
 
 def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch):
