@@ -154,7 +154,7 @@ def _publish(
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         for path, target in targets.items():
-            if target.exists() and not filecmp.cmp(path, target, shallow=False):
+            if is_foreign(target, is_ours) and not filecmp.cmp(path, target, shallow=False):
                 refuse_foreign(target, is_ours)
         leftover = _older(directory, replaces) - set(targets.values())
         for old in leftover:
@@ -186,13 +186,20 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
     )
 
 
+def is_foreign(path: Path, is_ours: Callable[[Path], bool]) -> bool:
+    """Whether `path` is a file with something in it that no sidecar names, nor `is_ours` knows."""
+    return (
+        path.is_file() and path.stat().st_size > 0 and not (is_described(path) or is_ours(path))
+    )
+
+
 def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """See that `path` is no file that somebody else wrote; one without content is nobody's.
 
     Raises:
         UserError: it holds something, no sidecar names it, and `is_ours` is false of it.
     """
-    if path.is_file() and path.stat().st_size and not (is_described(path) or is_ours(path)):
+    if is_foreign(path, is_ours):
         raise UserError(
             f"{path} exists, and was not written by this program; move it away, or choose another"
             " place for the output"
