@@ -188,9 +188,7 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
 
 def is_foreign(path: Path, is_ours: Callable[[Path], bool]) -> bool:
     """Whether `path` is a file with something in it that no sidecar names, nor `is_ours` knows."""
-    return (
-        path.is_file() and path.stat().st_size > 0 and not (is_described(path) or is_ours(path))
-    )
+    return path.is_file() and path.stat().st_size > 0 and not (is_described(path) or is_ours(path))
 
 
 def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:

@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not torch.cuda.is_available():
                 item.add_marker(missing)
 
+
 # Nothing is kept from one run of the tests to the next.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
