@@ -268,6 +268,9 @@ class FakePipeline:
         self.looks: list[int] = []
         self.asked: list[tuple[list[str], int]] = []
 
+    def prepare(self, texts, options) -> None:
+        """Nothing is compiled."""
+
     def look(self, pixel_values, _stopwatch):
         self.looks.append(len(pixel_values))
         return pixel_values[:, :1, 0, 0]

@@ -1,6 +1,6 @@
 """The session on TensorRT plans: real plans, and a runtime that enforces TensorRT's rules.
 
-tests/gpu/test_tensorrt.py has those of these tests run on a GPU that what they ask for can differ there.
+tests/gpu/test_tensorrt.py runs those of these tests on a GPU whose outcome can differ there.
 """
 
 from __future__ import annotations

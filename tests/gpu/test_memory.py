@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import models
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
 from blip2.tensor_files import Loader, mapped, read_header
 from blip2.vision import modules
+from blip2.vision.cuda import CudaVisionTransformer
 from blip2.vision.torch_session import MAX_BATCH_SIZE, TorchSession, open_checkpoint_session
 
 pytestmark = pytest.mark.gpu
@@ -72,11 +74,14 @@ def test_tensors_reach_the_gpu_as_they_are_stored(tmp_path):
     assert torch.equal(mapped(stored["half"]), tensors["half"])
 
 
-def test_stages_of_every_batch_size_are_right_and_share_memory(tiny_checkpoint):
-    session = open_checkpoint_session(tiny_checkpoint.checkpoint, tiny_checkpoint.checkpoint)
+@pytest.mark.parametrize("num_heads", [3, 4], ids=["our kernels", "heads that they do not take"])
+def test_stages_of_every_batch_size_are_right_and_share_memory(num_heads, tmp_path):
+    models.tiny_blip2(tmp_path, vision={"num_attention_heads": num_heads})
+    session = open_checkpoint_session(tmp_path, tmp_path)
     assert session.dtype == torch.float16
-    checkpoint = open_checkpoint(tiny_checkpoint.checkpoint)
+    checkpoint = open_checkpoint(tmp_path)
     vit = modules.load_vision_transformer(checkpoint, torch.float64, GPU)
+    assert CudaVisionTransformer.takes(vit) == (num_heads == 3)
     qformer = modules.load_qformer(checkpoint, torch.float64, GPU)
     query_tokens = checkpoint.tensor("query_tokens").double().to(GPU)
     pixel_values = torch.randn(MAX_BATCH_SIZE, 3, 28, 28, device=GPU).half()

@@ -14,6 +14,7 @@ from exact import HALF, drawing, fill_free_memory_with_nan, relative_error
 from models import with_random_weights
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
+from blip2.kernel_launch import launch
 from blip2.vision import cuda, kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 
@@ -98,7 +99,9 @@ def test_vits_attention_equals_float64(vit, device, images):
     assert out[images * TOKENS :].isnan().all()
 
 
-@pytest.mark.parametrize("dtype, parts", [(torch.float16, 0), (torch.float32, 0), (torch.float32, 3)])
+@pytest.mark.parametrize(
+    "dtype, parts", [(torch.float16, 0), (torch.float32, 0), (torch.float32, 3)]
+)
 @pytest.mark.parametrize("rows, width", [(33, 768), (257, 1408), (4097, 1408)])
 def test_norm_equals_float64(device, rows, width, dtype, parts):
     """Of rows whose variance is about epsilon; of some thousands a program has several."""
@@ -156,7 +159,9 @@ def test_sums_equal_float64(device, parts, gelu, dtype):
     rows, width = 33, 769
     summands, bias = floats(device, parts, rows, width), floats(device, width)
     out = torch.full((rows, width), math.nan, dtype=dtype, device=device)
-    kernels.sum_kernel[(triton.cdiv(out.numel(), 512),)](
+    launch(
+        kernels.sum_kernel,
+        (triton.cdiv(out.numel(), 512),),
         summands,
         bias,
         out,
@@ -165,7 +170,7 @@ def test_sums_equal_float64(device, parts, gelu, dtype):
         PARTS=parts,
         GELU=gelu,
         BLOCK=512,
-        **cuda._launch_options(out),
+        device=device,
     )
     truth = summands.double().sum(0) + bias.double()
     if gelu:
