@@ -98,7 +98,9 @@ def test_vits_attention_equals_float64(vit, device, images):
     assert out[images * TOKENS :].isnan().all()
 
 
-@pytest.mark.parametrize("dtype, parts", [(torch.float16, 0), (torch.float32, 0), (torch.float32, 3)])
+@pytest.mark.parametrize(
+    "dtype, parts", [(torch.float16, 0), (torch.float32, 0), (torch.float32, 3)]
+)
 @pytest.mark.parametrize("rows, width", [(33, 768), (257, 1408), (4097, 1408)])
 def test_norm_equals_float64(device, rows, width, dtype, parts):
     """Of rows whose variance is about epsilon; of some thousands a program has several."""
