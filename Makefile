@@ -32,7 +32,7 @@ test: $(VENV)/test-installed .venv-oldest/installed
 
 # Installs nothing: the PyTorch of a GPU's image is tested as it is.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -rs tests/gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 test-slow: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -m slow -s

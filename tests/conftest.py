@@ -25,7 +25,7 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only `pytest -m gpu` sees a GPU: what others test, and the programs they start, run on CPUs."""
-    if config.option.markexpr != "gpu":
+    if not _is_on_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -38,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
             if not torch.cuda.is_available():
                 item.add_marker(missing)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Say once what each of those would."""
+    if _is_on_gpu(config) and not torch.cuda.is_available():
+        terminalreporter.write_line("these tests need an NVIDIA GPU, and torch sees none here")
+
+
+def _is_on_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr == "gpu"
 
 
 def run_program(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
