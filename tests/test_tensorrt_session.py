@@ -1,6 +1,6 @@
 """The session on TensorRT plans: real plans, and a runtime that enforces TensorRT's rules.
 
-tests/gpu/test_tensorrt.py runs those of these tests on a GPU whose outcome can differ there.
+tests/gpu/test_tensorrt.py runs some of these tests with a GPU's buffers, streams and graphs.
 """
 
 from __future__ import annotations
