@@ -25,6 +25,23 @@ BATCH, VOCAB, WIDTH, QUERIES = 64, 960, 768, 4
 Session = TypeVar("Session")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_in_reserve() -> Iterator[None]:
+    """Take what other tests left of PyTorch's reserve: the rest then comes from the GPU's memory."""
+    free_bytes()
+    reserved, taken = torch.cuda.memory_reserved(), []
+    for size in (1 << 27, 1 << 24, 1 << 21):
+        while True:
+            piece = torch.empty(size, dtype=torch.uint8, device="cuda")
+            if torch.cuda.memory_reserved() > reserved:
+                del piece
+                torch.cuda.empty_cache()
+                break
+            taken.append(piece)
+    yield
+    taken.clear()
+
+
 def free_bytes() -> int:
     gc.collect()
     torch.cuda.synchronize()
