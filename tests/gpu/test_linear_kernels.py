@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exact import HALF, SUMS, ExactLinear, drawing, opt_config, relative_error
+from exact import HALF, SUMS, ExactLinear, drawing, opt_config, relative_error, settle
 
 from blip2.language.native import layers
 from blip2.language.native.layers import Layers
@@ -56,6 +56,7 @@ class Case:
 
     def check(self, kernels: Layers) -> None:
         out = self.out[:-1]
+        settle()
         kernels._launch(self.x, self.packed, out, relu=self.relu, residual=self.residual)
         assert relative_error(out, self.truth) < self.bound
         rows = (out.double() - self.truth).norm(dim=1) / self.truth.norm(dim=1)
@@ -134,6 +135,7 @@ def test_every_value_of_a_weight_is_read(device, bits):
                 continue
             kernels._hopper = hopper
             out = torch.empty(rows, 48, device=device)
+            settle()
             kernels._launch(x[:rows].contiguous(), packed, out)
             assert torch.equal(out.double(), exact(x[:rows].double()))
 
@@ -145,6 +147,7 @@ def test_linears_are_the_same_every_time(device, bits, rows):
     draw = drawing(device)
     packed = PackedLinear.pack(draw(2560, 2560), draw(2560), bits)
     x, outs = draw(rows, 2560), torch.empty(20, rows, 2560, dtype=torch.float16, device=device)
+    settle()
     for out in outs:
         kernels._launch(x, packed, out)
     assert outs[0].isfinite().all()
