@@ -12,7 +12,7 @@ from blip2.language.native import compiled
 from blip2.language.native.layered_step import ATTENTION_SOURCE
 
 HEADS, MAX_LEN = 3, 700
-HEAD_SIZES = (8, 16, 48, 64, 80, 120, 128, 200, 256)
+HEAD_SIZES = (8, 48, 64, 80, 120, 128, 256)
 
 
 def lengths_around(turn: int) -> list[int]:
