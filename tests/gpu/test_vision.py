@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from exact import HALF, drawing, fill_free_memory_with_nan, relative_error
+from exact import HALF, drawing, fill_free_memory_with_nan, relative_error, settle
 from models import with_random_weights
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
@@ -111,6 +111,7 @@ def test_norm_equals_float64(device, rows, width, dtype, parts):
     x = draw(rows, width, spread=1e-3).to(dtype)
     shift, added = draw(width, spread=1e-3).float(), draw(parts, rows, width, spread=1e-3).float()
     fast = cuda._Norm.of(norm, shift)
+    settle()
     found = fast(x, added) if parts else fast(x)
     summed = x.double() + shift.double() + added.double().sum(0)
     truth = F.layer_norm(summed, (width,), norm.weight.double(), norm.bias.double(), 1e-6)
