@@ -10,7 +10,6 @@ OUT := demo/out
 TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
 # Each asks for older releases of the others and of torch than it needs, hence --no-deps.
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
-export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test test-gpu test-slow test-lavis lint environments clean
 
@@ -20,10 +19,12 @@ demo: $(VENV)/run-installed
 	@echo
 	$(ASK) --input_text ""
 	@echo
-	$(ASK) --input_text "Question: What colour is the circle? Answer:"
+	$(ASK) --input_text "What colour is the circle?"
+	@printf '\nMany pictures, drawn to try it on:\n  %s && \\\n  %s\n' \
+		'$(VENV)/bin/python -m demo.draw photos 200' \
+		'$(ASK) --input_dir photos --output captions.jsonl --html captions.html'
 
-ASK = $(VENV)/bin/python run.py --engine_dir $(OUT)/onnx --opt_engine_dir $(OUT)/opt/fp16 \
-	--input_dir $(OUT)/image.pt --query_tokens $(OUT)/query_tokens.pt
+ASK = $(VENV)/bin/python run.py --engine_dir $(OUT) --opt_engine_dir $(OUT)/opt/fp16
 
 # Two test processes, one thread each: more would only wait for one another.
 test: $(VENV)/test-installed .venv-oldest/installed

@@ -72,6 +72,7 @@ def main() -> None:
     args = parse_arguments()
 
     # Imported after the arguments are parsed, so that --help waits for neither torch nor TensorRT.
+    from blip2 import artifacts
     from blip2.vision import tensorrt_build, tensorrt_plans
 
     # Only RTX builds for GPUs that are not here, so asking for that asks for RTX.
@@ -86,6 +87,12 @@ def main() -> None:
         verify=not args.no_verify,
     )
     stages = {"0": tensorrt_plans.VIT, "1": tensorrt_plans.QFORMER}
+    if args.timing_cache:
+        plans = [Path(args.plan_dir, stage.plan_file) for stage in stages.values()]
+        artifacts.refuse_same(
+            {"--timing_cache": options.timing_cache, **{str(plan): plan for plan in plans}},
+            {"--onnx_dir": Path(args.onnx_dir).rglob("*")},
+        )
     bar = ProgressBar("TensorRT")
     try:
         built = tensorrt_build.build_plans(

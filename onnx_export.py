@@ -104,6 +104,13 @@ def main() -> None:
     described = [*graphs, "image.pt", "query_tokens.pt"]
     sidecars = [str(artifacts.sidecar_path(Path(file))) for file in described]
     files = [*described, *sidecars, *(f"{graph}.data" for graph in graphs), TOKENIZER_FILE]
+    artifacts.refuse_same(
+        {str(output_dir / file): output_dir / file for file in files},
+        {
+            "--image": [args.image],
+            "--hf_model_location": Path(args.hf_model_location or "").glob("*.json"),
+        },
+    )
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
     with artifacts.staging(output_dir, files, is_tokenizer_of_export) as stage:
         vit = stage / "onnx" / VIT_FILE

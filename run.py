@@ -18,6 +18,8 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     import torch
 
     from blip2.batch import Facts, Question, Summary, Workers
+    from blip2.language import GenerationOptions
     from blip2.pipeline import Answer, Pipeline
 
 
+STANDARD_OUTPUT = Path("-")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
-BATCH_TEMPLATE = "Question: {} Answer:"
+TEMPLATE = "Question: {} Answer:"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,24 +46,35 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--input_text",
         action="append",
-        help=f"prompt; empty: caption (default: {DEFAULT_TEXT!r}; with --output: a caption, and"
+        help=f"question; empty: caption (default: {DEFAULT_TEXT!r}; with --output: a caption, and"
         " may be given several times)",
     )
     add(
         "--prompt_template",
         type=template,
         metavar="TEMPLATE",
-        help="put texts that have not its form in place of its {} (default: the text as it is;"
-        f" with --output: {BATCH_TEMPLATE!r})",
+        default=TEMPLATE,
+        help="replace the {} in it by each text that has not its form yet; '{}': the text as it is",
     )
     add(
         "--input_dir",
         nargs="+",
+        type=source,
         metavar="PICTURE",
         help="image.pt, or a picture: file or URL (default: image.pt); with --output any number of"
-        " pictures, folders, 'patterns*', lists.txt, shards.tar",
+        " pictures, folders, 'patterns*', lists.txt, shards.tar, 'shards-{000..009}.tar'",
     )
-    add("--output", type=Path, metavar="FILE.jsonl", help="a line for each picture and question")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="a line for each picture and question; -: print them, without going on later",
+    )
+    add(
+        "--retry_errors",
+        action="store_true",
+        help="with --output FILE: ask again about pictures of which there is an error in it",
+    )
     add("--html", type=Path, metavar="FILE.html", help="with --output: a page to look through")
     add(
         "--batch_size",
@@ -85,10 +100,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="with --ray: copies of the engines (default: one a GPU, or without any one a machine)",
     )
-    add("--query_tokens", default="query_tokens.pt", help="saved by onnx_export.py")
+    add(
+        "--query_tokens",
+        help="saved by onnx_export.py (default: query_tokens.pt in or beside --engine_dir)",
+    )
     add(
         "--engine_dir",
-        help="ViT and Q-Former: a directory or a BLIP-2's hub id (default: plan, else onnx)",
+        help="ViT and Q-Former: a directory, with them or with plan/ or onnx/ in it, or a BLIP-2's hub"
+        " id (default: plan, else onnx)",
     )
     add(
         "--opt_engine_dir",
@@ -120,17 +139,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--benchmark", type=cli.positive_int, metavar="N", help="repeat N times, print medians")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
-    many = args.output is not None
+    many, printed = args.output is not None, args.output == STANDARD_OUTPUT
     for flag, value in {
         "--html": args.html,
         "--batch_size": args.batch_size,
         "--workers": args.workers,
         "--ray": args.ray,
+        "--retry_errors": args.retry_errors or None,
     }.items():
         if value is not None and not many:
             parser.error(f"{flag} goes with --output")
     if args.ray_actors and not args.ray:
         parser.error("--ray_actors goes with --ray")
+    for flag, value in {"--html": args.html, "--retry_errors": args.retry_errors}.items():
+        if value and printed:
+            parser.error(f"{flag} needs --output FILE, which lines are read from")
     if many and (args.json or args.benchmark):
         parser.error("--output goes without --json and --benchmark")
     if many and not args.input_dir:
@@ -140,8 +163,12 @@ def parse_arguments() -> argparse.Namespace:
     if not many and len(args.input_dir or []) > 1:
         parser.error("several pictures need --output")
     args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
-    args.input_dir = args.input_dir or ["image.pt"]
     return args
+
+
+def source(text: str) -> str:
+    """argparse type: a path without what makes no difference, "photos" for "./photos/"; or a URL."""
+    return str(Path(text)) if text and "://" not in text else text
 
 
 def template(text: str) -> str:
@@ -166,9 +193,9 @@ def answer_one(args: argparse.Namespace) -> None:
     from blip2.pipeline import Stopwatch
     from blip2.prompts import fill_template
 
-    [source], [text] = args.input_dir, args.input_text
-    if args.prompt_template:
-        text = fill_template(args.prompt_template, text)
+    [text] = args.input_text
+    question = Asked(text, fill_template(args.prompt_template, text))
+    source = picture_of(args)
     if inputs.is_collection(source):
         raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
     watch = Stopwatch({"start": cli.seconds_since_start()})
@@ -180,42 +207,86 @@ def answer_one(args: argparse.Namespace) -> None:
     with watch.time("load picture"):
         pixel_values = load_pixel_values(source, pipeline)
     options = pipeline.options(decoding_options(args))
-    check_prompt_length(pipeline.tokenizer.encode(text), args.max_txt_len)
+    check_prompt_length(question.prompt, pipeline.tokenizer.encode(question.prompt), args)
 
-    texts = [text] * len(pixel_values)
+    texts = [question.prompt] * len(pixel_values)
     if args.benchmark:
-        pipeline.answer(pixel_values, texts, options)  # warm up
-        runs = [Stopwatch() for _ in range(args.benchmark)]
-        for run in runs:
-            answers = pipeline.answer(pixel_values, texts, options, run)
-        stages = {
-            stage: statistics.median(run.seconds[stage] for run in runs)
-            for stage in runs[0].seconds
-        }
+        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark)
     else:
         answers = pipeline.answer(pixel_values, texts, options, watch)
-        stages = watch.seconds
+        times = Times(watch.seconds, cli.seconds_since_start())
 
     if not pipeline.language.is_leader:
         return
     if args.json:
-        print(json.dumps(as_json(text, answers, stages, args.benchmark)))
+        print(json.dumps(as_json(question, answers, times)))
     else:
-        print(as_text(text, answers, stages, args.benchmark))
+        print(as_text(question, answers, times))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A text, and the prompt that OPT reads for it."""
+
+    text: str
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds by stage, and those of the whole as the clock has them; medians of `repeats` runs."""
+
+    stages: dict[str, float]
+    total: float
+    repeats: int | None = None
+
+
+def benchmark(
+    pipeline: Pipeline,
+    pixel_values: torch.Tensor,
+    texts: Sequence[str],
+    options: GenerationOptions,
+    repeats: int,
+) -> tuple[list[list[Answer]], Times]:
+    """The answers, and the medians of `repeats` runs behind one that warms up."""
+    from blip2.pipeline import Stopwatch
+
+    answers = pipeline.answer(pixel_values, texts, options)
+    runs, totals = [Stopwatch() for _ in range(repeats)], []
+    for run in runs:
+        begun = time.perf_counter()
+        answers = pipeline.answer(pixel_values, texts, options, run)
+        totals.append(time.perf_counter() - begun)
+    stages = {
+        stage: statistics.median(run.seconds[stage] for run in runs) for stage in runs[0].seconds
+    }
+    return answers, Times(stages, statistics.median(totals), repeats)
 
 
 def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    try:
+        return write_lines(args)
+    except KeyboardInterrupt:
+        if args.output == STANDARD_OUTPUT:
+            raise
+        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
+
+
+def write_lines(args: argparse.Namespace) -> int:
+    """As `answer_many`."""
     from blip2 import batch, inputs, report
     from blip2.decoders import Decoders, default_workers
+    from blip2.pipeline import Stopwatch
     from blip2.prompts import fill_template
 
-    if args.html:
-        report.check_place(args.html)
+    check_places(args)
     entries = inputs.list_entries(args.input_dir)
-    template = args.prompt_template or BATCH_TEMPLATE
-    questions = [batch.Question(text, fill_template(template, text)) for text in args.input_text]
+    questions = [
+        batch.Question(text, fill_template(args.prompt_template, text)) for text in args.input_text
+    ]
     processes = args.workers or default_workers()
+    watch = Stopwatch({"start": cli.seconds_since_start()})
     if args.ray:
         from blip2.cluster import Cluster
 
@@ -224,7 +295,8 @@ def answer_many(args: argparse.Namespace) -> int:
             summary = write_answers(args, entries, questions, facts, cluster)
     else:
         with Decoders(processes) as decoders:
-            pipeline = engines(args)()
+            with watch.time("load engines"):
+                pipeline = engines(args)()
             if not pipeline.language.takes_requests:
                 pipeline.language.close()
                 return 0
@@ -237,10 +309,31 @@ def answer_many(args: argparse.Namespace) -> int:
             workers = batch.LocalWorkers(pipeline, decoders)
             summary = write_answers(args, entries, questions, facts, workers)
     if args.html:
-        with Decoders(processes) as decoders:
+        with Decoders(processes) as decoders, watch.time("page"):
             report.write_report(args.html, args.output, entries, decoders, len(questions))
-    print(summary)
+    printed = args.output == STANDARD_OUTPUT
+    table = summary.table(watch.seconds, cli.seconds_since_start())
+    print(table, file=sys.stderr if printed else sys.stdout)
     return 1 if summary.failed else 0
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """See that what will be written has places of its own, before anything is opened.
+
+    Raises:
+        UserError: names the output, and what is wrong with its place.
+    """
+    from blip2 import artifacts, journal, report
+
+    if args.output == STANDARD_OUTPUT:
+        return
+    journal.check_place(args.output)
+    outputs = {"--output": args.output}
+    outputs |= {f"--output with {what}": p for what, p in journal.companions(args.output).items()}
+    if args.html:
+        report.check_place(args.html)
+        outputs["--html"] = args.html
+    artifacts.refuse_same(outputs, {"--input_dir": args.input_dir})
 
 
 def write_answers(
@@ -252,25 +345,40 @@ def write_answers(
 ) -> Summary:
     """Have the workers answer what is not in the output yet, and write it."""
     from blip2 import batch, inputs
-    from blip2.checkpoints import locate
-    from blip2.journal import Journal, fingerprint
+    from blip2.journal import Journal, StandardOutput
 
-    for prompt in facts.prompts:
-        check_prompt_length(prompt, args.max_txt_len)
+    for question, prompt in zip(questions, facts.prompts, strict=True):
+        check_prompt_length(question.prompt, prompt, args)
     batch_size = args.batch_size or facts.batch_size
+    if args.output == STANDARD_OUTPUT:
+        opened = StandardOutput()
+    else:
+        opened = Journal(args.output, len(questions), made_with(args, questions, facts, batch_size))
+    with opened as journal:
+        start = batch.find_start(entries, journal, batch_size)
+        work = batch.Work(entries, start, batch_size, facts.preprocessing, questions, facts.options)
+        again = batch.retry_errors(workers, work, journal) if args.retry_errors else None
+        total = inputs.count_pictures(entries)
+        summary = batch.write_answers(workers.answer(work), workers.count, total, journal)
+        return summary.after(again) if again else summary
+
+
+def made_with(
+    args: argparse.Namespace, questions: Sequence[Question], facts: Facts, batch_size: int
+) -> dict[str, Any]:
+    """What must be the same for a run to go on with an output, by flag."""
+    from blip2 import batch
+    from blip2.checkpoints import locate
+    from blip2.journal import fingerprint
+
     vision, opt = engine_directories(args)
-    made_with = {
+    return {
         "--input_dir": args.input_dir,
         "--engine_dir": fingerprint(locate(vision)),
         "--opt_engine_dir": fingerprint(locate(opt)),
-        "--query_tokens": fingerprint(Path(args.query_tokens)),
+        "--query_tokens": fingerprint(query_tokens_of(args)),
         **batch.describe(facts, questions, batch_size),
     }
-    with Journal(args.output, len(questions), made_with) as journal:
-        start = batch.find_start(entries, journal, batch_size)
-        work = batch.Work(entries, start, batch_size, facts.preprocessing, questions, facts.options)
-        total = inputs.count_pictures(entries)
-        return batch.write_answers(workers.answer(work), workers.count, total, journal)
 
 
 def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
@@ -282,7 +390,7 @@ def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
         open_pipeline,
         engine_dir=vision,
         opt_engine_dir=opt,
-        query_tokens=args.query_tokens,
+        query_tokens=query_tokens_of(args),
         tokenizer=args.hf_model_location,
         verify=not args.no_verify,
     )
@@ -291,10 +399,13 @@ def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
 def engine_directories(args: argparse.Namespace) -> tuple[str, str]:
     """Where ViT and Q-Former, and OPT are: as given, else the default that holds something."""
     from blip2 import language, vision
+    from blip2.layout import engines_in
 
     opt_defaults = ("trt_engine/blip-2-opt-2.7b/fp16/1-gpu", "opt/2.7B/trt_ckpt/fp16/1-gpu")
     return (
-        args.engine_dir or first_with_engine(vision.holds_engine, "plan", "onnx"),
+        str(engines_in(Path(args.engine_dir)))
+        if args.engine_dir
+        else first_with_engine(vision.holds_engine, "plan", "onnx"),
         args.opt_engine_dir or first_with_engine(language.holds_engine, *opt_defaults),
     )
 
@@ -302,6 +413,23 @@ def engine_directories(args: argparse.Namespace) -> tuple[str, str]:
 def first_with_engine(holds_engine: Callable[[Path], bool], *directories: str) -> str:
     """The first of the default directories that holds something to run, else the last of them."""
     return next((d for d in directories if holds_engine(Path(d))), directories[-1])
+
+
+def query_tokens_of(args: argparse.Namespace) -> Path:
+    """The query tokens: as given, else those of the export that the engines are from."""
+    from blip2.layout import find_beside
+
+    vision, _ = engine_directories(args)
+    return Path(args.query_tokens or find_beside(Path(vision), "query_tokens.pt"))
+
+
+def picture_of(args: argparse.Namespace) -> str:
+    """What to look at: as given, else the picture that was exported with the engines."""
+    from blip2.layout import find_beside
+
+    vision, _ = engine_directories(args)
+    [source] = args.input_dir or [str(find_beside(Path(vision), "image.pt"))]
+    return source
 
 
 def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
@@ -347,45 +475,44 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_prompt_length(prompt: Sequence[int], max_txt_len: int) -> None:
+def check_prompt_length(prompt: str, token_ids: Sequence[int], args: argparse.Namespace) -> None:
     """A prompt is never cut silently.
 
     Raises:
         UserError: it has more tokens than --max_txt_len.
     """
-    if len(prompt) > max_txt_len:
+    if len(token_ids) > args.max_txt_len:
         raise UserError(
-            f"--input_text has {len(prompt)} tokens, --max_txt_len allows {max_txt_len}; shorten the"
-            " text or raise --max_txt_len"
+            f"the prompt {prompt!r} has {len(token_ids)} tokens, --max_txt_len allows"
+            f" {args.max_txt_len}; shorten --input_text or raise --max_txt_len"
         )
 
 
-def as_json(
-    text: str, answers: list[list[Answer]], stages: dict[str, float], repeats: int | None
-) -> dict:
+def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:
     """The result for programs: seconds by stage; with --benchmark they are medians."""
     return {
-        "question": text,
-        "answers": [[dataclasses.asdict(beam) for beam in beams] for beams in answers],
-        "seconds": stages,
-        "benchmark": repeats,
+        "question": question.text,
+        "prompt": question.prompt,
+        "answers": [[beam.to_json() for beam in beams] for beams in answers],
+        "seconds": times.stages,
+        "total_seconds": times.total,
+        "benchmark": times.repeats,
     }
 
 
-def as_text(
-    text: str, answers: list[list[Answer]], stages: dict[str, float], repeats: int | None
-) -> str:
-    """The result for people: question, answers, and a table of the stages."""
-    lines = [f"[Q] {text or '(caption)'}"]
+def as_text(question: Asked, answers: list[list[Answer]], times: Times) -> str:
+    """The result for people: prompt, answers, and a table of the stages."""
+    lines = [f"[Q] {question.prompt or '(caption)'}"]
     for beams in answers:
         for beam in beams:
-            score = "" if beam.score is None else f"    ({beam.score:.4f})"
-            lines.append(f"[A] {beam.text}{score}")
-    total = sum(stages.values())
-    median = f", median of {repeats}" if repeats else ""
+            score = [] if beam.score is None else [f"   ({beam.score:.4f})"]
+            flags = [f"({flag})" for flag in beam.flags]
+            lines.append(" ".join(["[A]", *filter(None, [beam.text]), *score, *flags]))
+    median = f", median of {times.repeats}" if times.repeats else ""
     lines += ["", f"{'stage':<14}{'time' + median:>22}{'share':>8}"]
-    for stage, seconds in [*stages.items(), ("total", total)]:
-        lines.append(f"{stage:<14}{seconds * 1e3:>19.1f} ms{seconds / total:>7.0%}")
+    other = times.total - sum(times.stages.values())
+    for stage, seconds in [*times.stages.items(), ("other", other), ("total", times.total)]:
+        lines.append(f"{stage:<14}{seconds * 1e3:>19.1f} ms{seconds / times.total:>7.0%}")
     return "\n".join(lines)
 
 

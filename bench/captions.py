@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m
 
 import torch
 
@@ -28,7 +31,8 @@ from blip2.inputs import Picture
 from blip2.pipeline import Pipeline, open_pipeline
 from demo import scenes
 
-CHECKPOINT = Path(__file__).parent.parent / "demo" / "checkpoint"
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+CHECKPOINT, OPT = DEMO / "checkpoint", DEMO / "out" / "opt" / "fp16"  # the latter by make demo
 MAX_NEW_TOKENS = 40
 CAPTION = [Question("", "")]
 
@@ -40,8 +44,8 @@ def main() -> None:
     parser.add_argument("--workers", type=cli.positive_int, default=1, help="that decode pictures")
     parser.add_argument("--repeats", type=cli.positive_int, default=3, help="to take the median of")
     parser.add_argument("--engine_dir", type=Path, default=CHECKPOINT, help="ViT and Q-Former")
-    parser.add_argument("--opt_engine_dir", required=True, help="the demo checkpoint's OPT")
-    parser.add_argument("--query_tokens", default="query_tokens.pt")
+    parser.add_argument("--opt_engine_dir", default=OPT, help="the demo checkpoint's OPT")
+    parser.add_argument("--query_tokens", help="(default: in or beside --engine_dir)")
     args = parser.parse_args()
     pipeline = open_pipeline(args.engine_dir, args.opt_engine_dir, args.query_tokens, CHECKPOINT)
     with tempfile.TemporaryDirectory() as directory, Decoders(args.workers) as decoders:

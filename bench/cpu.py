@@ -16,16 +16,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m
+
 import torch
 
 from blip2 import cli
+from blip2.artifacts import UserError
 from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.model import OPTModel, linear_class
@@ -47,7 +52,7 @@ ONNX = {  # name: onnx_export.py's --dtype, and --opset
     "ONNX float16": (torch.float16, 18),
     "ONNX INT8": (torch.int8, 18),
 }
-DEMO = Path("demo")
+DEMO = Path(__file__).resolve().parent.parent / "demo"
 DEMO_TEXTS = ("", "Question: What colour is the circle? Answer:")
 
 Run = Callable[[], object]
@@ -150,6 +155,9 @@ def demo(args: argparse.Namespace) -> None:
     from blip2.language import GenerationOptions
 
     out = DEMO / "out"
+    if not (out / "opt" / "fp16").exists():
+        command = shlex.join(["make", "-C", str(DEMO.parent), "demo"])
+        raise UserError(f"{out} holds no engines; make them with: {command}")
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DEMO / "checkpoint").eval()
 
     def reference(pipeline: Pipeline, pixels: torch.Tensor, text: str) -> Run:

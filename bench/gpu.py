@@ -36,7 +36,8 @@ from bench.random_blip2 import (
     random_model,
     weight_bytes,
 )
-from blip2 import cli
+from blip2 import artifacts, cli
+from blip2.artifacts import UserError
 from blip2.batch import Batch, LocalWorkers, Question, Start
 from blip2.inputs import Picture
 from blip2.language.native.model import OPTModel
@@ -65,6 +66,13 @@ def main() -> None:
         "--compile", action="store_true", help="time transformers' static cache and compilation too"
     )
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError(
+            "torch sees no NVIDIA GPU, which is what is measured; of a CPU measure: python -m bench.cpu"
+            " demo"
+        )
+    if args.chart and args.json:
+        artifacts.refuse_same({"--chart": args.chart, "--json": args.json})
     torch.manual_seed(0)
     report = Report()
     print(report.figures["device"], end=", ")

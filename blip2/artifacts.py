@@ -22,9 +22,10 @@ import json
 import os
 import queue
 import shutil
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,43 @@ def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
             f"{path} exists, and was not written by this program; move it away, or choose another"
             " place for the output"
         )
+
+
+def refuse_same(
+    outputs: Mapping[str, Path | int], inputs: Mapping[str, Iterable[str | Path]] | None = None
+) -> None:
+    """See that no two outputs are one file, by whatever names, and that none is an input.
+
+    Args:
+        outputs: by what the user calls them; a descriptor stands for the file that it is open on.
+        inputs: files that will be read, by what the user calls them; those that are not there
+            do no harm.
+
+    Raises:
+        UserError: names the two.
+    """
+    taken: dict[object, str] = {}
+    for name, output in outputs.items():
+        for identity in _identities(output):
+            if (other := taken.setdefault(identity, name)) != name:
+                raise UserError(f"{other} and {name} are the same file; choose another for one")
+    for name, paths in (inputs or {}).items():
+        for path in paths:
+            for identity in _identities(path):
+                if identity in taken:
+                    raise UserError(
+                        f"{taken[identity]} is {path}, which {name} reads; choose another place"
+                    )
+
+
+def _identities(file: str | Path | int) -> list[object]:
+    """What two names of one file have in common: its place, and on the disk its number."""
+    found: list[object] = [] if isinstance(file, int) else [os.path.realpath(file)]
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(file)
+        if stat.S_ISREG(status.st_mode):
+            found.append((status.st_dev, status.st_ino))
+    return found
 
 
 @contextlib.contextmanager
@@ -490,10 +528,15 @@ def load_tensor(path: Path, made_by: str) -> torch.Tensor:
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: {made_by}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        stored = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    try:
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+    except Exception:  # anything; its message advises to run what the file holds
         raise UserError(
-            f"cannot read {path}: {first_line(error)}; make it again with: {made_by}"
+            f"cannot read {path}: it is damaged, or no tensor that torch.save wrote (a picture needs"
+            f" its own suffix); make it again with: {made_by}"
         ) from None
     if not is_plain(content) or not content.is_floating_point():
         raise UserError(f"{path} holds no plain tensor; make it again with: {made_by}")

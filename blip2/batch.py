@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from blip2.artifacts import UserError
 from blip2.decoders import Decoders
 from blip2.images import Preprocessing
 from blip2.inputs import Picture
-from blip2.journal import Journal
+from blip2.journal import Journal, StandardOutput
 from blip2.language import GenerationOptions
 from blip2.pipeline import Answer, Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
@@ -96,7 +96,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Pictures from `position` of the input on; decoded: each one's 3 x S x S, or what is wrong."""
+    """Pictures of the window that begins at `position`; decoded: each one's 3 x S x S, or an error."""
 
     position: int
     pictures: Sequence[Picture]
@@ -112,6 +112,7 @@ class Work:
         batch_size: pictures looked at, and asked one question, at once.
         preprocessing: what the engines' ViT takes.
         options: how to decode; of a sampling, `seed` is the first of a series.
+        only: places in the input of the pictures to look at; None is all from `start` on.
     """
 
     entries: Sequence[str]
@@ -120,14 +121,27 @@ class Work:
     preprocessing: Preprocessing
     questions: Sequence[Question]
     options: GenerationOptions
+    only: frozenset[int] | None = None
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from `start` on, not decoded."""
+        """The batches from `start` on, not decoded; of those with none of `only`, nothing."""
         pictures = inputs.read_pictures(self.entries[self.start.entry :])
         pictures, position = itertools.islice(pictures, self.start.skip, None), self.start.position
         while batch := list(itertools.islice(pictures, self.batch_size)):
-            yield Batch(position, batch)
+            chosen = [p for number, p in enumerate(batch, position) if self.is_wanted(number)]
+            if chosen:
+                yield Batch(position, chosen)
             position += len(batch)
+
+    def positions(self) -> Iterator[int]:
+        """Where the windows of the batches begin; without `only`, also behind the last of them."""
+        if self.only is None:
+            return itertools.count(self.start.position, self.batch_size)
+        return iter(sorted({n // self.batch_size * self.batch_size for n in self.only}))
+
+    def is_wanted(self, number: int) -> bool:
+        """Whether picture `number` of the input is to be looked at."""
+        return self.only is None or number in self.only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +170,7 @@ class Workers(Protocol):
 class Summary:
     """What a run did: pictures in the output, those of this run, and seconds by stage.
 
-    The seconds are those of all workers: shares are of `wall_seconds` times `workers`.
+    The seconds are sums over all workers. `wall_seconds` are those in which there were answers.
     """
 
     done: int
@@ -166,18 +180,39 @@ class Summary:
     seconds: dict[str, float]
     workers: int = 1
 
-    def __str__(self) -> str:
+    def after(self, earlier: Summary) -> Summary:
+        """Of two parts of a run, the later of which is this one."""
+        seconds = collections.Counter(earlier.seconds)
+        seconds.update(self.seconds)
+        new, wall = self.new + earlier.new, self.wall_seconds + earlier.wall_seconds
+        return dataclasses.replace(self, new=new, wall_seconds=wall, seconds=dict(seconds))
+
+    def table(self, before: Mapping[str, float], total: float) -> str:
+        """What was done, and a line for each stage.
+
+        Args:
+            before: seconds of what this process did before the workers could begin, by stage.
+            total: seconds of the whole run, as a clock beside it would say.
+        """
         rate = self.new / self.wall_seconds if self.new else 0.0
-        total = self.wall_seconds * self.workers
-        of_workers = f" by {self.workers} workers" if self.workers > 1 else ""
+        pictures = "picture" if self.done == 1 else "pictures"
+        summed, name = self.workers > 1, "total"
+        by_workers = f" by {self.workers} workers" if summed else ""
         lines = [
-            f"{self.done} pictures done, {self.failed} of them failed;"
-            f" {self.new} in this run{of_workers}, {rate:.1f} pictures/s",
-            f"{'stage':<18}{'time':>12}{'share':>8}",
+            f"{self.done} {pictures} done, {self.failed} of them failed;"
+            f" {self.new} in this run{by_workers}, {rate:.1f} pictures/s"
         ]
-        other = total - sum(self.seconds.values())
-        for stage, seconds in [*self.seconds.items(), ("other", other)]:
-            lines.append(f"{stage:<18}{seconds:>10.1f} s{seconds / total:>7.0%}")
+        stages = {**before, **self.seconds}
+        if summed:
+            # Where one process starts the others wait: those seconds are in "other".
+            name, stages = f"total, {self.workers} x {total:.1f} s", dict(self.seconds)
+            total *= self.workers
+        heading = f"sum of {self.workers} workers" if summed else "time"
+        width = max(20, len(heading) + 2)
+        lines.append(f"{'stage':<20}{heading:>{width}}{'share':>8}")
+        stages["other"] = total - sum(stages.values())
+        for stage, seconds in [*stages.items(), (name, total)]:
+            lines.append(f"{stage:<20}{seconds:>{width - 2}.1f} s{seconds / total:>7.0%}")
         return "\n".join(lines)
 
 
@@ -191,7 +226,7 @@ def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> di
     }
 
 
-def find_start(entries: Sequence[str], journal: Journal, batch_size: int) -> Start:
+def find_start(entries: Sequence[str], journal: Journal | StandardOutput, batch_size: int) -> Start:
     """Where the batch begins that holds the first picture which is not in the journal.
 
     Raises:
@@ -206,14 +241,27 @@ def find_start(entries: Sequence[str], journal: Journal, batch_size: int) -> Sta
             if (name := next(names, None)) is None:
                 return start
             if picture.name != name:
-                raise _changed_input(journal, name)
+                rest = itertools.chain([picture], inputs.read_pictures(entries[index:]))
+                raise _changed_input(journal, name, picture, rest)
             number += 1
     if missing := next(names, None):
         raise _changed_input(journal, missing)
     return Start(journal.done, len(entries))
 
 
-def _changed_input(journal: Journal, name: dict[str, str]) -> UserError:
+def _changed_input(
+    journal: Journal | StandardOutput,
+    name: dict[str, str],
+    found: Picture | None = None,
+    rest: Iterable[Picture] = (),
+) -> UserError:
+    """What to say where the input has `found`, then `rest`, and the output `name`."""
+    if found and any(picture.name == name for picture in rest):
+        return UserError(
+            f"{'/'.join(found.name.values())} is new in the input, or was elsewhere in it:"
+            f" {journal.path} has {'/'.join(name.values())} in its place; move it away until the"
+            " output is whole, give it behind the other pictures, or choose another --output"
+        )
     return UserError(
         f"{journal.path} has an answer for {'/'.join(name.values())}, which is no longer there in"
         " the input's order; give the same pictures again, or choose another --output"
@@ -221,7 +269,7 @@ def _changed_input(journal: Journal, name: dict[str, str]) -> UserError:
 
 
 def write_answers(
-    answers: Iterable[Answered], workers: int, total: int, journal: Journal
+    answers: Iterable[Answered], workers: int, total: int, journal: Journal | StandardOutput
 ) -> Summary:
     """Write the lines of every batch, those of pictures that are in the journal left out.
 
@@ -251,6 +299,44 @@ def write_answers(
     return Summary(done, failed, done - journal.done, wall, {**seconds, **watch.seconds}, workers)
 
 
+def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
+    """Answer the pictures again of which the journal has an error; nothing else in it changes.
+
+    A batch is what failed of one window, whatever a run that was killed had answered of it.
+
+    Args:
+        workers: who answers.
+        work: that of the whole input; where it starts does not count.
+        journal: what was done so far.
+
+    Raises:
+        UserError: the journal cannot be written, or the workers raise it. What was answered is
+            kept, for a run that goes on.
+    """
+    begun, size = time.perf_counter(), work.batch_size
+    seconds: collections.Counter[str] = collections.Counter()
+    if not journal.failed:
+        return Summary(journal.done, 0, 0, 0.0, {}, workers.count)
+    with journal.retrying() as retry:
+        waiting = [number for number in retry.failed if number >= retry.done]
+        if waiting:
+            begins = waiting[0] // size * size
+            only = frozenset(number for number in retry.failed if number >= begins)
+            work = dataclasses.replace(work, start=Start(), only=only)
+            with _progress_bar(len(waiting), 0) as bar:
+                for answered in workers.answer(work):
+                    window = range(answered.position, answered.position + size)
+                    numbers = filter(only.__contains__, window)
+                    for number, lines in zip(numbers, answered.lines, strict=True):
+                        if number >= retry.done:
+                            retry.replace(number, lines)
+                            bar.update()
+                    retry.flush()
+                    seconds.update(answered.seconds)
+    wall = time.perf_counter() - begun
+    return Summary(journal.done, journal.failed, len(waiting), wall, dict(seconds), workers.count)
+
+
 def _progress_bar(total: int, done: int) -> tqdm:
     # In a log file every refresh is another line.
     interval = 0.2 if sys.stderr.isatty() else 30
@@ -272,22 +358,22 @@ class LocalWorkers:
             UserError: a decoding process was killed, or the engines cannot take a question.
         """
         batches = (batch.pictures for batch in work.batches())
-        decoded = self._decoders.decode(batches, work.preprocessing)
-        position = work.start.position
+        decoded = zip(
+            work.positions(), self._decoders.decode(batches, work.preprocessing), strict=False
+        )
         prompts = [question.prompt for question in work.questions]
         self._pipeline.prepare(prompts[:1] * work.batch_size, work.options)
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         try:
-            coming = ahead.submit(self._next_batch, decoded, position)
+            coming = ahead.submit(self._next_batch, decoded)
             while True:
                 watch = Stopwatch()
                 with watch.time(WAIT):
                     batch, values = coming.result()
                 if not batch.pictures:
                     return
-                position += len(batch.pictures)
-                coming = ahead.submit(self._next_batch, decoded, position)
+                coming = ahead.submit(self._next_batch, decoded)
                 questions, options = work.questions, work.options
                 yield answer_batch(self._pipeline, batch, values, questions, options, watch)
         finally:
@@ -296,10 +382,10 @@ class LocalWorkers:
 
     def _next_batch(
         self,
-        decoded: Iterator[tuple[Sequence[Picture], list[np.ndarray | str]]],
-        position: int,
+        decoded: Iterator[tuple[int, tuple[Sequence[Picture], list[np.ndarray | str]]]],
     ) -> tuple[Batch, torch.Tensor]:
-        batch = Batch(position, *next(decoded, ((), [])))
+        position, (pictures, values) = next(decoded, (0, ((), [])))
+        batch = Batch(position, pictures, values)
         return batch, stack_pictures(batch, self._pipeline.vision)
 
 
@@ -376,24 +462,9 @@ def _lines(
         return [{**picture.name, "error": outcome}]
     lines = []
     for question, beams in zip(questions, outcome, strict=True):
-        answer = beams[0].text
-        line = {**picture.name, "question": question.text, "answer": answer, "flags": flags(answer)}
+        best = beams[0]
+        line = {**picture.name, "question": question.text, "answer": best.text, "flags": best.flags}
         if len(beams) > 1:
-            line["beams"] = [dataclasses.asdict(beam) for beam in beams]
+            line["beams"] = [beam.to_json() for beam in beams]
         lines.append(line)
     return lines
-
-
-def flags(answer: str) -> list[str]:
-    """What is suspicious of an answer: "empty", or "loop" if it ends by repeating itself.
-
-    A loop is the same words three times over at the end, wherever in them the answer was cut.
-    """
-    words = answer.split()
-    if not words:
-        return ["empty"]
-    for period in range(1, len(words) // 3 + 1):
-        tail = words[-3 * period :]
-        if tail[period:] == tail[:-period]:
-            return ["loop"]
-    return []

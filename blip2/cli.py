@@ -11,11 +11,15 @@ import errno
 import io
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from blip2 import memory
@@ -33,9 +37,8 @@ _PLACES = {
 }
 
 
-_FULL = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
-
-
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = {"PIL": "pillow", "cuda": "cuda-bindings"}  # by the module, where it is named otherwise
 _IMPORTED = time.perf_counter()
 
 
@@ -81,32 +84,27 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     _open_standard_streams()
-    stdout = sys.stdout
-    # What a terminal's encoding lacks is escaped, not fatal.
-    if isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="backslashreplace")
+    stdout = sys.stdout = _standard_output(sys.stdout)
     try:
         code = main() or 0
         stdout.flush()
     except UserError as error:
         code = _explain(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): stop quietly, as other tools do.
+    except OutputError as error:
         _forget_output()
-        code = 0
+        # The reader of our output went away (`| head`): stop quietly, as other tools do.
+        code = 0 if error.errno == errno.EPIPE else _explain(str(error))
     except OSError as error:
-        if (
-            error.filename is None and error.errno in _FULL
-        ):  # files are written elsewhere, and named
-            _forget_output()
-            code = _explain(f"cannot write standard output: {error.strerror}; send it elsewhere")
-        elif error.filename is not None and error.errno in _PLACES:
+        if error.filename is not None and error.errno in _PLACES:
             code = _explain(f"{error.filename}: {error.strerror}; check the path and permissions")
         else:
             code = _explain_other(error)
+    except ModuleNotFoundError as error:
+        missing = _missing_package(error)
+        code = _explain(missing) if missing else _explain_other(error)
     except Exception as error:
         code = _explain_other(error)
     if code and _is_one_of_several():
@@ -116,6 +114,97 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     sys.exit(code)
+
+
+def command(script: str, *arguments: object) -> str:
+    """A command for the shell that runs a program of this repository from the current directory."""
+    python = sys.executable if shutil.which("python") != sys.executable else "python"
+    words = [_short(python), _short(str(_ROOT / script))]
+    words += [_short(str(a)) if isinstance(a, Path) else str(a) for a in arguments]
+    return shlex.join(words)
+
+
+def _short(path: str) -> str:
+    """A path as it is called from the current directory, where it lies below it."""
+    here = os.path.join(os.getcwd(), "")
+    return path.removeprefix(here) if path.startswith(here) else path
+
+
+def explain_missing_packages() -> None:
+    """Have the imports of a program's module say what to install, too: those before its `run`."""
+
+    def explain(kind: type, error: BaseException, trace: object) -> None:
+        if isinstance(error, ModuleNotFoundError) and (missing := _missing_package(error)):
+            sys.exit(_explain(missing))
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain
+
+
+def _missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install, where it is a package of others that is not there; else None."""
+    module = (error.name or "").partition(".")[0]
+    if not module or module in sys.stdlib_module_names or (_ROOT / module).exists():
+        return None
+    package = _PACKAGES.get(module, module)
+    for path in sorted(_ROOT.glob("requirements*.txt"), key=lambda path: len(path.name)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            requirement = line.partition("#")[0].strip()
+            if re.match(rf"{re.escape(package)}(?![\w-])", requirement):
+                whole = ["-r", str(path)] if path.name == "requirements.txt" else [requirement]
+                return _not_installed(package, whole)
+    return _not_installed(package, [package])
+
+
+def _not_installed(package: str, arguments: list[str]) -> str:
+    environment = _ROOT / ".venv" / "bin" / "python"
+    other = ""
+    if environment.exists() and not sys.executable.startswith(str(environment.parent)):
+        other = f"run this with {shlex.quote(str(environment))}, or "
+    command = shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+    return f"{package} is not installed; {other}install it with: {command}"
+
+
+class OutputError(OSError):
+    """Standard output cannot be written: told from what happens to files and other pipes."""
+
+    def __str__(self) -> str:
+        return f"cannot write standard output: {self.strerror}; send it elsewhere"
+
+
+class _Output(io.RawIOBase):
+    """What is behind standard output, whose errors are its own."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream  # kept, as the descriptor would be closed with it
+        self._raw = getattr(stream.buffer, "raw", stream.buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def write(self, content: bytes) -> int | None:
+        try:
+            return self._raw.write(content)
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from None
+
+
+def _standard_output(stream: io.TextIOBase) -> io.TextIOBase:
+    """The stream, if it is the system's, with errors of its own and an escape for other letters."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream)),
+        encoding=stream.encoding,
+        errors="backslashreplace",  # what a terminal's encoding lacks is not fatal
+        line_buffering=stream.line_buffering,
+    )
 
 
 def _open_standard_streams() -> None:

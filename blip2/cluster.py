@@ -46,8 +46,7 @@ from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline, Stopwatch
 
-# Ray reads them when it is imported.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray reads it when it is imported.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning for every actor
 
 try:
@@ -86,7 +85,7 @@ class Cluster:
             decoders: the most batches decoded at once; None is as many as there are processors.
 
         Raises:
-            UserError: there is no cluster at the address.
+            UserError: there is no cluster at the address, or it has no room for so many actors.
         """
         self._open_pipeline, self._decoders = open_pipeline, decoders
         self._directory = os.getcwd()
@@ -94,6 +93,12 @@ class Cluster:
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
         self.count = actors or gpus or sum(node["Alive"] for node in ray.nodes())
+        if self.count > (room := gpus or int(cpus)):
+            ray.shutdown()
+            raise UserError(
+                f"--ray_actors {self.count} is more than the cluster's {room}"
+                f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}; give at most as many"
+            )
         # Without GPUs half of the processors compute, in so many threads; the others decode. One for
         # each actor would be what decoding asks for: Ray fuses equal stages, and nothing goes ahead.
         share = cpus / 2 / self.count
@@ -148,13 +153,11 @@ class Cluster:
                 **self._per_actor,
             )
         )
-        position = work.start.position
         with _killed_workers():
-            for row in rows.iter_rows():
+            for row, position in zip(rows.iter_rows(), work.positions(), strict=False):
                 answered = _unpacked(row)
                 if answered.position != position:
                     raise RuntimeError(f"batch {answered.position} came instead of {position}")
-                position += len(answered.lines)
                 yield answered
 
 

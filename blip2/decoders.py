@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -19,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -69,9 +71,13 @@ class Decoders:
         self._pool = ProcessPoolExecutor(
             workers, mp_context=context, initializer=_start_worker, initargs=(ended,)
         )
-        # They start and import while the engines load.
-        for _ in range(workers):
-            self._pool.submit(int)
+        try:
+            # They start and import while the engines load.
+            for _ in range(workers):
+                self._submit(int)
+        except BaseException:
+            self.__exit__(UserError)
+            raise
 
     def __enter__(self) -> Decoders:
         return self
@@ -118,9 +124,15 @@ class Decoders:
 
     def _submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         try:
-            return self._pool.submit(function, *arguments)
+            with _deaf_to_interrupts():
+                return self._pool.submit(function, *arguments)
         except BrokenProcessPool:
             raise _worker_killed() from None
+        except OSError as error:
+            raise UserError(
+                f"cannot start a process that decodes pictures: {error.strerror or error}; end other"
+                " programs, or give fewer --workers"
+            ) from None
 
     @staticmethod
     def _result(future: Future[T]) -> T:
@@ -128,6 +140,23 @@ class Decoders:
             return future.result()
         except BrokenProcessPool:
             raise _worker_killed() from None
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Have a process that is started within never hear of Ctrl-C; this one hears it afterwards.
+
+    The new one would answer with a traceback until it has got as far as `_start_worker`.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # else the first start does so, and opens the ears
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker_killed() -> UserError:

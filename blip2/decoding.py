@@ -136,7 +136,7 @@ class Greedy(Strategy):
     def results(self) -> list[Generation]:
         steps = int(self._step)
         rows = self._tokens[:, :steps].tolist()
-        return [Generation((Beam(_cut(ids, self.options.end_id)),)) for ids in rows]
+        return [Generation((_beam(ids, self.options.end_id),)) for ids in rows]
 
 
 class Sampling(Greedy):
@@ -286,7 +286,7 @@ class BeamSearch(Strategy):
             for earlier in range(step - 1, -1, -1):
                 ids.append(tokens[row][earlier])
                 row = parents[row][earlier]
-            return Beam(_cut(ids[::-1], end_id), score)
+            return _beam(ids[::-1], end_id, score)
 
         return [
             Generation(tuple(map(beam, scores, endings)))
@@ -340,5 +340,6 @@ def _uniforms(seed: int, request: int, steps: int) -> torch.Tensor:
     return torch.rand(steps, dtype=torch.float64, generator=generator)
 
 
-def _cut(ids: list[int], end_id: int) -> list[int]:
-    return ids[: ids.index(end_id)] if end_id in ids else ids
+def _beam(ids: list[int], end_id: int, score: float | None = None) -> Beam:
+    finished = end_id in ids
+    return Beam(ids[: ids.index(end_id)] if finished else ids, score, finished)

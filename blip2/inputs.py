@@ -4,9 +4,10 @@
     for picture in read_pictures(entries):
         picture.path, picture.key
 
-Folders are searched recursively for picture files and shards, sorted by path. Links to folders are
-not followed: they may lead in circles. What macOS leaves beside pictures (`._name`, `__MACOSX/`) are
-none. A shard's pictures are read one after the other, so a shard may be larger than the memory.
+Folders are searched recursively for picture files and shards, sorted by path; hidden folders in them
+are left out. Links to folders are not followed: they may lead in circles. What macOS leaves beside
+pictures (`._name`, `__MACOSX/`) are none. `{000..009}` and `{a,b}` stand for names, as in webdataset.
+A shard's pictures are read one after the other, so a shard may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from blip2.artifacts import UserError, first_line
 from blip2.images import MAX_FILE_BYTES, SUFFIXES
 
 _URLS = ("http://", "https://")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
+_MOST_NAMES = 10_000_000  # of one pair of braces
 _SHARDS = (".tar", ".tar.gz", ".tgz")
 _ENCODINGS = {  # of a list, by its byte order mark
     codecs.BOM_UTF8: "utf-8",
@@ -78,8 +81,8 @@ def is_collection(source: str) -> bool:
     if _is_url(source):
         return False
     listed = source.lower().endswith((*_SHARDS, ".txt"))
-    pattern = glob.has_magic(source) and not os.path.exists(source)
-    return listed or os.path.isdir(source) or pattern
+    pattern = (glob.has_magic(source) or _BRACES.search(source)) and not os.path.exists(source)
+    return listed or os.path.isdir(source) or bool(pattern)
 
 
 def list_entries(sources: Sequence[str]) -> list[str]:
@@ -88,7 +91,26 @@ def list_entries(sources: Sequence[str]) -> list[str]:
     Raises:
         UserError: a source that does not exist, or holds no picture.
     """
-    return [entry for source in sources for entry in _entries_of(source)]
+    return [entry for source in sources for name in expand(source) for entry in _entries_of(name)]
+
+
+def expand(source: str) -> list[str]:
+    """The names that braces in a source stand for: {000..009}, {a,b}; itself if a file has it."""
+    found = None if os.path.lexists(source) else _BRACES.search(source)
+    if not found:
+        return [source]
+    first, last, words = found.groups()
+    if words is not None:
+        values = words.split(",")
+    else:
+        padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        if abs(int(last) - int(first)) > _MOST_NAMES:
+            raise UserError(f"{source} stands for more than {_MOST_NAMES} names; give fewer")
+        step = 1 if int(first) <= int(last) else -1
+        values = [f"{n:0{width}}" for n in range(int(first), int(last) + step, step)]
+    before, after = source[: found.start()], source[found.end() :]
+    return [name for value in values for name in expand(f"{before}{value}{after}")]
 
 
 def _entries_of(source: str) -> list[str]:
@@ -122,16 +144,17 @@ def _entries_in(folder: str) -> list[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions")
 
-    return sorted(
-        path
-        for directory, _, names in os.walk(folder, onerror=refuse)
-        for path in (os.path.join(directory, name) for name in names)
-        if is_picture(path) or is_shard(path)
-    )
+    paths = []
+    for directory, below, names in os.walk(folder, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        paths += (os.path.join(directory, name) for name in names)
+    return sorted(path for path in paths if is_picture(path) or is_shard(path))
 
 
 def _listed_in(path: Path) -> list[str]:
     """A list's lines: in the encoding of its byte order mark, else in that of file names.
+
+    Those that begin with "#" are comments, unless a file has that name.
 
     Raises:
         UserError: it cannot be read.
@@ -147,7 +170,8 @@ def _listed_in(path: Path) -> list[str]:
         text = content[len(mark) :].decode(encoding, "surrogateescape")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
-    return [_without_blanks(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    lines = [_without_blanks(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    return [line for line in lines if not line.startswith("#") or os.path.lexists(line)]
 
 
 def _without_blanks(line: str) -> str:

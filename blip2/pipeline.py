@@ -15,7 +15,8 @@ import torch
 from blip2 import artifacts, language, memory, vision
 from blip2.artifacts import UserError
 from blip2.checkpoints import TokenIds, is_checkpoint, locate
-from blip2.language import Generation, GenerationOptions, LanguageSession
+from blip2.language import Beam, Generation, GenerationOptions, LanguageSession
+from blip2.layout import engines_in, find_beside
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
 
@@ -29,10 +30,30 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One beam's text, with its score where the engine gives one."""
+    """One beam's text, with its score where the engine gives one.
+
+    `finished` is false of a text that was cut: it came to max_output_len tokens without an end.
+    """
 
     text: str
     score: float | None = None
+    finished: bool = True
+
+    @property
+    def flags(self) -> list[str]:
+        """What is suspicious of it: "empty"; "loop" if it ends by repeating itself; "length".
+
+        A loop is the same words three times over at the end, wherever in them the answer was cut.
+        """
+        words = self.text.split()
+        periods = range(1, len(words) // 3 + 1)
+        loops = any(words[-2 * period :] == words[-3 * period : -period] for period in periods)
+        found = {"empty": not words, "loop": loops, "length": not self.finished}
+        return [flag for flag, holds in found.items() if holds]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the programs print it."""
+        return {"text": self.text, "score": self.score, "flags": self.flags}
 
 
 class Stopwatch:
@@ -209,10 +230,10 @@ class Pipeline:
             self._check_before(look)  # what went wrong before is the better explanation
             raise
         self._check_before(look)
-        return [
-            [Answer(self.tokenizer.decode(beam.token_ids), beam.score) for beam in generation.beams]
-            for generation in generations
-        ]
+        return [[self._answer(beam) for beam in generation.beams] for generation in generations]
+
+    def _answer(self, beam: Beam) -> Answer:
+        return Answer(self.tokenizer.decode(beam.token_ids), beam.score, beam.finished)
 
     def _check_before(self, look: Look) -> None:
         """See that the files behind the engines are sound, and what the ViT and Q-Former made."""
@@ -264,16 +285,17 @@ def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[
 def open_pipeline(
     engine_dir: str | Path,
     opt_engine_dir: str | Path,
-    query_tokens: str | Path,
+    query_tokens: str | Path | None = None,
     tokenizer: str | Path | None = None,
     verify: bool = True,
 ) -> Pipeline:
     """Open the engines that the artifacts in two directories call for.
 
     Args:
-        engine_dir: holds the ViT and the Q-Former; or a BLIP-2's hub id.
+        engine_dir: holds the ViT and the Q-Former, or plan/ or onnx/ with them; or a BLIP-2's hub id.
         opt_engine_dir: holds the OPT; or a BLIP-2's or OPT's hub id.
-        query_tokens: the file query_tokens.pt of the export.
+        query_tokens: the file query_tokens.pt of the export; None is the one in or beside
+            `engine_dir`, or else in the current directory.
         tokenizer: directory or hub id; None is the checkpoint in `engine_dir`, or else `tokenizer/`
             beside the query tokens.
         verify: compare large files too with their hashes; small ones always are.
@@ -281,8 +303,8 @@ def open_pipeline(
     Raises:
         UserError: an artifact is missing, damaged, or does not fit the others.
     """
-    engine_dir, opt_engine_dir = locate(engine_dir), locate(opt_engine_dir)
-    query_tokens = Path(query_tokens)
+    engine_dir, opt_engine_dir = engines_in(locate(engine_dir)), locate(opt_engine_dir)
+    query_tokens = Path(query_tokens or find_beside(engine_dir, "query_tokens.pt"))
     # Descriptions first: what does not fit is refused before gigabytes are read.
     opt = language.open_language_session(opt_engine_dir)
     pipeline = Pipeline(

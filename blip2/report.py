@@ -61,7 +61,7 @@ def write_report(
     thumbnails = itertools.chain.from_iterable(shown for _, shown in decoders.thumbnails(batches))
     with (
         artifacts.staging(path.absolute().parent, is_ours=_is_ours) as stage,
-        open(output, encoding="ascii") as lines,
+        open(output, encoding="utf-8") as lines,
     ):
         answers = _answers(map(json.loads, lines), questions)
         # A name that is no UTF-8 shows as question marks.

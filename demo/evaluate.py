@@ -1,6 +1,7 @@
 """How many answers are right, through the same engines as run.py, on scenes nobody trained on.
 
-python -m demo.evaluate --engine_dir demo/out/onnx --opt_engine_dir demo/out/opt/fp16
+python -m demo.evaluate                            # of what `make demo` made
+python -m demo.evaluate --engine_dir demo/out --opt_engine_dir demo/out/opt/fp16
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ import collections
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m
 
 from blip2 import cli
 
+ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64
+OUT = ROOT / "demo" / "out"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.ArgumentParser("Print the share of exact answers on unseen demo scenes.")
     add = parser.add_argument
-    add("--engine_dir", default="demo/out/onnx", help="ViT and Q-Former")
-    add("--opt_engine_dir", default="demo/out/opt/fp16", help="OPT")
-    add("--query_tokens", default="demo/out/query_tokens.pt", help="saved by onnx_export.py")
+    add("--engine_dir", default=OUT, help="ViT and Q-Former")
+    add("--opt_engine_dir", default=OUT / "opt" / "fp16", help="OPT")
+    add("--query_tokens", help="saved by onnx_export.py (default: in or beside --engine_dir)")
     add("--scenes", type=cli.positive_int, default=500, help="to ask about")
     add("--num_beams", type=cli.positive_int, default=1, help="beam search if above 1")
     add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -246,9 +246,12 @@ class Pictures:
         except Exception as failure:
             self.failure = failure
 
-    def wait_for(self, count: int) -> None:
-        """Return when `count` pictures are ready; raises what stopped the rendering, if any."""
-        while self.ready < count and not self.failure:
+    def wait_for(self, count: int, deadline: float = math.inf) -> None:
+        """Return when `count` pictures are ready, or at the deadline, on time.monotonic's clock.
+
+        Raises what stopped the rendering, if any.
+        """
+        while self.ready < count and not self.failure and time.monotonic() < deadline:
             time.sleep(0.05)
         if self.failure:
             raise self.failure
@@ -298,11 +301,8 @@ def train(
     chance = random.Random(0)
     start = last = None
     steps = steps_before = 0
-    while True:
-        now = time.monotonic()
+    while (now := time.monotonic()) < schedule.deadline:
         done = (now - start) / (schedule.deadline - start) if start else 0.0
-        if done >= 1:
-            return
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(done)
         int4 = done >= schedule.int4_from and chance.random() < schedule.int4_share
@@ -315,7 +315,7 @@ def train(
         steps += 1
         if start is None:
             loss.item()
-            pictures.wait_for(schedule.first_pictures)
+            pictures.wait_for(schedule.first_pictures, schedule.deadline)
             start = last = time.monotonic()
             steps_before = steps
         elif now - last >= LOG_SECONDS:
@@ -423,8 +423,8 @@ def evaluate(
             hits = exact(text_logits(language_model, seen[owner], ids), targets).tolist()
             for form, hit in zip(batch.forms, hits, strict=True):
                 right.setdefault(form, []).append(hit)
-        right["questions"] = [hit for form in LEARNED for hit in right[form]]
+        right["questions"] = [hit for form in LEARNED for hit in right.get(form, ())]
         for form, hits in right.items():
             row = table.setdefault(form, {"count": len(hits)})
-            row[precision] = round(100 * sum(hits) / len(hits), 2)
+            row[precision] = round(100 * sum(hits) / max(1, len(hits)), 2)
     return table

@@ -2,7 +2,7 @@
 
     python opt/convert_checkpoint.py --model_dir Salesforce/blip2-opt-2.7b --dtype float16 \\
         --output_dir ./opt/2.7B/trt_ckpt/fp16/1-gpu/
-    python opt/convert_checkpoint.py --use_weight_only --weight_only_precision int4
+    python opt/convert_checkpoint.py --weight_only_precision int4
 
 --model_dir is a BLIP-2, whose language model is taken, or an OPT alone: use the BLIP-2 that the
 ViT and the Q-Former are from, as its vocabulary can differ from that of facebook/opt-2.7b.
@@ -22,6 +22,7 @@ from blip2 import cli
 from blip2.artifacts import UserError
 
 if TYPE_CHECKING:
+    from blip2.checkpoints import Checkpoint
     from blip2.language.trtllm_format import OPTCheckpointConfig
 
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16"}
@@ -63,7 +64,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="have the linear layers quantised when the checkpoint is built or run",
     )
-    parser.add_argument("--weight_only_precision", choices=tuple(QUANT_ALGOS), default="int8")
+    parser.add_argument(
+        "--weight_only_precision",
+        choices=tuple(QUANT_ALGOS),
+        help="what --use_weight_only means, which this implies (default: int8)",
+    )
     parser.add_argument("--tp_size", type=cli.positive_int, default=1, help="GPUs to split over")
     parser.add_argument(
         "--use_parallel_embedding",
@@ -85,7 +90,10 @@ def parse_arguments() -> argparse.Namespace:
         default="1.2.1",
         help="TensorRT-LLM that the printed trtllm-build command is for, 0.9 to 1.2.1",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.use_weight_only and args.weight_only_precision is None:
+        args.weight_only_precision = "int8"
+    return args
 
 
 def main() -> None:
@@ -94,14 +102,14 @@ def main() -> None:
     # Imported after the arguments are parsed, so that --help does not wait for torch.
     from blip2.checkpoints import open_checkpoint
     from blip2.language.conversion import ConversionOptions, convert, target_config
-    from blip2.language.trtllm_build import parse_version, query_tokens
+    from blip2.language.trtllm_build import parse_version
 
     parse_version(args.trtllm_version)
     start = time.perf_counter()
     checkpoint = open_checkpoint(args.model_dir)
     options = ConversionOptions(
         dtype=args.dtype,
-        quant_algo=QUANT_ALGOS[args.weight_only_precision] if args.use_weight_only else None,
+        quant_algo=QUANT_ALGOS.get(args.weight_only_precision),
         tp_size=args.tp_size,
         use_parallel_embedding=args.use_parallel_embedding,
         embedding_sharding_dim=args.embedding_sharding_dim,
@@ -115,7 +123,7 @@ def main() -> None:
         f"{output_dir}: {describe(config)} of {args.model_dir}, {config.tp_size} file(s),"
         f" {size / 1e9:.2f} GB, {time.perf_counter() - start:.1f} s"
     )
-    print_next_steps(output_dir, config, query_tokens(checkpoint), args.trtllm_version)
+    print_next_steps(output_dir, config, checkpoint, args.model_dir, args.trtllm_version)
 
 
 def default_output_dir(config: OPTCheckpointConfig) -> Path:
@@ -138,26 +146,43 @@ def describe(config: OPTCheckpointConfig) -> str:
 
 
 def print_next_steps(
-    output_dir: Path, config: OPTCheckpointConfig, num_query_tokens: int, trtllm_version: str
+    output_dir: Path,
+    config: OPTCheckpointConfig,
+    checkpoint: Checkpoint,
+    model_dir: str,
+    trtllm_version: str,
 ) -> None:
     """Print the commands that run the checkpoint, as it is and as a TensorRT-LLM engine."""
-    from blip2.language.trtllm_build import EngineLimits, build_command, runs_here
+    from blip2.language.trtllm_build import EngineLimits, build_command, query_tokens, runs_here
 
     name = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size), "custom").lower()
     engine_dir = f"trt_engine/blip-2-opt-{name}/{precision_name(config)}/{config.tp_size}-gpu"
+    num_query_tokens = query_tokens(checkpoint)
     limits = EngineLimits.within(config.max_position_embeddings)
     command = build_command(
         output_dir, engine_dir, config, num_query_tokens, trtllm_version, limits
     )
-    run = "python run.py" if config.tp_size == 1 else f"mpirun -n {config.tp_size} python run.py"
+    mpirun = "" if config.tp_size == 1 else f"mpirun -n {config.tp_size} "
+    # The ViT and the Q-Former of the same checkpoint; an OPT alone has none, LAVIS's file is exported.
+    runs = checkpoint.kind != "opt" and not Path(model_dir).is_file()
+    seen = ("--engine_dir", model_dir) if runs else ()
+    asked = (
+        "--input_dir",
+        Path(__file__).resolve().parent.parent / "demo" / "scene.png",
+        "--input_text",
+        "",
+    )
     if config.tp_size == 1:
-        print(f"\nRun it as it is:\n  {run} --opt_engine_dir {output_dir}")
+        run = cli.command("run.py", *seen, "--opt_engine_dir", output_dir, *asked)
+        beside = "" if seen else ", beside what onnx_export.py has written here"
+        print(f"\nRun it as it is{beside}:\n  {run}")
     print(
         f"\nOr build an engine with TensorRT-LLM {trtllm_version}, whose prompt table has"
         f" {num_query_tokens} query tokens x {limits.max_batch_size} requests:\n  {command}"
     )
     if runs_here(trtllm_version):
-        print(f"and run that:\n  {run} --opt_engine_dir {engine_dir}")
+        run = cli.command("run.py", *seen, "--opt_engine_dir", engine_dir, *asked)
+        print(f"and run that:\n  {mpirun}{run}")
     else:
         print("run.py cannot run that one: it takes engines of 0.13 to 1.2.1.")
 

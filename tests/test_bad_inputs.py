@@ -42,6 +42,7 @@ from bad_inputs import (
 from blip2.checkpoints import open_checkpoint
 from blip2.language import conversion
 
+GUIDE = "Question: which city is this? Answer:"
 SAY = "run.py --engine_dir onnx --opt_engine_dir opt --input_dir picture.png --input_text"
 ASK = f"{SAY} what?"
 MANY = "run.py --engine_dir onnx --opt_engine_dir opt --input_dir picture.png --output new.jsonl"
@@ -133,18 +134,28 @@ OPTIONS = [
 ]
 PROMPTS = [
     row("caption", f"{SAY} ''", r"\[Q\] \(caption\)\n\[A\]", code=0),
-    row("only spaces", f"{SAY} '   '", r"\[Q\]    \n\[A\]", code=0),
-    row("special tokens are text", f"{SAY} '</s><image>'", r"\[A\]", code=0),
-    row("emoji", f"{SAY} '🐈?'", r"\[Q\] 🐈\?\n\[A\]", code=0),
-    row("newline", f"{SAY} 'a\nb'", r"\[A\]", code=0),
-    row("no UTF-8", f"{SAY} 'a\udcffb'", r"the text 'a\\udcffb' is not UTF-8"),
+    row("only spaces", f"{SAY} '   '", r"\[Q\] \(caption\)\n\[A\]", code=0),
+    row("a question", f"{SAY} ' why? '", r"\[Q\] Question: why\? Answer:\n\[A\]", code=0),
     row(
-        "long prompt", f"{ASK} --max_txt_len 3", "--input_text has 6 tokens, --max_txt_len allows 3"
+        "the guide's form",
+        f"{SAY} '{GUIDE}' --max_txt_len 99",
+        rf"\[Q\] {re.escape(GUIDE)}",
+        code=0,
+    ),
+    row("as it is", f"{SAY} 'a cat' --prompt_template {{}}", r"\[Q\] a cat\n\[A\]", code=0),
+    row("special tokens are text", f"{SAY} '</s><image>'", r"\[A\]", code=0),
+    row("emoji", f"{SAY} '🐈?'", r"\[Q\] Question: 🐈\? Answer:\n\[A\]", code=0),
+    row("newline", f"{SAY} 'a\nb'", r"\[A\]", code=0),
+    row("no UTF-8", f"{SAY} 'a\udcffb'", r"the text 'Question: a\\udcffb Answer:' is not UTF-8"),
+    row(
+        "long prompt",
+        f"{ASK} --max_txt_len 3",
+        "the prompt .Question: what. Answer:. has 24 tokens, --max_txt_len allows 3",
     ),
     row(
         "beyond the model",
-        f"{SAY} {'x' * 80} --max_txt_len 99",
-        r"input length 85 \+ max_output_len 30 is 115, this OPT engine takes at most 96",
+        f"{SAY} {'x' * 80} --max_txt_len 105",
+        r"input length 103 \+ max_output_len 30 is 133, this OPT engine takes at most 96",
     ),
     row("template without a place", f"{ASK} --prompt_template Q", "--prompt_template: 'Q' has not"),
 ]
@@ -193,7 +204,16 @@ PICTURES = [
 ARTIFACTS = [
     row("no engines", f"{ASK} --engine_dir no", "no holds no ViT and Q-Former; make them with: py"),
     row("no OPT", f"{ASK} --opt_engine_dir no", "no does not exist .* python opt/convert_check"),
-    row("empty OPT folder", f"{ASK} --opt_engine_dir onnx", "onnx holds no OPT .*make one with"),
+    row(
+        "another's OPT folder",
+        f"{ASK} --opt_engine_dir onnx",
+        r"onnx holds no OPT .*make one with: python opt/convert_checkpoint.py$",
+    ),
+    row(
+        "OPT folder of a blank",
+        f"{ASK} --opt_engine_dir 'my opt'",
+        r"make one with: python opt/convert_checkpoint.py --output_dir 'my opt'$",
+    ),
     row("no query tokens", ASK, "query_tokens.pt does not exist; make", remove("query_tokens.pt")),
     row("no sidecar", ASK, "visual_encoder.json does not exist", remove(VIT.with_suffix(".json"))),
     row("no data file", ASK, "encoder.onnx.data does not exist; make it with", remove(VIT_DATA)),
@@ -555,6 +575,43 @@ MACHINE = [
         CONVERT,
         "cannot write new.*: Permission denied; free space there or",
         lambda: os.mkdir("new", 0o500),
+    ),
+    # Places that no output can have.
+    row("a device as output", f"{MANY} --output /dev/full", "/dev/full is a pipe, a device or wh"),
+    row(
+        "a pipe as output",
+        f"{MANY} --output pipe",
+        "pipe is a pipe, .* print the lines with: --output -",
+        lambda: os.mkfifo("pipe"),
+    ),
+    row("a folder as output", f"{MANY} --output onnx", "onnx is a directory; name a file in it"),
+    row("a page of no file", f"{MANY} --output - --html p", "--html needs --output FILE, which li"),
+    row("a retry of none", f"{MANY} --output - --retry_errors", "--retry_errors needs --output FI"),
+    row(
+        "one output", f"{MANY} --html ./new.jsonl", "--output and --html are the same file; choose"
+    ),
+    row(
+        "the options", f"{MANY} --html new.jsonl.options", "options.* and --html are the same file"
+    ),
+    row(
+        "one output by two names",
+        f"{MANY} --html page",
+        "--output and --html are the same file",
+        both(write("new.jsonl", ""), lambda: os.link("new.jsonl", "page")),
+    ),
+    row(
+        "a linked folder",
+        f"{MANY} --output l/new.jsonl --html opt/new.jsonl",
+        "--output and --html are the same file",
+        link("l", to="opt"),
+    ),
+    row(
+        "the picture", f"{MANY} --output picture.png", "--output is picture.png, which --input_dir"
+    ),
+    row(
+        "the tokenizer, export",
+        f"{EXPORT.replace(' new', ' .')} --hf_model_location tokenizer",
+        "tokenizer.json is tokenizer/tokenizer.json, which --hf_model_location reads; choose",
     ),
     row(
         "read-only report",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import codecs
+import errno
 import html
 import html.parser
 import io
+import itertools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,10 +39,11 @@ from blip2.batch import (
     Batch,
     LocalWorkers,
     Question,
+    Start,
     Summary,
     Work,
     find_start,
-    flags,
+    retry_errors,
     stack_pictures,
     write_answers,
 )
@@ -111,6 +115,32 @@ def test_each_picture_and_question_has_its_line(demo_opt, photos, tmp_path):
     check_page(page, pictures=14, texts=[scenes.caption(scene(8)), NASTY, "2a.jpg is no picture"])
 
 
+def test_printed_lines_are_those_of_a_file(demo_opt, photos, tmp_path):
+    """For pipes; a reader that goes ends the run quietly. The folder may have a slash."""
+    output = tmp_path / "out.jsonl"
+    asked = ("--input_dir", f"{photos}/b/", "--batch_size", 2)
+    done = run_program(*command(demo_opt, output, *asked))
+    assert done.returncode == 0, done.stderr
+    asked = ("--input_dir", photos / "b", "--batch_size", 2)
+    again = run_program(*command(demo_opt, output, *asked))
+    assert "5 pictures done, 0 of them failed; 0 in this run" in again.stdout
+    total = [line for line in done.stdout.splitlines() if line.startswith("total")]
+    assert len(total) == 1
+    run = run_program(*command(demo_opt, Path("-"), *asked), cwd=tmp_path)
+    assert run.stdout == output.read_text()
+    assert "5 pictures done" in run.stderr
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.options"]
+    line = shlex.join([sys.executable, *command(demo_opt, Path("-"), *asked)])
+    piped = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -n 1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (piped.returncode, piped.stdout) == (0, output.read_text().partition("\n")[0] + "\n")
+    assert "Traceback" not in piped.stderr
+
+
 class Page(html.parser.HTMLParser):
     """The thumbnails and the texts of a page."""
 
@@ -171,6 +201,8 @@ def test_runs_that_are_killed_go_on(demo_opt, photos, tmp_path):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors.decode()
         assert b"Traceback" not in errors
+        if sent in POLITE:
+            assert b"interrupted; the same command goes on where this one stopped" in errors
         written = output.read_bytes()
         assert expected.startswith(written)
         assert len(written) > len(before)
@@ -268,8 +300,8 @@ class FakePipeline:
         self.looks: list[int] = []
         self.asked: list[tuple[list[str], int]] = []
 
-    def prepare(self, texts, options) -> None:
-        """Nothing is compiled."""
+    def prepare(self, _texts, _options):
+        pass
 
     def look(self, pixel_values, _stopwatch):
         self.looks.append(len(pixel_values))
@@ -354,11 +386,97 @@ def test_other_pictures_are_refused(fake_run, tmp_path):
     fake_run(files)
     content = output.read_bytes()
     for others in (files[1:], files[:3], [files[0], *files]):
-        with pytest.raises(UserError, match=r"png, which is no longer there"):
+        with pytest.raises(
+            UserError, match=r"png, which is no longer there|0\.png is new in the i"
+        ):
             fake_run(others)
         assert output.read_bytes() == content
     fake_run([*files, files[0]])  # more of them behind the others
     assert output.read_bytes() == content + b"".join(content.splitlines(keepends=True)[:2])
+
+
+def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
+    files = gray(tmp_path, 5)
+    fake_run(files[:1] + files[2:4])
+    with pytest.raises(UserError, match=rf"{files[1]} is new in the input.* has {files[2]} in its"):
+        fake_run(files)
+
+
+@pytest.fixture
+def retry(decoders, tmp_path):
+    """As fake_run, for what failed; `dies` after that many batches."""
+
+    def run(files: list[str], dies: int | None = None) -> Summary:
+        workers = LocalWorkers(FakePipeline(), decoders)
+        if dies is not None:
+            answer = workers.answer
+
+            def some(work):
+                yield from itertools.islice(answer(work), dies)
+                raise KeyboardInterrupt
+
+            workers.answer = some
+        questions = [Question("", ""), Question("q", "Question: q Answer:")]
+        with journal(tmp_path / "out.jsonl") as lines:
+            find_start(files, lines, 3)
+            options = GenerationOptions(end_id=0)
+            work = Work(files, Start(), 3, Preprocessing(4, 4), questions, options)
+            return retry_errors(workers, work, lines)
+
+    return run
+
+
+def test_errors_are_answered_again_and_nothing_else_changes(fake_run, retry, tmp_path):
+    files, output = gray(tmp_path, 11), tmp_path / "out.jsonl"
+    fake_run(files)
+    right = output.read_bytes()
+    output.unlink()
+    whole = {number: Path(files[number]).read_bytes() for number in (0, 4, 5, 7, 10)}
+    for number in whole:
+        Path(files[number]).write_text("no picture")
+    fake_run(files)
+    failed = output.read_bytes()
+    for number in (0, 4, 7, 10):
+        Path(files[number]).write_bytes(whole[number])
+    # Interrupted between batches; then torn anywhere, as kill -9 leaves it.
+    with pytest.raises(KeyboardInterrupt):
+        retry(files, dies=2)
+    begun = tmp_path / "out.jsonl.retry"
+    assert output.read_bytes() == failed
+    torn = begun.read_bytes()
+    bad = [line for line in failed.splitlines(keepends=True) if b'"error"' in line]
+    expected = b""
+    for line in right.splitlines(keepends=True):
+        name = json.loads(line)["path"]
+        expected += line if name != files[5] else b"" if json.loads(line)["question"] else bad[2]
+    for end in {0, 1, 200, len(torn) // 2, len(torn) - 1, len(torn)}:
+        output.write_bytes(failed)
+        begun.write_bytes(torn[:end])
+        summary = retry(files)
+        assert output.read_bytes().splitlines() == expected.splitlines()
+        assert (summary.done, summary.failed) == (11, 1)
+        assert not begun.exists()
+    _, summary = fake_run(files)  # goes on as ever, with nothing left to do
+    assert (summary.done, summary.failed, summary.new) == (11, 1, 0)
+    Path(files[5]).write_bytes(whole[5])
+    assert retry(files).failed == 0
+    assert output.read_bytes() == right
+
+
+def test_a_retry_of_another_output_is_not_gone_on_with(fake_run, tmp_path):
+    (tmp_path / "out.jsonl.retry").write_text('{"path": "x", "error": "e"}\n')
+    fake_run(gray(tmp_path, 2))
+    assert not (tmp_path / "out.jsonl.retry").exists()
+
+
+def test_lines_are_read_by_any_reader_and_show_names_as_they_are(tmp_path):
+    names = ["猫 🐈 é.png", "a\u2028b\x85\x9b\x7f.png", "bad\udcff.png", "\U000e0001"]
+    with journal(tmp_path / "out.jsonl") as lines:
+        lines.append([{"path": name, "error": ""} for name in names])
+    content = (tmp_path / "out.jsonl").read_bytes().decode()
+    assert "猫 🐈 é.png" in content
+    assert [json.loads(line)["path"] for line in content.splitlines()] == names
+    assert all(character.isprintable() for character in content.replace("\n", ""))
 
 
 def test_full_disks_are_one_sentence(tmp_path):
@@ -392,6 +510,24 @@ def test_a_decoding_process_is_small(decoders, tmp_path):
     modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
     assert {"numpy", "PIL"} <= modules
     assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
+
+
+def test_decoding_processes_that_cannot_start_are_one_sentence(monkeypatch):
+    """As a start whose process ends before it has read what it is for."""
+
+    def fail(_process):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", staticmethod(fail))
+    with pytest.raises(UserError, match=r"cannot start a process that decodes.*: Broken pipe; end"):
+        Decoders(2)
+
+
+def test_decoding_processes_never_hear_of_an_interrupt(decoders):
+    """Not even while they start, when no handler of ours is set yet; this process does."""
+    ask = "__import__('signal').pthread_sigmask(0, [])"
+    assert signal.SIGINT in decoders._pool.submit(eval, ask).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
@@ -514,6 +650,39 @@ def test_every_suffix_of_the_formats_is_one_of_a_picture(tmp_path):
         assert not isinstance(decode_picture(picture, Preprocessing(4, 4)), str), picture
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("{000..009}.tar", "{0..10}", "{9..11}", "{09..11}", "{3..1}", "{010..1}", "{1..03}"),
+        *("a{1..3}b{x,y}", "{,x}y", "{a}", "{}", "x{b,a,b}{0..1}/c", "http://x/{0..2}.png"),
+    ],
+)
+def test_braces_stand_for_what_they_do_in_webdataset(pattern):
+    theirs = pytest.importorskip("braceexpand")
+    assert inputs.expand(pattern) == list(theirs.braceexpand(pattern))
+
+
+def test_braces_comments_and_hidden_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1.png", "a2.png", "#3.png", "{1..2}.png", "d/x.png", "d/.git/y.png", ".e/z.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("list.txt").write_text("# all of them\na1.png\n #none\n#3.png\n")
+    assert inputs.list_entries(["a{1..2}.png", "list.txt"]) == [
+        "a1.png",
+        "a2.png",
+        "a1.png",
+        "#3.png",
+    ]
+    assert inputs.list_entries(["{1..2}.png"]) == ["{1..2}.png"]
+    assert inputs.is_collection("a{1..2}.png")
+    assert inputs.list_entries(["d", ".e"]) == ["d/x.png", ".e/z.png"]
+    with pytest.raises(UserError, match=r"a3\.png does not exist"):
+        inputs.list_entries(["a{1..3}.png"])
+    with pytest.raises(UserError, match="more than"):
+        inputs.list_entries(["{0..99999999999}.png"])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n\n"])
 def test_lists_as_editors_write_them(tmp_path, monkeypatch, encoding, end):
@@ -560,7 +729,8 @@ def test_sources_without_pictures_are_refused(tmp_path):
     ],
 )
 def test_flags(answer, expected):
-    assert flags(answer) == expected
+    assert Answer(answer).flags == expected
+    assert Answer(answer, finished=False).flags == [*expected, "length"]
 
 
 TEMPLATE = "Question: {} Answer:"

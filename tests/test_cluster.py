@@ -190,6 +190,17 @@ def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch)
                 cluster._unpacked(later)
 
 
+def test_more_actors_than_the_cluster_has_room_for_are_refused(photos, demo_opt, tmp_path):
+    done = run_program(
+        *command(demo_opt, tmp_path / "out.jsonl", "--input_dir", photos, "--ray"),
+        *("--ray_actors", "5000"),
+    )
+    assert done.returncode == 2
+    assert re.search(r"--ray_actors 5000 is more than the cluster's \d+ processor", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_address_without_a_cluster_is_refused(photos, demo_opt, tmp_path):
     address = "127.0.0.1:1"
     done = run_program(

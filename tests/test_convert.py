@@ -11,6 +11,7 @@ import textwrap
 import opt_models
 import pytest
 import torch
+from conftest import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from transformers import OPTConfig, OPTForCausalLM
@@ -69,6 +70,25 @@ def assert_equal(actual, expected):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "flags, algorithm",
+    [
+        ([], None),
+        (["--use_weight_only"], "W8A16"),
+        (["--weight_only_precision", "int4"], "W4A16"),
+        (["--use_weight_only", "--weight_only_precision", "int4"], "W4A16"),
+    ],
+)
+def test_a_precision_of_the_weights_asks_for_it(tmp_path, flags, algorithm):
+    opt_models.opt(**SHAPE).save_pretrained(tmp_path / "hf")
+    done = run_program(
+        *(SCRIPT, "--model_dir", tmp_path / "hf", "--output_dir", tmp_path / "opt"), *flags
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "opt" / "config.json").read_text())
+    assert config["quantization"]["quant_algo"] == algorithm
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

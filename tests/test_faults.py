@@ -434,6 +434,22 @@ def test_standard_streams_that_take_nothing_or_little(tiny_export, tiny_opt, tmp
         assert "answer" in json.loads(answer)
 
 
+def test_only_a_broken_standard_output_is_quiet():
+    """Another pipe that breaks is a fault, though standard output be a pipe without a reader too."""
+    script = (
+        "import os; from blip2 import cli; ends = os.pipe(); os.close(ends[0]);"
+        "cli.run(lambda: os.write(ends[1], b'x'))"
+    )
+    run = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "{sys.executable}" -c "{script}" | true'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "BrokenPipeError" in run.stderr
+
+
 # --- many pictures -----------------------------------------------------------------------------
 
 

@@ -101,13 +101,15 @@ def reference(model, input_ids, images, options):
     beams = []
     for sequence, score in zip(output.sequences.tolist(), scores, strict=True):
         new = sequence[ids.shape[1] :]
-        beams.append((new[: new.index(options.end_id)] if options.end_id in new else new, score))
+        ended = options.end_id in new
+        beams.append((new[: new.index(options.end_id)] if ended else new, score, ended))
     return beams
 
 
 def assert_same(generation, expected):
-    assert [beam.token_ids for beam in generation.beams] == [ids for ids, _ in expected]
-    for beam, (_, score) in zip(generation.beams, expected, strict=True):
+    assert [beam.token_ids for beam in generation.beams] == [ids for ids, _, _ in expected]
+    for beam, (_, score, ended) in zip(generation.beams, expected, strict=True):
+        assert beam.finished == ended
         if score is None:
             assert beam.score is None
         else:
@@ -119,7 +121,7 @@ def frequent_token(model, prompts, images):
     options = GenerationOptions(end_id=-1, max_output_len=NEW_TOKENS, num_beams=4)
     counts = collections.Counter()
     for ids, rows in zip(prompts, images, strict=True):
-        for beam, _ in reference(model, ids, rows, options):
+        for beam, _, _ in reference(model, ids, rows, options):
             counts.update(set(beam[2:]) - set(beam[:2]))
     return counts.most_common(1)[0][0]
 

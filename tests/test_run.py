@@ -26,8 +26,10 @@ def ask(tiny_export, tiny_opt, *arguments):
     )
 
 
-def transformers_answers(tiny_export, text: str, **options) -> tuple[list[str], list[float]]:
-    """What Blip2ForConditionalGeneration says of the saved picture: texts and beam scores."""
+def transformers_answers(
+    tiny_export, text: str, **options
+) -> tuple[list[str], list[float], list[bool]]:
+    """What Blip2ForConditionalGeneration says of the saved picture: texts, beam scores, ends."""
     from models import tiny_tokenizer
 
     tokenizer, model = tiny_tokenizer(), tiny_export.model
@@ -45,22 +47,30 @@ def transformers_answers(tiny_export, text: str, **options) -> tuple[list[str], 
         do_sample=False,
         **options,
     )
-    texts = []
+    texts, ended = [], []
     for sequence in result.sequences.tolist():
         new = sequence[len(ids) :]
+        ended.append(newline in new)
         new = new[: new.index(newline)] if newline in new else new
         texts.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     scores = result.sequences_scores.tolist() if "sequences_scores" in result else []
-    return texts, scores
+    return texts, scores, ended
 
 
-@pytest.mark.parametrize("text", [QUESTION, "", "a photo of"])
+@pytest.mark.parametrize("text", [QUESTION, "what is it?", "", "a photo of"])
 def test_greedy_answers_are_transformers(tiny_export, tiny_opt, text):
-    done = ask(tiny_export, tiny_opt, "--input_text", text, "--max_output_len", 12, "--json")
+    prompt = {"what is it?": QUESTION}.get(text, text)
+    literal = ["--prompt_template", "{}"] if text == "a photo of" else []
+    done = ask(
+        *(tiny_export, tiny_opt, "--input_text", text, "--max_output_len", 12, "--json"), *literal
+    )
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)["answers"]
-    texts, _ = transformers_answers(tiny_export, text, max_new_tokens=12)
-    assert [beam["text"] for beam in answers[0]] == texts
+    result = json.loads(done.stdout)
+    assert (result["question"], result["prompt"]) == (text, prompt)
+    texts, _, ended = transformers_answers(tiny_export, prompt, max_new_tokens=12)
+    [beams] = result["answers"]
+    assert [beam["text"] for beam in beams] == texts
+    assert ["length" not in beam["flags"] for beam in beams] == ended
 
 
 @pytest.mark.parametrize("num_beams", [2, 5])
@@ -71,9 +81,10 @@ def test_beams_and_scores_are_transformers(tiny_export, tiny_opt, num_beams):
     )
     assert done.returncode == 0, done.stderr
     [beams] = json.loads(done.stdout)["answers"]
-    texts, scores = transformers_answers(
+    texts, scores, ended = transformers_answers(
         tiny_export, QUESTION, max_new_tokens=8, num_beams=num_beams, length_penalty=0.6
     )
+    assert ["length" not in beam["flags"] for beam in beams] == ended
     assert [beam["text"] for beam in beams] == texts
     assert [beam["score"] for beam in beams] == pytest.approx(scores, rel=1e-4)
 
@@ -90,7 +101,9 @@ def test_printout_has_question_answers_and_stages(tiny_export, tiny_opt):
     assert lines[0] == f"[Q] {QUESTION}"
     assert [line[:3] for line in lines].count("[A]") == 3
     stages = [line.split("  ")[0] for line in lines if line.endswith("%")]
-    assert stages == ["start", "load engines", "load picture", "ViT", "Q-Former", "OPT", "total"]
+    assert stages == [
+        *("start", "load engines", "load picture", "ViT", "Q-Former", "OPT", "other", "total")
+    ]
 
 
 def test_benchmark_gives_medians_of_the_stages(tiny_export, tiny_opt):
@@ -154,3 +167,27 @@ def test_another_tokenizer_keeps_the_ids_beside_the_engines(tiny_export, tiny_op
     for tokenizer in (None, other):
         pipeline = open_pipeline(exported / "onnx", tiny_opt, query_tokens, tokenizer)
         assert pipeline.options({}).end_id == 3
+
+
+SWITCHES = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def test_no_library_sends_anything_or_keeps_an_id(tiny_export, tiny_opt, tmp_path, monkeypatch):
+    """onnxruntime has written its id below the home directory by the end of a session."""
+    for name in ("XDG_CACHE_HOME", *SWITCHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = ask(tiny_export, tiny_opt, "--input_text", "")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob(".*/*")} <= {"blip2"}
+    printed = subprocess.run(
+        [sys.executable, "-c", f"import blip2, os; print(*map(os.environ.get, {list(SWITCHES)}))"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert printed.stdout.split() == list(SWITCHES.values())

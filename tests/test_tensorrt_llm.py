@@ -90,7 +90,7 @@ def transformers_answers(truth, requests, opts: GenerationOptions):
         )
         scores = result.sequences_scores.tolist() if opts.num_beams > 1 else [None]
         ids = [new[: new.index(END_ID)] if END_ID in new else new for new in _lists(result)]
-        answers.append((ids, scores))
+        answers.append((ids, scores, [END_ID in new for new in _lists(result)]))
     return answers
 
 
@@ -100,7 +100,8 @@ def _lists(result) -> list[list[int]]:
 
 def check_answers(generations, expected) -> None:
     assert len(generations) == len(expected)
-    for generation, (ids, scores) in zip(generations, expected, strict=True):
+    for generation, (ids, scores, ended) in zip(generations, expected, strict=True):
+        assert [beam.finished for beam in generation.beams] == ended
         assert [beam.token_ids for beam in generation.beams] == ids
         found = [beam.score for beam in generation.beams]
         assert found == (scores if scores == [None] else pytest.approx(scores, rel=1e-4))
@@ -138,16 +139,16 @@ def test_every_request_gets_the_answer_it_gets_alone(
 
 def test_the_answers_compared_are_worth_comparing(truth, requests):
     """Some end early, some do not, and all differ: else the tests above could not fail."""
-    greedy = [ids for [ids], _ in transformers_answers(truth, requests, options())]
+    greedy = [ids for [ids], _, _ in transformers_answers(truth, requests, options())]
     assert len({tuple(ids) for ids in greedy}) == len(greedy)
     assert {len(ids) == 12 for ids in greedy} == {True, False}
     short = transformers_answers(truth, requests, options(num_beams=5, length_penalty=0.0))
     long = transformers_answers(truth, requests, options(num_beams=5, length_penalty=3.0))
-    assert [ids for ids, _ in short] != [ids for ids, _ in long]
+    assert [ids for ids, *_ in short] != [ids for ids, *_ in long]
     beams = {"num_beams": 3, "length_penalty": 2.0}
     patient = transformers_answers(truth, requests, options(**beams))
     hasty = transformers_answers(truth, requests, options(**beams, early_stopping=True))
-    assert [ids for ids, _ in patient] != [ids for ids, _ in hasty]
+    assert [ids for ids, *_ in patient] != [ids for ids, *_ in hasty]
 
 
 @pytest.mark.parametrize("kv_cache_type", RUNNERS.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,8 +89,10 @@ def open_language_session(directory: Path) -> LanguageSession:
     engine = _engine_of(directory)
     if engine is None:
         what = "holds no OPT" if directory.is_dir() else "does not exist"
-        raise UserError(
-            f"{directory} {what} ({' or '.join(ENGINES)}); make one with:"
-            f" python opt/convert_checkpoint.py --output_dir {directory}"
+        # What is there already is something else, which a checkpoint does not belong into.
+        filled = directory.is_dir() and any(directory.iterdir())
+        command = (
+            MADE_BY if filled else shlex.join([*MADE_BY.split(), "--output_dir", str(directory)])
         )
+        raise UserError(f"{directory} {what} ({' or '.join(ENGINES)}); make one with: {command}")
     return getattr(importlib.import_module(engine.module), engine.session)(directory)

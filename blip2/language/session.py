@@ -68,10 +68,14 @@ class GenerationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """One answer: new token ids without the end token, and the beam's score (beam search only)."""
+    """One answer: new token ids without the end token, and the beam's score (beam search only).
+
+    `finished` says whether the end token came, before max_output_len others had.
+    """
 
     token_ids: list[int]
     score: float | None = None
+    finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,7 +233,7 @@ def _beams(
         score = None
         if log_probs is not None:
             score = log_probs[index] / (len(token_ids) + ended) ** options.length_penalty
-        beams.append(Beam(token_ids, score))
+        beams.append(Beam(token_ids, score, ended))
     return tuple(beams)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,17 @@ def artifacts_of(engine_dir: Path, query_tokens: Path) -> dict[Path, str]:
     return {**files, query_tokens: "python onnx_export.py"}
 
 
+def _commands_for(engine_dir: Path) -> str:
+    """What fills `engine_dir`, or a directory below that is found there: the export comes first."""
+    output_dir = engine_dir.parent if engine_dir.name in ("onnx", "plan") else engine_dir
+    place = [] if output_dir == Path() else ["--output_dir", str(output_dir)]
+    commands = [["python", "onnx_export.py", *place]]
+    if engine_dir.name == "plan":
+        onnx = ["--onnx_dir", str(output_dir / "onnx"), "--plan_dir", str(engine_dir)]
+        commands.append(["python", "build_vit_qformer.py", "all", *(onnx if place else [])])
+    return " && ".join(map(shlex.join, commands))
+
+
 def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     """Open the session that the artifacts in `engine_dir` call for; weights are read by its `load`.
 
@@ -75,7 +87,8 @@ def open_vision_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     """
     engine = _engine_of(engine_dir)
     if engine is None:
-        commands = ", or ".join(engine.made_by for engine in ENGINES.values())
-        raise UserError(f"{engine_dir} holds no ViT and Q-Former; make them with: {commands}")
+        raise UserError(
+            f"{engine_dir} holds no ViT and Q-Former; make them with: {_commands_for(engine_dir)}"
+        )
     open_session = getattr(importlib.import_module(engine.module), engine.opener)
     return open_session(engine_dir, query_tokens)
