@@ -1,7 +1,7 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
 # make test      the tests      make test-slow    the ones at full model size
 # make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
-# make test-gpu  the ones that need an NVIDIA GPU, with the PyTorch that PYTHON has
+# make test-gpu  the ones on an NVIDIA GPU, with the packages that PYTHON has
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,9 +31,9 @@ test: $(VENV)/test-installed .venv-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 	$(MAKE) test-gpu PYTHON=$(VENV)/bin/python
 
-# Installs nothing: on a machine with a GPU its PyTorch is there, or make test has one in its environment.
+# Installs nothing: the PyTorch of a GPU's image is tested as it is.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -rs tests/gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 test-slow: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest -m slow -s

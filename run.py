@@ -453,9 +453,9 @@ def load_saved_picture(path: Path) -> torch.Tensor:
     from blip2 import artifacts
 
     made_by = "python onnx_export.py --image PICTURE"
-    with artifacts.Verification({path: made_by}) as verification:
-        pixel_values = artifacts.load_tensor(path, made_by)
-        verification.finish()
+    verification = artifacts.Verification({path: made_by})
+    pixel_values = artifacts.load_tensor(path, made_by)
+    verification.finish()
     return pixel_values
 
 

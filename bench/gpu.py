@@ -34,7 +34,6 @@ from bench.random_blip2 import (
     open_sessions,
     parameters,
     random_model,
-    timed,
     weight_bytes,
 )
 from blip2 import artifacts, cli
@@ -82,7 +81,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
         model = random_model(Path(directory))
         bench = Bench(report, model, *open_sessions(Path(directory)))
-        bench.first_answers()
         bench.correctness()
         bench.stages()
         bench.whole()
@@ -198,12 +196,6 @@ class Bench:
             eos_token_id=END_ID,
             **options,
         )[:, -tokens:]
-
-    def first_answers(self) -> None:
-        """Seconds from loaded weights to an answer: kernels are compiled, graphs captured."""
-        for precision in self.languages:
-            asked = (self.pictures(1), self.text_ids(1), 30)
-            timed(f"first answer, {precision}", self.ours, precision, *asked)
 
     def correctness(self) -> None:
         """Errors and equal ids, against transformers in float32 on the same weights."""
@@ -413,7 +405,7 @@ class Work:
     """Batches of random pictures; also what decodes them, which has been done."""
 
     count: int
-    size: int
+    batch_size: int
     image_size: int
     options: GenerationOptions
     start = Start()
@@ -421,12 +413,12 @@ class Work:
     preprocessing = None
 
     def batches(self) -> Iterator[Batch]:
-        pictures = [Picture(str(number)) for number in range(self.size)]
-        return (Batch(number * self.size, pictures) for number in range(self.count))
+        pictures = [Picture(str(number)) for number in range(self.batch_size)]
+        return (Batch(number * self.batch_size, pictures) for number in range(self.count))
 
     def decode(self, batches, _preprocessing) -> Iterator:
         values = np.random.default_rng(0).standard_normal(
-            (self.size, 3, self.image_size, self.image_size), dtype=np.float32
+            (self.batch_size, 3, self.image_size, self.image_size), dtype=np.float32
         )
         return ((pictures, list(values)) for pictures in batches)
 

@@ -20,12 +20,13 @@ import io
 import itertools
 import json
 import os
+import queue
 import shutil
 import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def _publish(
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         for path, target in targets.items():
-            if target.exists() and not filecmp.cmp(path, target, shallow=False):
+            if is_foreign(target, is_ours) and not filecmp.cmp(path, target, shallow=False):
                 refuse_foreign(target, is_ours)
         leftover = _older(directory, replaces) - set(targets.values())
         for old in leftover:
@@ -187,13 +188,18 @@ def _cannot_write(error: OSError, where: str | Path) -> UserError:
     )
 
 
+def is_foreign(path: Path, is_ours: Callable[[Path], bool]) -> bool:
+    """Whether `path` is a file with something in it that no sidecar names, nor `is_ours` knows."""
+    return path.is_file() and path.stat().st_size > 0 and not (is_described(path) or is_ours(path))
+
+
 def refuse_foreign(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """See that `path` is no file that somebody else wrote; one without content is nobody's.
 
     Raises:
         UserError: it holds something, no sidecar names it, and `is_ours` is false of it.
     """
-    if path.is_file() and path.stat().st_size and not (is_described(path) or is_ours(path)):
+    if is_foreign(path, is_ours):
         raise UserError(
             f"{path} exists, and was not written by this program; move it away, or choose another"
             " place for the output"
@@ -292,13 +298,11 @@ def sidecar_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def sha256(path: Path, stopped: threading.Event | None = None) -> str | None:
-    """Hexadecimal SHA-256 of a file; None once `stopped` is set."""
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            if stopped is not None and stopped.is_set():
-                return None
             digest.update(block)
     return digest.hexdigest()
 
@@ -395,13 +399,13 @@ def same_source(made_by: str, described: dict[Path, dict[str, Any]]) -> None:
 class Verification:
     """Compares artifacts with the hashes in their sidecars, in threads, while engines load.
 
-        with Verification({path: "command that makes it"}) as verification:
-            ...                        # something that takes as long
-            verification.finish()      # UserError if a file is not the one described
+        verification = Verification({path: "command that makes it"})
+        ...                        # something that takes as long
+        verification.finish()      # UserError if a file is not the one described
 
-    Leaving the block without `finish` stops the threads. Artifacts that have no sidecar are left
-    out: whether one is required is for their consumer to say. What was verified is remembered, and
-    not read again as long as path, size, time of change and inode stay the same.
+    A process that ends before `finish` does not wait for the threads. Artifacts that have no sidecar
+    are left out: whether one is required is for their consumer to say. What was verified is
+    remembered, and not read again as long as path, size, time of change and inode stay the same.
     """
 
     def __init__(self, made_by: Mapping[Path, str], large_too: bool = True) -> None:
@@ -411,30 +415,27 @@ class Verification:
             made_by: the artifacts, each with the command that makes it.
             large_too: read also the files that take seconds.
         """
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(_HASHING_THREADS)
         self._hashes = [
-            (path, expected, command, self._pool.submit(sha256, path, self._stopped), state)
+            (path, expected, command, Future(), state)
             for artifact, command in made_by.items()
             for path, expected in _described_files(artifact)
             if large_too or path.stat().st_size <= _SMALL_BYTES
             if not _is_verified(state := _state(path), str(expected))
         ]
-
-    def __enter__(self) -> Verification:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        waiting: queue.SimpleQueue[tuple[Path, Future]] = queue.SimpleQueue()
+        for path, _, _, future, _ in self._hashes:
+            waiting.put((path, future))
+        for _ in range(min(_HASHING_THREADS, len(self._hashes))):
+            threading.Thread(target=_hash_files, args=(waiting,), daemon=True).start()
 
     def finish(self) -> None:
-        """Wait for every file.
+        """Wait for every file; a second call does nothing.
 
         Raises:
             UserError: names the first that is not the one described.
         """
-        for path, expected, command, future, state in self._hashes:
+        while self._hashes:
+            path, expected, command, future, state = self._hashes[0]
             try:
                 found = future.result()
                 unchanged = _state(path) == state
@@ -449,6 +450,17 @@ class Verification:
                 )
             if unchanged:
                 _remember_verified(state, found)
+            del self._hashes[0]
+
+
+def _hash_files(waiting: queue.SimpleQueue[tuple[Path, Future]]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            path, future = waiting.get_nowait()
+            try:
+                future.set_result(sha256(path))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _state(path: Path) -> str:

@@ -97,7 +97,8 @@ class Pipeline:
     """The two sessions and the tokenizer between them.
 
     `vision` is None in a process whose language session takes no requests: there is nothing to ask
-    such a pipeline, it is there to be closed.
+    such a pipeline, it is there to be closed. `verification` is of the files behind the sessions:
+    while it goes on pictures are looked at, but nothing is answered before it has ended well.
 
     Raises:
         UserError: on construction, when the parts do not fit one another.
@@ -106,6 +107,7 @@ class Pipeline:
     vision: VisionSession | None
     language: LanguageSession
     tokenizer: Tokenizer
+    verification: artifacts.Verification | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size > self.language.vocab_size:
@@ -210,8 +212,8 @@ class Pipeline:
         """Ask `texts[i]` of picture i of a look. Memory that does not suffice is met as in `look`.
 
         Raises:
-            UserError: an input that the engine cannot take, too little memory, or a stage that
-                yields NaN or Inf.
+            UserError: an input that the engine cannot take, too little memory, a stage that yields
+                NaN or Inf, or files that are not what they were.
         """
 
         def halve() -> int:
@@ -225,15 +227,18 @@ class Pipeline:
         try:
             generations = _halving("OPT", len(texts), generate, halve)
         except UserError:
-            self._check_finite(look)  # what went wrong before is the better explanation
+            self._check_before(look)  # what went wrong before is the better explanation
             raise
-        self._check_finite(look)
+        self._check_before(look)
         return [[self._answer(beam) for beam in generation.beams] for generation in generations]
 
     def _answer(self, beam: Beam) -> Answer:
         return Answer(self.tokenizer.decode(beam.token_ids), beam.score, beam.finished)
 
-    def _check_finite(self, look: Look) -> None:
+    def _check_before(self, look: Look) -> None:
+        """See that the files behind the engines are sound, and what the ViT and Q-Former made."""
+        if self.verification is not None:
+            self.verification.finish()
         for stage, finite in zip(STAGES, look.finite.tolist(), strict=True):
             if finite:
                 continue
@@ -311,13 +316,12 @@ def open_pipeline(
         **vision.artifacts_of(engine_dir, query_tokens),
         **language.artifacts_of(opt_engine_dir),
     }
-    with artifacts.Verification(made_by, verify) as verification:
-        if pipeline.vision is not None:
-            with memory.needed(f"to load {engine_dir}", _LESS_VISION):
-                pipeline.vision.load()
-        with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
-            opt.load()
-        verification.finish()
+    pipeline = dataclasses.replace(pipeline, verification=artifacts.Verification(made_by, verify))
+    if pipeline.vision is not None:
+        with memory.needed(f"to load {engine_dir}", _LESS_VISION):
+            pipeline.vision.load()
+    with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
+        opt.load()
     return pipeline
 
 

@@ -26,7 +26,7 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only `pytest -m gpu` sees a GPU: what others test, and the programs they start, run on CPUs."""
-    if config.option.markexpr != "gpu":
+    if not _is_on_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -44,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # Nothing is kept from one run of the tests to the next.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Say once what each of those would."""
+    if _is_on_gpu(config) and not torch.cuda.is_available():
+        terminalreporter.write_line("these tests need an NVIDIA GPU, and torch sees none here")
+
+
+def _is_on_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr == "gpu"
 
 
 def run_program(

@@ -119,3 +119,16 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(special)
     return backend
+
+
+def with_random_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Norms near 1, everything else of a size that lets every weight and bias count."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name.lower() and name.endswith("weight"):
+            values = 1 + 0.3 * values
+        elif parameter.ndim == 2:
+            values *= parameter.shape[1] ** -0.5
+        parameter.data = values
+    return module.eval().requires_grad_(False)

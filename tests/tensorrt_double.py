@@ -131,6 +131,7 @@ class Context:
         self.workspace = 0
         self.executions = 0
         self.captured = False
+        self.tensors: dict[str, torch.Tensor] = {}  # what lies at the addresses
 
     def set_device_memory(self, memory: int, size: int) -> None:
         _rule(size >= self.engine.device_memory_size_v2 and memory, "workspace is too small")
@@ -144,6 +145,7 @@ class Context:
             self.engine.log.log(self.engine.trt.ILogger.Severity.ERROR, f"{name}: out of profile")
             return False
         self.shapes[name] = shape
+        self.tensors.clear()
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -151,6 +153,7 @@ class Context:
         _rule(set(self.shapes) == set(self.engine.inputs), "addresses before shapes")
         _rule(type(memory) is int and memory % 16 == 0 and memory, "no aligned address")
         self.addresses[name] = memory
+        self.tensors.clear()
         return True
 
     def is_stream_capturable(self, stream: int) -> bool:
@@ -181,17 +184,13 @@ class Context:
     def _compute(self) -> None:
         facts, module = self.engine.facts, self.engine.module
         rows = self.shapes[self.engine.inputs[0]][0]
-        tensors = {
-            name: tensor_at(
-                self.addresses[name],
-                (rows, *facts.shapes[name]),
-                getattr(torch, facts.dtypes[name]),
-                self.engine.gpu.device,
-            )
-            for name in facts.dtypes
-        }
+        for name, dtype in facts.dtypes.items():
+            if name not in self.tensors:
+                shape, device = (rows, *facts.shapes[name]), self.engine.gpu.device
+                address = self.addresses[name]
+                self.tensors[name] = tensor_at(address, shape, getattr(torch, dtype), device)
         (output,) = facts.sidecar["outputs"]
-        tensors[output].copy_(module(*(tensors[name] for name in self.engine.inputs)))
+        self.tensors[output].copy_(module(*(self.tensors[name] for name in self.engine.inputs)))
 
 
 def tensor_at(

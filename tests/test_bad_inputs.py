@@ -86,6 +86,7 @@ CONFIG = "checkpoint/config.json"
 INDEX = "checkpoint/model.safetensors.index.json"
 VIT_NORM = "vision_model.post_layernorm.bias"
 OPT_NORM = "language_model.model.decoder.final_layer_norm.bias"
+OPT_LAYER = "language_model.model.decoder.layers.0"
 QFORMER_NORM = "qformer.layernorm.bias"
 PLAN_SIDECAR = PLAN_FILE.with_suffix(".json")
 PLAN_SIDECARS = (PLAN_SIDECAR, "plan/Qformer/Qformer_fp16.json")
@@ -382,7 +383,28 @@ ARTIFACTS = [
                 "describes a model of type 't5'",
                 edit(CONFIG, "model_type", to="t5"),
             ),
+            (
+                "an adapter beside the weights",
+                r"checkpoint has an adapter \(adapter_config.json\) .*; merge it with PEFT",
+                write("checkpoint/adapter_config.json", "{}"),
+            ),
+            (
+                "weights of bitsandbytes",
+                r"checkpoint is quantised \(it has .*q_proj.SCB\); give the checkpoint it was made",
+                tensors(WEIGHTS, add(f"{OPT_LAYER}.self_attn.q_proj.SCB", 64)),
+            ),
         )
+    ),
+    *(
+        row(f"several ends, {script}", command, "ends answers by 2 tokens", before)
+        for script, command in (("export", EXPORT), ("run", STRAIGHT))
+        for before in [edit(CONFIG, "text_config", "eos_token_id", to=[202, 2])]
+    ),
+    row(
+        "a picture cut out of its middle",
+        EXPORT,
+        "describes no preprocessing that BLIP-2 uses: it asks for a step more, do_center_crop",
+        write("checkpoint/preprocessor_config.json", '{"do_center_crop": true}'),
     ),
     row(
         "NaN in the ViT",

@@ -146,12 +146,14 @@ def test_defaults_are_those_of_transformers(copy):
 def test_older_and_newer_spellings(copy):
     config = json.loads((copy / "config.json").read_text())
     config["vision_config"] |= {"image_size": [28, 28], "layer_norm_eps": 1}
+    config["vision_config"] |= {"post_layernorm_eps": 0.5}  # LAVIS's alone, to transformers nothing
     config |= {"image_token_index": 95}
     del config["text_config"]["word_embed_proj_dim"]
     (copy / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(copy)
     assert VisionConfig.of(checkpoint).image_size == 28
     assert VisionConfig.of(checkpoint).layer_norm_eps == 1.0
+    assert VisionConfig.of(checkpoint).post_layernorm_eps == 1.0
     assert OPTConfig.of(checkpoint).word_embed_proj_dim == 64
     assert image_token_index(checkpoint) == 95
 

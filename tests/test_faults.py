@@ -327,8 +327,7 @@ def test_two_programs_at_once_leave_one_whole_result(tiny_plans, tiny_checkpoint
     runs = [start(*common, *way, stdout=subprocess.DEVNULL) for way in ways]
     errors = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], errors
-    with artifacts.Verification({out / file: "test" for file in made}) as verification:
-        verification.finish()
+    artifacts.Verification({out / file: "test" for file in made}).finish()
     facts = [json.loads((out / file).with_suffix(".json").read_text()) for file in made]
     assert len({str((f["dtype"], f.get("gpu"))) for f in facts}) == 1
     if script == "convert":

@@ -154,7 +154,8 @@ def test_files_names_and_shapes_are_the_guides(export):
     saved = {"image.pt", "query_tokens.pt"}
     described = {str(Path(name).with_suffix(".json")) for name in graphs | saved}
     data = {f"{name}.data" for name in graphs}
-    assert written == graphs | data | saved | described | {"tokenizer/tokenizer.json"}
+    tokenizer = {"tokenizer/tokenizer.json", "tokenizer/generation_config.json"}
+    assert written == graphs | data | saved | described | tokenizer
 
     truth, batch = export.truth, "batch"
     tokens, width = truth["image_embeds"].shape[1:]

@@ -7,6 +7,7 @@ import json
 import pytest
 import tokenizers
 import torch
+import transformers
 from models import tiny_tokenizer
 
 from blip2 import prompts
@@ -167,6 +168,31 @@ def test_words_that_a_checkpoint_added_are_read_as_tokens(directory, tmp_path):
     again = prompts.load_tokenizer(tmp_path / "exported")
     assert again.encode("[VQA]a<color>") == tokenizer.encode("[VQA]a<color>")
     assert again.decode([260, 262]) == "<color>"
+
+
+@pytest.mark.parametrize("described", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab.json"])
+def test_tokens_added_beside_the_vocabulary(directory, described, whole):
+    """As transformers wrote them for a fine-tune with new words."""
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if not whole:
+        backend.model.save(str(directory))  # vocab.json, merges.txt
+        (directory / "tokenizer.json").unlink()
+    words = [{"content": "<color>", "special": False}, {"content": "[VQA]", "special": True}]
+    names = {"bos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "add_bos_token": True}
+    if described == "tokenizer_config.json":
+        names["added_tokens_decoder"] = {str(260 + i): word for i, word in enumerate(words)}
+    else:
+        content = {word["content"]: 260 + i for i, word in enumerate(words)}
+        (directory / "added_tokens.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = prompts.load_tokenizer(directory)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(directory)
+    for text in ("[VQA] a <color>b", "</s"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text) == [2, *ids]
+        assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True).strip()
+    assert 260 in tokenizer.encode("<color>")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, run_program
+
+from blip2.pipeline import open_pipeline
 
 QUESTION = "Question: what is it? Answer:"
 
@@ -150,6 +153,20 @@ def test_help_imports_nothing_heavy(script):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "blip2"
+
+
+def test_another_tokenizer_keeps_the_ids_beside_the_engines(tiny_export, tiny_opt, tmp_path):
+    """--hf_model_location may be facebook's OPT, which knows nothing of where BLIP-2's answers end."""
+    exported = shutil.copytree(tiny_export.output, tmp_path / "exported")
+    other = shutil.copytree(exported / "tokenizer", tmp_path / "other")
+    (other / "generation_config.json").unlink()
+    ids = exported / "tokenizer" / "generation_config.json"
+    assert json.loads(ids.read_text()) == {"bos_token_id": 2, "eos_token_id": 202}
+    ids.write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 3}))
+    query_tokens = exported / "query_tokens.pt"
+    for tokenizer in (None, other):
+        pipeline = open_pipeline(exported / "onnx", tiny_opt, query_tokens, tokenizer)
+        assert pipeline.options({}).end_id == 3
 
 
 SWITCHES = {

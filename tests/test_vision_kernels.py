@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import compiled_launches
+from models import with_random_weights
 
 pytest.importorskip("triton")
 
@@ -13,19 +14,6 @@ from blip2.vision import kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 
 pytestmark = pytest.mark.usefixtures("gpu_double")
-
-
-def with_random_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Norms near 1, everything else of a size that lets every weight and bias count."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name.lower() and name.endswith("weight"):
-            values = 1 + 0.3 * values
-        elif parameter.ndim == 2:
-            values *= parameter.shape[1] ** -0.5
-        parameter.data = values
-    return module.eval().requires_grad_(False)
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:

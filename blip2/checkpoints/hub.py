@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from blip2.artifacts import UserError, first_line
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+@functools.cache  # the hub is asked once
 def locate(location: str | Path) -> Path:
     """A directory as it is given, or that of a Hugging Face repository, downloaded if need be.
 

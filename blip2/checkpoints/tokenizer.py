@@ -34,15 +34,6 @@ FILES = (
 _OPT_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 CONTROL_TOKENS = (*_OPT_TOKENS, "<mask>", "<image>")
 _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 # add_eos_token: transformers leaves it to tokenizer.json where there is one.
 _UNKNOWN = (
     "add_eos_token",
@@ -127,7 +118,11 @@ def _add_tokens(
     if "added_tokens_decoder" not in config:
         sources.append(_json(directory / "special_tokens_map.json"))
     names = {name: token for source in sources for name, token in source.items()}
-    named = [_content(token) for name, token in names.items() if _names_token(name) and token]
+    named = [
+        _content(token)
+        for name, token in names.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    ]
     if not fields and not named:
         named = list(_OPT_TOKENS)
     listed = [
@@ -153,7 +148,7 @@ def _add_tokens(
                 f" {backend.token_to_id(content)} and {index}; {_SAVE_AGAIN}"
             )
     for content in listed:
-        if content not in known:
+        if content not in known and content not in CONTROL_TOKENS:
             raise UserError(
                 f"the tokenizer in {directory} names {content!r} and gives it no id; {_SAVE_AGAIN}"
             )
@@ -194,10 +189,6 @@ def _bos(
     if not adds or not config.get("bos_token"):
         return None
     return backend.token_to_id(_content(config["bos_token"]))
-
-
-def _names_token(key: str) -> bool:
-    return key.endswith("_token") and not key.startswith("add_")
 
 
 def _content(token: Any) -> str:

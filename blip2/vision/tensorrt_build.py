@@ -120,8 +120,7 @@ def _checked_graph(onnx_dir: Path, stage: Stage, options: BuildOptions) -> dict[
     """The graph's sidecar, once the files have the recorded hashes and suit the stage."""
     path = onnx_dir / stage.onnx_file
     facts = read_graph_sidecar(path)
-    with artifacts.Verification({path: ONNX_MADE_BY}, options.verify) as verification:
-        verification.finish()
+    artifacts.Verification({path: ONNX_MADE_BY}, options.verify).finish()
     with artifacts.reading_sidecar(path, ONNX_MADE_BY):
         _check_stage(path, stage, facts)
     return facts

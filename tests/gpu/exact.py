@@ -29,6 +29,14 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
+def settle() -> None:
+    """Before a launch of one kernel alone: it may read weights while the kernel before still writes.
+
+    In the product whatever is read so early was written by launches long before.
+    """
+    torch.cuda.synchronize()
+
+
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """To see that numbers are the same ones, NaN too."""
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from exact import HALF, bits_of, drawing, relative_error
+from exact import HALF, bits_of, drawing, relative_error, settle
 
 from blip2.language.native import compiled
 from blip2.language.native.layered_step import ATTENTION_SOURCE
 
 HEADS, MAX_LEN = 3, 700
-HEAD_SIZES = (8, 16, 48, 64, 80, 120, 128, 200, 256)
+HEAD_SIZES = (8, 48, 64, 80, 120, 128, 256)
 
 
 def lengths_around(turn: int) -> list[int]:
@@ -50,6 +50,7 @@ class Case:
         self.head_size, self.warps = head_size, warps
 
     def run(self) -> None:
+        settle()
         macros = (("HEAD_SIZE", self.head_size), ("WARPS", self.warps))
         compiled.load_kernel(ATTENTION_SOURCE, "attention", macros)(
             (HEADS, self.rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from exact import (
 
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda import CudaModel
+from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.fused_step import macros_for
 
 STEPS, IMAGE_ROWS, LONGEST = 3, 32, 50
@@ -92,14 +94,19 @@ class Texts:
         return self.exact.logits(hidden[self.rows, self.read - 1]), keys, values
 
 
-def run(model: CudaModel, texts: Texts):
-    """Yields the cache and the logits behind the prompts (requests) and behind each step (rows)."""
+def open_cache(model: CudaModel, texts: Texts) -> CudaCache:
+    """For the texts and what is appended to them; it holds NaN."""
     cache = model.new_cache(texts.lengths, texts.num_beams, STEPS + 1)
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
-    yield cache, model.prefill(texts.ids, texts.lengths, texts.table.float(), cache)
+    return cache
+
+
+def run(model: CudaModel, cache: CudaCache, texts: Texts) -> Iterator[torch.Tensor]:
+    """The logits behind the prompts (requests) and behind each step (rows)."""
+    yield model.prefill(texts.ids, texts.lengths, texts.table.float(), cache)
     for tokens, source_rows in zip(texts.tokens, texts.source_rows, strict=True):
-        yield cache, model.step(tokens, cache)
+        yield model.step(tokens, cache)
         if texts.num_beams > 1:
             cache.reorder(source_rows)
 
@@ -110,7 +117,9 @@ def test_prompts_and_steps_equal_float64(models, device, requests, num_beams):
     exact, packed = models
     texts = Texts(exact, requests, num_beams, device)
     fill_free_memory_with_nan(device)
-    for step, (cache, logits) in enumerate(run(CudaModel(exact.config, packed), texts)):
+    model = CudaModel(exact.config, packed)
+    cache = open_cache(model, texts)
+    for step, logits in enumerate(run(model, cache, texts)):
         if step > 0:
             texts.append(texts.tokens[step - 1])
         truth, keys, values = texts.truth()
@@ -140,7 +149,10 @@ def test_answers_are_the_same_every_time(models, device, requests, num_beams):
     exact, packed = models
     texts = Texts(exact, requests, num_beams, device)
     first, second = CudaModel(exact.config, packed), CudaModel(exact.config, packed)
-    runs = [[logits.clone() for _, logits in run(model, texts)] for model in (first, first, second)]
+    runs = [
+        [logits.clone() for logits in run(model, open_cache(model, texts), texts)]
+        for model in (first, first, second)
+    ]
     for logits in zip(*runs, strict=True):
         assert logits[0].isfinite().all()
         assert torch.equal(logits[0], logits[1])

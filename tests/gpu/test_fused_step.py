@@ -77,19 +77,17 @@ def test_steps_equal_float64(models, device):
     for length in LENGTHS:
         keys, values = fill(cache, length, device)
         for position in range(length, length + STEPS):
-            before = [bits_of(tensor).clone() for tensor in (cache.keys, cache.values)]
+            before = [bits_of(cached).clone() for cached in (cache.keys, cache.values)]
             token = torch.randint(0, exact.config.vocab_size, (1,), generator=generator).to(device)
             logits = step(token)
             x, keys, values = exact.read(exact.words(token)[None], keys, values)
             assert relative_error(logits, exact.logits(x[:, -1])) < 4 * HALF
-            for tensor, truth, old in (
-                (cache.keys, keys, before[0]),
-                (cache.values, values, before[1]),
-            ):
-                found = tensor[:, :, :, position]
-                assert relative_error(found[0], truth[0, :, :, position]) < 2 * HALF  # first layer
-                assert relative_error(found, truth[:, :, :, position]) < 4 * HALF
-                same = bits_of(tensor) == old
+            written = (cache.keys, keys), (cache.values, values)
+            for (cached, truth), old in zip(written, before, strict=True):
+                found, new = cached[:, :, :, position], truth[:, :, :, position]
+                assert relative_error(found[0], new[0]) < 2 * HALF  # of the first layer
+                assert relative_error(found, new) < 4 * HALF
+                same = bits_of(cached) == old
                 same[:, :, :, position] = True
                 assert same.all()
             assert cache.lengths.item() == position + 1

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exact import HALF, SUMS, ExactLinear, drawing, opt_config, relative_error
+from exact import HALF, SUMS, ExactLinear, drawing, opt_config, relative_error, settle
 
 from blip2.language.native import layers
 from blip2.language.native.layers import Layers
@@ -56,6 +56,7 @@ class Case:
 
     def check(self, kernels: Layers) -> None:
         out = self.out[:-1]
+        settle()
         kernels._launch(self.x, self.packed, out, relu=self.relu, residual=self.residual)
         assert relative_error(out, self.truth) < self.bound
         rows = (out.double() - self.truth).norm(dim=1) / self.truth.norm(dim=1)
@@ -63,7 +64,7 @@ class Case:
         assert self.out[-1].isnan().all()
 
 
-# As OPT's linears are: dense and proj, qkv, fc, and the head.
+# As OPT's linears are: dense and proj, qkv, fc, and the head. Each is tried with every other variant.
 MODES = [{"residual": True}, {}, {"relu": True}, {"biased": False}]
 
 
@@ -86,7 +87,7 @@ def kernels_for(rows: int, device: torch.device, hopper: bool) -> Layers:
 def test_linears_equal_float64(device, bits, tiles):
     for rows in rows_of(tiles, layers._TILES):
         kernels = kernels_for(rows, device, hopper=False)
-        for mode in MODES:
+        for mode in MODES[layers._TILES.index(tiles) % 2 :: 2]:
             Case(device, bits, rows, ODD, **mode).check(kernels)
         for shape, mode in zip(SHAPES, MODES, strict=True):
             Case(device, bits, rows, shape, **mode).check(kernels)
@@ -106,7 +107,7 @@ def test_long_sums_equal_float64(device, bits):
 def test_hoppers_linears_equal_float64(device, bits, tiles):
     for rows in rows_of(tiles, (1, *layers._HOPPER_TILES)):
         kernels = kernels_for(rows, device, hopper=True)
-        for mode in MODES:
+        for mode in MODES[layers._HOPPER_TILES.index(tiles) % 2 :: 2]:
             Case(device, bits, rows, ODD, **mode).check(kernels)
         for index, shape in enumerate(HOPPER_SHAPES):
             Case(device, bits, rows, shape, **MODES[(index + tiles) % 4]).check(kernels)
@@ -134,6 +135,7 @@ def test_every_value_of_a_weight_is_read(device, bits):
                 continue
             kernels._hopper = hopper
             out = torch.empty(rows, 48, device=device)
+            settle()
             kernels._launch(x[:rows].contiguous(), packed, out)
             assert torch.equal(out.double(), exact(x[:rows].double()))
 
@@ -145,6 +147,7 @@ def test_linears_are_the_same_every_time(device, bits, rows):
     draw = drawing(device)
     packed = PackedLinear.pack(draw(2560, 2560), draw(2560), bits)
     x, outs = draw(rows, 2560), torch.empty(20, rows, 2560, dtype=torch.float16, device=device)
+    settle()
     for out in outs:
         kernels._launch(x, packed, out)
     assert outs[0].isfinite().all()

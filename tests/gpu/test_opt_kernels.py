@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 import triton
-from exact import HALF, bits_of, drawing, opt_config, relative_error
+from exact import HALF, bits_of, drawing, opt_config, relative_error, settle
 
 from blip2.decoding import BeamSearch, Greedy
+from blip2.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
-from blip2.language.native.layers import Layers, pdl_options
+from blip2.language.native.layers import Layers
 from blip2.language.session import GenerationOptions
 
 WIDTHS = pytest.mark.parametrize("width", [768, 2560, 4096])
@@ -28,8 +29,17 @@ def test_embed_adds_words_and_positions(device, rows, width):
     tokens = torch.randint(0, 1000, (rows,), device=device)
     lengths = torch.randint(0, 300, (rows,), device=device)
     x = torch.full((rows, width), math.nan, device=device)
-    kernels.embed_kernel[(rows, triton.cdiv(width, 1024))](
-        tokens, lengths, embedding, positions, x, width, BLOCK=1024, **pdl_options(device)
+    launch(
+        kernels.embed_kernel,
+        (rows, triton.cdiv(width, 1024)),
+        tokens,
+        lengths,
+        embedding,
+        positions,
+        x,
+        width,
+        BLOCK=1024,
+        device=device,
     )
     assert torch.equal(x, embedding[tokens].float() + positions[lengths].float())
 
@@ -50,6 +60,7 @@ def test_norm_equals_float64(device, width, pending):
         x = x + product.double() + (bias.double() if "bias" in pending else 0)
     centred = x - x.mean(1, keepdim=True)
     normed = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    settle()
     found = layers._norm(norm)
     assert relative_error(found, normed * norm.weight.double() + norm.bias.double()) < HALF
     assert relative_error(layers.x, x) < 1e-7
@@ -66,7 +77,9 @@ def test_attention_of_prompts_equals_float64(device, length, head_size):
     keys, values = cache.to(device)
     out = torch.full((requests * length, heads * head_size), math.nan, device=device).half()
     block = 16 if length <= 64 else 64
-    kernels.prompt_attention_kernel[(triton.cdiv(length, block), heads, requests)](
+    launch(
+        kernels.prompt_attention_kernel,
+        (triton.cdiv(length, block), heads, requests),
         qkv,
         keys,
         values,
@@ -79,7 +92,7 @@ def test_attention_of_prompts_equals_float64(device, length, head_size):
         BLOCK_D=max(16, triton.next_power_of_2(head_size)),
         BLOCK=block,
         num_warps=block // 16 if block > 16 else 2,
-        **pdl_options(device),
+        device=device,
     )
     each = qkv.view(requests, length, 3, heads, head_size).permute(2, 0, 3, 1, 4)
     query, key, value = each.double()

@@ -84,8 +84,11 @@ __host__ __device__ constexpr int most_slots(int tiles, int slabs, int blocks) {
   int most = (sharers + tiles - 1) / tiles + 1;
   return most < slabs ? most : slabs;
 }
+// As many for both, as they take turns in the slots: what one of them left unwritten would still have
+// the other's mark of the layer before.
 constexpr int DENSE_SLOTS = most_slots(Shape<DENSE>::TILES, Shape<DENSE>::SLABS, BLOCKS);
 constexpr int PROJ_SLOTS = most_slots(Shape<PROJ>::TILES, Shape<PROJ>::SLABS, BLOCKS);
+constexpr int SLOTS = DENSE_SLOTS < PROJ_SLOTS ? PROJ_SLOTS : DENSE_SLOTS;
 constexpr int CHUNK = THREADS / CHANNELS < 8 ? THREADS / CHANNELS : 8;  // tiles summed up at a time
 
 // ---- Weights, copied far ahead
@@ -310,7 +313,6 @@ struct Stream {  // the residual stream, each thread's fours of it
   float x[OWN][4];
 
   // Adds what dense or proj made.
-  template <int SLOTS>
   __device__ void add(const float* slots, u32 mark, const Fours& f) {
     uint4 parts[OWN * SLOTS];
     hear(
@@ -550,8 +552,8 @@ struct Whole {
   }
 };
 
-// A linear whose tiles may be shared among blocks: parts of sums go to slots, NUM_SLOTS x WIDTH.
-template <int WHICH, int NUM_SLOTS>
+// A linear whose tiles may be shared among blocks: parts of sums go to slots, SLOTS x WIDTH.
+template <int WHICH>
 struct Split {
   using S = Shape<WHICH>;
   float scale;
@@ -570,7 +572,7 @@ struct Split {
     int slot = blockIdx.x - S::block_of(tile * S::SLABS);
     tell(slots + slot * WIDTH + channel, sum * scale, mark);
     if (end > last)  // the last to share the tile
-      for (++slot; slot < NUM_SLOTS; ++slot) tell(slots + slot * WIDTH + channel, 0.0f, mark);
+      for (++slot; slot < SLOTS; ++slot) tell(slots + slot * WIDTH + channel, 0.0f, mark);
   }
 };
 
@@ -744,7 +746,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const Layer& layer = model.layers[index];
     Whole<QKV> qkv_linear;
     qkv_linear.before(layer.qkv);
-    if (index) stream.add<PROJ_SLOTS>(slots, proj_mark, f);
+    if (index) stream.add(slots, proj_mark, f);
     stream.stage_norm(f, input, scratch);
     qkv_linear.run(ring, layer.qkv, input, partial, [&](int channel, float y) {
       tell(qkv + channel, y, mark);
@@ -753,19 +755,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     attention.run(qkv, attended, (float*)input, mark);
     attention.keys += (long long)HEADS * max_len * HEAD_SIZE;
     attention.values += (long long)HEADS * max_len * HEAD_SIZE;
-    Split<DENSE, DENSE_SLOTS> dense;
+    Split<DENSE> dense;
     dense.before(layer.dense);
     f = fours(layer.post_norm, layer.dense.bias);
     stage<WIDTH>(attended, input, mark);
     dense.run(ring, input, partial, slots, dense_mark);
     Whole<FC> fc;
     fc.before(layer.fc);
-    stream.add<DENSE_SLOTS>(slots, dense_mark, f);
+    stream.add(slots, dense_mark, f);
     stream.stage_norm(f, input, scratch);
     fc.run(ring, layer.fc, input, partial, [&](int channel, float y) {
       tell(hidden + channel, float_to_half(fmaxf(y, 0.0f)), mark);
     });
-    Split<PROJ, PROJ_SLOTS> proj;
+    Split<PROJ> proj;
     proj.before(layer.proj);
     f = fours(index + 1 < LAYERS ? model.layers[index + 1].input_norm : model.final_norm, layer.proj.bias);
     stage<FFN>(hidden, input, mark);
@@ -774,7 +776,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 
   Whole<HEAD> head;
   head.before(model.head);
-  stream.add<PROJ_SLOTS>(slots, proj_mark, f);
+  stream.add(slots, proj_mark, f);
   // All blocks have read the length and the first mark: they had a share of this sum.
   if (blockIdx.x == 0 && threadIdx.x == 0) *row_length = length + 1, *first_mark = mark;
   stream.stage_norm(f, input, scratch);
