@@ -1,4 +1,7 @@
-"""The GPU's decoding step, run on a CPU by Triton's interpreter, against the float32 model."""
+"""What runs OPT on a GPU, on a CPU: Triton's kernels interpreted, doubles of the others.
+
+Against the float32 model. That the kernels in CUDA C++ are right, tests/gpu says.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ CONFIG = OPTCheckpointConfig(
 )
 
 
-def random_models(bits: int | None, seed: int = 0) -> tuple[OPTModel, CudaModel]:
+def random_models(
+    bits: int | None, seed: int = 0, config: OPTCheckpointConfig = CONFIG
+) -> tuple[OPTModel, CudaModel]:
     """The same float16 values behind the reference's float32 linears and the packed ones."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,20 +54,20 @@ def random_models(bits: int | None, seed: int = 0) -> tuple[OPTModel, CudaModel]
         return FloatLinear.pack(weight, bias, bits), PackedLinear.pack(weight, bias, bits)
 
     def norms() -> tuple[Norm, Norm]:
-        weight, bias = 1 + draw(CONFIG.hidden_size), draw(CONFIG.hidden_size)
+        weight, bias = 1 + draw(config.hidden_size), draw(config.hidden_size)
         return Norm(weight.float(), bias.float()), Norm(weight, bias)
 
-    width, ffn = CONFIG.hidden_size, CONFIG.ffn_size
+    width, ffn = config.hidden_size, config.ffn_size
     shapes = {"qkv": (3 * width, width), "dense": (width, width)}
     shapes |= {"fc": (ffn, width), "proj": (width, ffn)}
     layers: tuple[list[Layer], list[Layer]] = ([], [])
-    for _ in range(CONFIG.num_hidden_layers):
+    for _ in range(config.num_hidden_layers):
         parts = {name: linears(*shape, bits) for name, shape in shapes.items()}
         parts |= {"input_norm": norms(), "post_norm": norms()}
         for side, kept in enumerate(layers):
             kept.append(Layer(**{name: pair[side] for name, pair in parts.items()}))
-    embedding, positions = draw(CONFIG.vocab_size, width, scale=1), draw(64, width, scale=1)
-    final_norm, head = norms(), linears(CONFIG.vocab_size, width, None, bias=False)
+    embedding, positions = draw(config.vocab_size, width, scale=1), draw(64, width, scale=1)
+    final_norm, head = norms(), linears(config.vocab_size, width, None, bias=False)
     reference, packed = (
         OPTWeights(
             embedding=embedding.float() if side == 0 else embedding,
@@ -73,7 +78,7 @@ def random_models(bits: int | None, seed: int = 0) -> tuple[OPTModel, CudaModel]
         )
         for side in (0, 1)
     )
-    return OPTModel(CONFIG, reference), CudaModel(CONFIG, packed)
+    return OPTModel(config, reference), CudaModel(config, packed)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -148,6 +153,21 @@ def test_image_features_stand_where_their_ids_do(rows, most_captured, monkeypatc
         for model in (reference, packed)
     )
     assert (got - expected).norm() / expected.norm() < 3e-3
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_one_row_of_wider_models_is_one_launch(bits):
+    """Which finds its weights by a table of addresses."""
+    config = dataclasses.replace(CONFIG, hidden_size=512, num_attention_heads=8, vocab_size=96)
+    reference, packed = random_models(bits, config=config)
+    assert fused_step.macros_for(config, packed.weights, 1, torch.device("cpu")) is not None
+    lengths, input_ids = torch.tensor([7]), torch.randint(0, 96, (1, 7))
+    caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
+    for model, cache in zip((reference, packed), caches, strict=True):
+        model.prefill(input_ids, lengths, torch.zeros(1, 0, 512), cache)
+    for token in torch.randint(0, 96, (3, 1)):
+        expected, got = reference.step(token, caches[0]), packed.step(token, caches[1])
+        assert (got - expected).norm() / expected.norm() < 3e-3
 
 
 def opt_2_7b() -> OPTCheckpointConfig:
