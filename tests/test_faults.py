@@ -362,7 +362,7 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
             assert sorted(os.listdir(tmp_path / sent.name)) == ["image.json", "image.pt"]
         assert (tmp_path / sent.name / "image.pt").read_text() == "of before"
     left = tmp_path / signal.SIGKILL.name
-    assert len(os.listdir(left)) == 3
+    assert len(set(os.listdir(left)) - {".stage.lock"}) == 3
     with artifacts.staging(left):
         pass
     assert sorted(os.listdir(left)) == ["image.json", "image.pt"]
@@ -394,7 +394,7 @@ def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
             run.send_signal(signal.SIGINT)
             _, err = run.communicate(timeout=downloads.SILENCE_S - 5)
     assert run.returncode == 130
-    assert err.endswith("interrupted\n")
+    assert err.splitlines()[-1].startswith("interrupted")
 
 
 def test_standard_streams_that_take_nothing_or_little(tiny_export, tiny_opt, tmp_path):
@@ -484,9 +484,9 @@ def test_no_verify_leaves_large_files_unread(tiny_export, tiny_opt, tmp_path, mo
     flip(opt / "rank0.safetensors")()
     arguments = (tiny_export.output / "onnx", opt, tiny_export.output / "query_tokens.pt")
     monkeypatch.setattr(artifacts, "_SMALL_BYTES", 1 << 16)
-    open_pipeline(*arguments, verify=False)
+    open_pipeline(*arguments, verify=False).verification.finish()
     with pytest.raises(UserError, match=r"rank0\.safetensors is not the file that"):
-        open_pipeline(*arguments)
+        open_pipeline(*arguments).verification.finish()
 
 
 # --- numbers -----------------------------------------------------------------------------------

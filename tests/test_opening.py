@@ -71,11 +71,16 @@ def test_weights_are_read_where_all_fits(tiny_export, tiny_opt):
         )
 
 
-def test_one_checkpoint_directory_is_enough(tiny_export, tiny_opt, tmp_path):
-    """For both engines, with the answer of its conversion, and by its hub id too."""
+def test_one_checkpoint_directory_is_enough(tiny_export, tmp_path):
+    """For both engines, with the answer of its conversion to float16, and by its hub id too."""
+    opt = tmp_path / "opt"
+    done = run_program(
+        *("opt/convert_checkpoint.py", "--model_dir", tiny_export.checkpoint, "--output_dir", opt)
+    )
+    assert done.returncode == 0, done.stderr
     common = ("--input_dir", tiny_export.picture, "--input_text", "what?", "--json")
     converted = run_program(
-        *("run.py", "--engine_dir", tiny_export.output / "onnx", "--opt_engine_dir", tiny_opt),
+        *("run.py", "--engine_dir", tiny_export.output / "onnx", "--opt_engine_dir", opt),
         *("--query_tokens", tiny_export.output / "query_tokens.pt", *common),
     )
     hub = tmp_path / "hub" / "models--someone--blip2"
