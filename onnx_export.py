@@ -104,11 +104,12 @@ def main() -> None:
     described = [*graphs, "image.pt", "query_tokens.pt"]
     sidecars = [str(artifacts.sidecar_path(Path(file))) for file in described]
     files = [*described, *sidecars, *(f"{graph}.data" for graph in graphs), TOKENIZER_FILE]
+    given = args.hf_model_location and Path(args.hf_model_location)
     artifacts.refuse_same(
         {str(output_dir / file): output_dir / file for file in files},
         {
             "--image": [args.image],
-            "--hf_model_location": Path(args.hf_model_location or "").glob("*.json"),
+            "--hf_model_location": given.glob("*.json") if given else (),
         },
     )
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
