@@ -95,7 +95,7 @@ def main() -> None:
         tokenizer_location(args.hf_model_location, checkpoint), TokenIds.of(checkpoint)
     )
     picture = images.load_image(args.image)
-    pixel_values = torch.from_numpy(images.pixel_values(picture, preprocessing))[None]
+    pixel_values = images.pixel_values(picture, preprocessing)[None]
     query_tokens = checkpoint.tensor("query_tokens").float()
     dtype, qformer_dtype = (getattr(torch, name) for name in (args.dtype, args.qformer_dtype))
 

@@ -434,14 +434,12 @@ def picture_of(args: argparse.Namespace) -> str:
 
 def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
     """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
-    import torch
-
     from blip2 import images
 
     if source.endswith(".pt"):
         return load_saved_picture(Path(source))
     picture = images.load_image(source)
-    return torch.from_numpy(images.pixel_values(picture, pipeline.vision.preprocessing))[None]
+    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
 
 
 def load_saved_picture(path: Path) -> torch.Tensor:

@@ -192,7 +192,7 @@ def _load(picture: Picture) -> Image.Image:
 def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
     """A picture's 3 x S x S float32 values, or what is wrong with it."""
     try:
-        return images.pixel_values(_load(picture), preprocessing)
+        return images.pixel_array(_load(picture), preprocessing)
     except (UserError, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 

@@ -27,6 +27,8 @@ from blip2 import downloads, memory
 from blip2.artifacts import UserError, first_line
 
 if TYPE_CHECKING:
+    import torch
+
     from blip2.checkpoints import Checkpoint
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -304,7 +306,14 @@ def _white(highest: float, is_float: bool) -> float:
     return next((float(white) for white in full_scales if highest <= white * excess), highest)
 
 
-def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """As `pixel_array`, as a tensor."""
+    import torch  # which a process that only decodes does not need
+
+    return torch.from_numpy(pixel_array(image, preprocessing))
+
+
+def pixel_array(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and normalise one RGB picture: 3 x height x width, float32, C-contiguous."""
     size = (preprocessing.width, preprocessing.height)
     resized = np.asarray(image.resize(size, resample=preprocessing.resample))

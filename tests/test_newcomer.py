@@ -143,12 +143,14 @@ def clone(tmp_path) -> Path:
 
 
 def test_what_make_demo_prints_can_be_pasted(clone):
+    # What `make test` told its own: make would say that it is one of several.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     made = subprocess.run(
         ["make", "-o", ".venv/run-installed", "demo", "OUT=my_out"],
         cwd=clone,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**alone, "HF_HUB_OFFLINE": "1"},
     )
     assert made.returncode == 0, made.stderr
     assert f"[A] {CAPTION}" in made.stdout
