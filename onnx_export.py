@@ -84,6 +84,7 @@ def main() -> None:
 
     from blip2 import artifacts, images, prompts
     from blip2.checkpoints import TokenIds, lavis_checkpoint, open_checkpoint
+    from blip2.checkpoints.tokenizer import FILES as TOKENIZER_FILES
     from blip2.vision import export, modules
     from blip2.vision.onnx_files import QFORMER_FILE, VIT_FILE
 
@@ -104,12 +105,14 @@ def main() -> None:
     described = [*graphs, "image.pt", "query_tokens.pt"]
     sidecars = [str(artifacts.sidecar_path(Path(file))) for file in described]
     files = [*described, *sidecars, *(f"{graph}.data" for graph in graphs), TOKENIZER_FILE]
-    given = args.hf_model_location and Path(args.hf_model_location)
     artifacts.refuse_same(
         {str(output_dir / file): output_dir / file for file in files},
         {
             "--image": [args.image],
-            "--hf_model_location": given.glob("*.json") if given else (),
+            "--hf_model_location": [
+                Path(args.hf_model_location, name)
+                for name in (TOKENIZER_FILES if args.hf_model_location else ())
+            ],
         },
     )
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
