@@ -85,6 +85,9 @@ class Decoders:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not None:  # a download would be waited for
             self._lifeline.close()
+            # A worker may end with half of a result sent. The pool's thread, which waits for the rest,
+            # hears that there is none once this process holds the pipe no longer either.
+            self._pool._result_queue._writer.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._lifeline.close()
 

@@ -557,6 +557,24 @@ def test_decoding_processes_never_hear_of_an_interrupt(decoders):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+ABANDON = """
+import sys, time
+from blip2.decoders import Decoders
+for delay in range(12):
+    decoders = Decoders(1)
+    decoders._submit(int).result()
+    decoders._submit(bytes, 100_000_000)
+    time.sleep(0.01 * delay)
+    decoders.__exit__(KeyboardInterrupt)
+"""
+
+
+def test_a_process_that_ends_while_it_answers_holds_nobody_up():
+    """At some of these moments it has sent half of a result."""
+    done = subprocess.run([sys.executable, "-c", ABANDON], cwd=ROOT, timeout=100)
+    assert done.returncode == 0
+
+
 def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
     """A shard of grey pictures, each with a text, as tarfile writes it."""
     path = directory / f"{keys}.tar{mode[1:].replace(':', '.')}"
