@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -138,6 +139,10 @@ class Work:
         if self.only is None:
             return itertools.count(self.start.position, self.batch_size)
         return iter(sorted({n // self.batch_size * self.batch_size for n in self.only}))
+
+    def most_batches(self) -> int | float:
+        """More than that there cannot be; of a whole input only a reading of it says how many."""
+        return math.inf if self.only is None else len(self.only)
 
     def is_wanted(self, number: int) -> bool:
         """Whether picture `number` of the input is to be looked at."""

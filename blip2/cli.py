@@ -143,8 +143,14 @@ def explain_missing_packages() -> None:
 
 def _missing_package(error: ModuleNotFoundError) -> str | None:
     """What to install, where it is a package of others that is not there; else None."""
-    module = (error.name or "").partition(".")[0]
-    if not module or module in sys.stdlib_module_names or (_ROOT / module).exists():
+    module = error.name
+    # Of a package that is there, but for a part of it, there is nothing to say in a line.
+    if (
+        not module
+        or "." in module
+        or module in sys.stdlib_module_names
+        or (_ROOT / module).exists()
+    ):
         return None
     package = _PACKAGES.get(module, module)
     for path in sorted(_ROOT.glob("requirements*.txt"), key=lambda path: len(path.name)):

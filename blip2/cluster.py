@@ -149,7 +149,8 @@ class Cluster:
                 fn_constructor_args=(
                     *(self._directory, self._open_pipeline, work.questions, work.options),
                 ),
-                compute=ray.data.ActorPoolStrategy(size=self.count),
+                # Ray warns of actors that get nothing.
+                compute=ray.data.ActorPoolStrategy(size=min(self.count, work.most_batches())),
                 **self._per_actor,
             )
         )
