@@ -14,6 +14,7 @@ BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -359,7 +360,8 @@ def write_answers(
         work = batch.Work(entries, start, batch_size, facts.preprocessing, questions, facts.options)
         again = batch.retry_errors(workers, work, journal) if args.retry_errors else None
         total = inputs.count_pictures(entries)
-        summary = batch.write_answers(workers.answer(work), workers.count, total, journal)
+        with contextlib.closing(workers.answer(work)) as answers:
+            summary = batch.write_answers(answers, workers.count, total, journal)
         return summary.after(again) if again else summary
 
 

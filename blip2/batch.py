@@ -14,12 +14,13 @@ an uninterrupted one would, and gives the same answers, sampled ones too.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -163,8 +164,8 @@ class Workers(Protocol):
 
     count: int
 
-    def answer(self, work: Work) -> Iterator[Answered]:
-        """Do the work, batch by batch in the input's order.
+    def answer(self, work: Work) -> Generator[Answered, None, None]:
+        """Do the work, batch by batch in the input's order; close what you do not take to its end.
 
         Raises:
             UserError: a worker was killed, or its engines cannot take a question.
@@ -329,8 +330,11 @@ def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
             begins = waiting[0] // size * size
             only = frozenset(number for number in retry.failed if number >= begins)
             work = dataclasses.replace(work, start=Start(), only=only)
-            with _progress_bar(len(waiting), 0) as bar:
-                for answered in workers.answer(work):
+            with (
+                contextlib.closing(workers.answer(work)) as answers,
+                _progress_bar(len(waiting), 0) as bar,
+            ):
+                for answered in answers:
                     window = range(answered.position, answered.position + size)
                     numbers = filter(only.__contains__, window)
                     for number, lines in zip(numbers, answered.lines, strict=True):
@@ -357,7 +361,7 @@ class LocalWorkers:
     def __init__(self, pipeline: Pipeline, decoders: Decoders) -> None:
         self._pipeline, self._decoders = pipeline, decoders
 
-    def answer(self, work: Work) -> Iterator[Answered]:
+    def answer(self, work: Work) -> Generator[Answered, None, None]:
         """Do the work, batch by batch.
 
         Raises:

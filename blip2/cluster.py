@@ -25,7 +25,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Cluster:
             row = ray.get(task.remote(self._directory, self._open_pipeline, questions, decoding))
         return _unpacked(row)
 
-    def answer(self, work: Work) -> Iterator[Answered]:
+    def answer(self, work: Work) -> Generator[Answered, None, None]:
         """Do the work, batch by batch in the input's order.
 
         Raises:
@@ -154,8 +154,9 @@ class Cluster:
                 **self._per_actor,
             )
         )
-        with _killed_workers():
-            for row, position in zip(rows.iter_rows(), work.positions(), strict=False):
+        # Closed at once: what Ray still does for an iterator after `shutdown` would start it again.
+        with _killed_workers(), contextlib.closing(iter(rows.iter_rows())) as packed:
+            for row, position in zip(packed, work.positions(), strict=False):
                 answered = _unpacked(row)
                 if answered.position != position:
                     raise RuntimeError(f"batch {answered.position} came instead of {position}")
