@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from blip2 import memory
 from blip2.kernel_launch import is_ahead
 
 
@@ -14,27 +15,36 @@ class Graph:
     """What is queued over static buffers, a replay of one CUDA graph from the second call on.
 
     The first call queues it as it is: kernels are compiled and cuBLAS sets itself up then, which a
-    capture must not do, and what is called once does not pay for one.
+    capture must not do, and what is called once does not pay for one. Where memory does not suffice
+    for a graph, which has its own, all calls do so.
     """
 
     def __init__(self, pool: Any = None) -> None:
         """`pool` is what `capture` takes."""
         self._pool = pool
-        self._has_run = False
+        self._calls = 0
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, launch: Callable[[], None]) -> None:
         """`launch` queues the same each time. Not kept: it may own this graph, and gigabytes."""
         if is_ahead():  # nothing runs that could be captured
             launch()
-        elif self._replay is not None:
-            self._replay()
-        elif self._has_run:
-            self._replay = capture(launch, self._pool)
-            self._replay()
-        else:
-            launch()
-            self._has_run = True
+            return
+        if self._calls == 1:
+            self._replay = _capture_if_it_fits(launch, self._pool)
+        self._calls += 1
+        run = self._replay or launch
+        run()
+
+
+def _capture_if_it_fits(launch: Callable[[], None], pool: Any) -> Callable[[], None] | None:
+    try:
+        return capture(launch, pool)
+    except Exception as error:
+        if not memory.exhausted(error):
+            raise
+    memory.release()  # not in the handler, where the error holds what the capture had made
+    return None
 
 
 def capture(launch: Callable[[], None], pool: Any = None) -> Callable[[], None]:

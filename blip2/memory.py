@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,11 @@ def needed(purpose: str, advice: str) -> Iterator[None]:
 
 
 def release() -> None:
-    """Give cached GPU memory back, where torch holds any."""
+    """Give cached GPU memory back, where torch holds any, and what only cycles hold.
+
+    An error that came out of a capture is in one, with the tensors of every function it went through.
+    """
+    gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

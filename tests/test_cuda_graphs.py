@@ -47,6 +47,43 @@ def test_a_graph_is_captured_for_the_second_call(captures):
     assert len(runs) == 2 + 1 + 1 + 2  # ahead, as it is, captured, replayed
 
 
+def test_without_memory_for_a_graph_all_goes_on_as_it_is(monkeypatch):
+    """What a failed capture had made goes, also where a cycle holds it."""
+    lost, tried = [], []
+
+    class Buffer:
+        pass
+
+    def capture(_launch, _pool):
+        buffer = Buffer()
+        buffer.itself = buffer
+        lost.append(weakref.ref(buffer))
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 134.00 MiB.")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    runs, graph = [], Graph()
+    gc.disable()
+    try:
+        for _ in range(4):
+            graph(lambda: runs.append(1))
+        assert [buffer() for buffer in lost] == [None]
+    finally:
+        gc.enable()
+    assert (len(runs), len(tried)) == (4, 1)
+
+
+def test_another_error_of_a_capture_is_raised(monkeypatch):
+    def capture(_launch, _pool):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    graph = Graph()
+    graph(lambda: None)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graph(lambda: None)
+
+
 def test_sizes_are_few_and_hold_every_batch():
     sizes = [prepared_size(pictures) for pictures in range(1, MAX_BATCH_SIZE + 1)]
     assert sorted(set(sizes)) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
