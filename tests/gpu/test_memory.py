@@ -64,7 +64,7 @@ def enough_for_half(
         return torch.cuda.max_memory_allocated() - before
 
     whole, half = needed(BATCH), needed(BATCH // 2)
-    assert whole - half > 100 << 20
+    assert whole - half > 300 << 20  # cuBLAS' workspaces and PyTorch's blocks are tens of megabytes
     return (whole + half) // 2
 
 
@@ -81,9 +81,9 @@ def left(size: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def vision_checkpoint(tmp_path_factory):
-    """ViT-g's widths in one layer: a batch's activations are most of what it needs."""
+    """One layer, so wide within that its activations are far more than all else a batch needs."""
     directory = tmp_path_factory.mktemp("vision")
-    shape = {"hidden_size": 1408, "intermediate_size": 6144, "num_attention_heads": 16}
+    shape = {"hidden_size": 1408, "intermediate_size": 24576, "num_attention_heads": 16}
     spread = {"num_hidden_layers": 1, "image_size": 224, "initializer_range": 0.02}
     models.tiny_blip2(directory, vision=shape | spread, qformer={"num_hidden_layers": 2})
     return directory
