@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2 import cli
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 if TYPE_CHECKING:
     from blip2.checkpoints import Checkpoint
@@ -85,8 +85,8 @@ def main() -> None:
     from blip2 import artifacts, images, prompts
     from blip2.checkpoints import TokenIds, lavis_checkpoint, open_checkpoint
     from blip2.checkpoints.tokenizer import FILES as TOKENIZER_FILES
+    from blip2.layout import PICTURE, QFORMER_ONNX, QUERY_TOKENS, TOKENIZER, VIT_ONNX
     from blip2.vision import export, modules
-    from blip2.vision.onnx_files import QFORMER_FILE, VIT_FILE
 
     open_model = lavis_checkpoint if args.source == "lavis" else open_checkpoint
     checkpoint = open_model(args.model_dir)
@@ -101,8 +101,8 @@ def main() -> None:
     dtype, qformer_dtype = (getattr(torch, name) for name in (args.dtype, args.qformer_dtype))
 
     output_dir = Path(args.output_dir)
-    graphs = [f"onnx/{VIT_FILE}", f"onnx/{QFORMER_FILE}"]
-    described = [*graphs, "image.pt", "query_tokens.pt"]
+    graphs = [f"onnx/{VIT_ONNX}", f"onnx/{QFORMER_ONNX}"]
+    described = [*graphs, PICTURE, QUERY_TOKENS]
     sidecars = [str(artifacts.sidecar_path(Path(file))) for file in described]
     files = [*described, *sidecars, *(f"{graph}.data" for graph in graphs), TOKENIZER_FILE]
     artifacts.refuse_same(
@@ -117,7 +117,7 @@ def main() -> None:
     )
     source = {"source": {"model": args.model_dir, "fingerprint": checkpoint.fingerprint}}
     with artifacts.staging(output_dir, files, is_tokenizer_of_export) as stage:
-        vit = stage / "onnx" / VIT_FILE
+        vit = stage / "onnx" / VIT_ONNX
         exported = export.export_vit(checkpoint, pixel_values, dtype, vit, args.opset)
         export.write_sidecar(
             vit,
@@ -126,20 +126,20 @@ def main() -> None:
             preprocessing=dataclasses.asdict(preprocessing),
             **exported.facts,
         )
-        lines = [report(output_dir / "onnx" / VIT_FILE, vit, exported.differences)]
+        lines = [report(output_dir / "onnx" / VIT_ONNX, vit, exported.differences)]
 
-        qformer = stage / "onnx" / QFORMER_FILE
+        qformer = stage / "onnx" / QFORMER_ONNX
         exported = export.export_qformer(
             *(checkpoint, query_tokens, exported.references),
             *(export.dtype_between(dtype), qformer_dtype, qformer, args.opset),
         )
         export.write_sidecar(qformer, **source, compute_dtype=args.qformer_dtype, **exported.facts)
-        lines.append(report(output_dir / "onnx" / QFORMER_FILE, qformer, exported.differences))
+        lines.append(report(output_dir / "onnx" / QFORMER_ONNX, qformer, exported.differences))
 
-        for name, tensor in (("image.pt", pixel_values), ("query_tokens.pt", query_tokens)):
+        for name, tensor in ((PICTURE, pixel_values), (QUERY_TOKENS, query_tokens)):
             artifacts.save_tensor(tensor, stage / name)
             artifacts.write_sidecar(stage / name, **source, shape=list(tensor.shape))
-        tokenizer.save(stage / "tokenizer")
+        tokenizer.save(stage / TOKENIZER)
     print(*lines, sep="\n")
     print(f"{output_dir / 'image.pt'}, query_tokens.pt, tokenizer/: saved")
 
@@ -148,9 +148,9 @@ def tokenizer_location(given: str | None, checkpoint: Checkpoint) -> str | Path:
     """Where the tokenizer is: as given, else where the checkpoint's OPT is."""
     location = given or checkpoint.opt_location
     if location is None:
-        raise UserError(
-            f"{checkpoint.path} is for no OPT that facebook published; give --hf_model_location the"
-            " directory of its OPT, for the tokenizer"
+        raise Blip2Error(
+            f"{checkpoint.path} is for no OPT that facebook published",
+            "give --hf_model_location the directory of its OPT, for the tokenizer",
         )
     return location
 

@@ -14,24 +14,22 @@ BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2 import cli
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 if TYPE_CHECKING:
     import torch
 
-    from blip2.batch import Facts, Question, Summary, Workers
+    from blip2.engines import Places
     from blip2.language import GenerationOptions
     from blip2.pipeline import Answer, Pipeline
 
@@ -190,25 +188,24 @@ def main() -> int | None:
 def answer_one(args: argparse.Namespace) -> None:
     """Print the answer about one picture, or those of one image.pt."""
     # Imported after the arguments are parsed, so that --help does not wait for torch.
-    from blip2 import inputs
-    from blip2.pipeline import Stopwatch
-    from blip2.prompts import fill_template
+    from blip2.many import inputs
+    from blip2.pipeline import Stopwatch, open_pipeline
+    from blip2.prompts import check_length, fill_template
 
     [text] = args.input_text
     question = Asked(text, fill_template(args.prompt_template, text))
-    source = picture_of(args)
+    places = places_of(args)
+    [source] = args.input_dir or [places.picture]
     if inputs.is_collection(source):
-        raise UserError(f"{source} stands for several pictures; add --output answers.jsonl")
+        raise Blip2Error(f"{source} stands for several pictures", "add --output answers.jsonl")
     watch = Stopwatch({"start": cli.seconds_since_start()})
     with watch.time("load engines"):
-        pipeline = engines(args)()
-    if not pipeline.language.takes_requests:
-        pipeline.language.close()
-        return
+        pipeline = open_pipeline(places, verify=not args.no_verify)
     with watch.time("load picture"):
         pixel_values = load_pixel_values(source, pipeline)
     options = pipeline.options(decoding_options(args))
-    check_prompt_length(question.prompt, pipeline.tokenizer.encode(question.prompt), args)
+    prompt_ids = pipeline.tokenizer.encode(question.prompt)
+    check_length(question.prompt, prompt_ids, args.max_txt_len)
 
     texts = [question.prompt] * len(pixel_values)
     if args.benchmark:
@@ -266,172 +263,45 @@ def benchmark(
 
 def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
-    try:
-        return write_lines(args)
-    except KeyboardInterrupt:
-        if args.output == STANDARD_OUTPUT:
-            raise
-        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
-
-
-def write_lines(args: argparse.Namespace) -> int:
-    """As `answer_many`."""
-    from blip2 import batch, inputs, report
-    from blip2.decoders import Decoders, default_workers
+    from blip2.many.batch import Question
+    from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
     from blip2.prompts import fill_template
 
-    check_places(args)
-    entries = inputs.list_entries(args.input_dir)
-    questions = [
-        batch.Question(text, fill_template(args.prompt_template, text)) for text in args.input_text
-    ]
-    processes = args.workers or default_workers()
-    watch, afterwards = Stopwatch({"start": cli.seconds_since_start()}), Stopwatch()
-    if args.ray:
-        from blip2.cluster import Cluster
-
-        with Cluster(args.ray, engines(args), args.ray_actors, args.workers) as cluster:
-            facts = cluster.facts(questions, decoding_options(args))
-            summary = write_answers(args, entries, questions, facts, cluster)
-    else:
-        with Decoders(processes) as decoders:
-            with watch.time("load engines"):
-                pipeline = engines(args)()
-            if not pipeline.language.takes_requests:
-                pipeline.language.close()
-                return 0
-            if pipeline.language.is_in_step:
-                raise UserError(
-                    "--output cannot write from several processes; leave out mpirun, and use an"
-                    " engine for one GPU"
-                )
-            facts = batch.Facts.of(pipeline, questions, decoding_options(args))
-            workers = batch.LocalWorkers(pipeline, decoders)
-            summary = write_answers(args, entries, questions, facts, workers)
-    if args.html:
-        with Decoders(processes) as decoders, afterwards.time("page"):
-            report.write_report(args.html, args.output, entries, decoders, len(questions))
     printed = args.output == STANDARD_OUTPUT
-    table = summary.table(watch.seconds, afterwards.seconds, cli.seconds_since_start())
+    job = Job(
+        sources=args.input_dir,
+        questions=[Question(t, fill_template(args.prompt_template, t)) for t in args.input_text],
+        places=places_of(args),
+        decoding=decoding_options(args),
+        output=None if printed else args.output,
+        page=args.html,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        cluster=args.ray,
+        ray_actors=args.ray_actors,
+        max_txt_len=args.max_txt_len,
+        retry_errors=args.retry_errors,
+        verify=not args.no_verify,
+    )
+    try:
+        summary = job.run(Stopwatch({"start": cli.seconds_since_start()}))
+    except KeyboardInterrupt:
+        if printed:
+            raise
+        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
+    table = summary.table(cli.seconds_since_start())
     print(table, file=sys.stderr if printed else sys.stdout)
     return 1 if summary.failed else 0
 
 
-def check_places(args: argparse.Namespace) -> None:
-    """See that what will be written has places of its own, before anything is opened.
+def places_of(args: argparse.Namespace) -> Places:
+    """Where the engines are, and the tokenizer."""
+    from blip2.engines import Places
 
-    Raises:
-        UserError: names the output, and what is wrong with its place.
-    """
-    from blip2 import artifacts, journal, report
-
-    if args.output == STANDARD_OUTPUT:
-        return
-    journal.check_place(args.output)
-    outputs = {"--output": args.output}
-    outputs |= {f"--output with {what}": p for what, p in journal.companions(args.output).items()}
-    if args.html:
-        report.check_place(args.html)
-        outputs["--html"] = args.html
-    artifacts.refuse_same(outputs, {"--input_dir": args.input_dir})
-
-
-def write_answers(
-    args: argparse.Namespace,
-    entries: Sequence[str],
-    questions: Sequence[Question],
-    facts: Facts,
-    workers: Workers,
-) -> Summary:
-    """Have the workers answer what is not in the output yet, and write it."""
-    from blip2 import batch, inputs
-    from blip2.journal import Journal, StandardOutput
-
-    for question, prompt in zip(questions, facts.prompts, strict=True):
-        check_prompt_length(question.prompt, prompt, args)
-    batch_size = args.batch_size or facts.batch_size
-    if args.output == STANDARD_OUTPUT:
-        opened = StandardOutput()
-    else:
-        opened = Journal(args.output, len(questions), made_with(args, questions, facts, batch_size))
-    with opened as journal:
-        start = batch.find_start(entries, journal, batch_size)
-        work = batch.Work(entries, start, batch_size, facts.preprocessing, questions, facts.options)
-        again = batch.retry_errors(workers, work, journal) if args.retry_errors else None
-        total = inputs.count_pictures(entries)
-        with contextlib.closing(workers.answer(work)) as answers:
-            summary = batch.write_answers(answers, workers.count, total, journal)
-        return summary.after(again) if again else summary
-
-
-def made_with(
-    args: argparse.Namespace, questions: Sequence[Question], facts: Facts, batch_size: int
-) -> dict[str, Any]:
-    """What must be the same for a run to go on with an output, by flag."""
-    from blip2 import batch
-    from blip2.checkpoints import locate
-    from blip2.journal import fingerprint
-
-    vision, opt = engine_directories(args)
-    return {
-        "--input_dir": args.input_dir,
-        "--engine_dir": fingerprint(locate(vision)),
-        "--opt_engine_dir": fingerprint(locate(opt)),
-        "--query_tokens": fingerprint(query_tokens_of(args)),
-        **batch.describe(facts, questions, batch_size),
-    }
-
-
-def engines(args: argparse.Namespace) -> Callable[[], Pipeline]:
-    """What opens the engines that the directories call for, and the tokenizer beside them."""
-    from blip2.pipeline import open_pipeline
-
-    vision, opt = engine_directories(args)
-    return functools.partial(
-        open_pipeline,
-        engine_dir=vision,
-        opt_engine_dir=opt,
-        query_tokens=query_tokens_of(args),
-        tokenizer=args.hf_model_location,
-        verify=not args.no_verify,
+    return Places.of(
+        args.engine_dir, args.opt_engine_dir, args.query_tokens, args.hf_model_location
     )
-
-
-def engine_directories(args: argparse.Namespace) -> tuple[str, str]:
-    """Where ViT and Q-Former, and OPT are: as given, else the default that holds something."""
-    from blip2 import language, vision
-    from blip2.layout import engines_in
-
-    opt_defaults = ("trt_engine/blip-2-opt-2.7b/fp16/1-gpu", "opt/2.7B/trt_ckpt/fp16/1-gpu")
-    return (
-        str(engines_in(Path(args.engine_dir)))
-        if args.engine_dir
-        else first_with_engine(vision.holds_engine, "plan", "onnx"),
-        args.opt_engine_dir or first_with_engine(language.holds_engine, *opt_defaults),
-    )
-
-
-def first_with_engine(holds_engine: Callable[[Path], bool], *directories: str) -> str:
-    """The first of the default directories that holds something to run, else the last of them."""
-    return next((d for d in directories if holds_engine(Path(d))), directories[-1])
-
-
-def query_tokens_of(args: argparse.Namespace) -> Path:
-    """The query tokens: as given, else those of the export that the engines are from."""
-    from blip2.layout import find_beside
-
-    vision, _ = engine_directories(args)
-    return Path(args.query_tokens or find_beside(Path(vision), "query_tokens.pt"))
-
-
-def picture_of(args: argparse.Namespace) -> str:
-    """What to look at: as given, else the picture that was exported with the engines."""
-    from blip2.layout import find_beside
-
-    vision, _ = engine_directories(args)
-    [source] = args.input_dir or [str(find_beside(Path(vision), "image.pt"))]
-    return source
 
 
 def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
@@ -448,7 +318,7 @@ def load_saved_picture(path: Path) -> torch.Tensor:
     """image.pt; compared with its description where it has one, as those of the export do.
 
     Raises:
-        UserError: missing, damaged, or anything but a tensor.
+        Blip2Error: missing, damaged, or anything but a tensor.
     """
     from blip2 import artifacts
 
@@ -473,19 +343,6 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         **sampling,
     }
-
-
-def check_prompt_length(prompt: str, token_ids: Sequence[int], args: argparse.Namespace) -> None:
-    """A prompt is never cut silently.
-
-    Raises:
-        UserError: it has more tokens than --max_txt_len.
-    """
-    if len(token_ids) > args.max_txt_len:
-        raise UserError(
-            f"the prompt {prompt!r} has {len(token_ids)} tokens, --max_txt_len allows"
-            f" {args.max_txt_len}; shorten --input_text or raise --max_txt_len"
-        )
 
 
 def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:

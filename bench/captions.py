@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 
 from blip2 import cli
-from blip2.batch import Facts, LocalWorkers, Question, Start, Work
-from blip2.decoders import Decoders, decode_picture
+from blip2.engines import Places
 from blip2.images import Preprocessing
-from blip2.inputs import Picture
+from blip2.many.batch import Facts, LocalWorkers, Question, Start, Work
+from blip2.many.decoders import Decoders, decode_picture
+from blip2.many.inputs import Picture
 from blip2.pipeline import Pipeline, open_pipeline
 from demo import scenes
 
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--opt_engine_dir", default=OPT, help="the demo checkpoint's OPT")
     parser.add_argument("--query_tokens", help="(default: in or beside --engine_dir)")
     args = parser.parse_args()
-    pipeline = open_pipeline(args.engine_dir, args.opt_engine_dir, args.query_tokens, CHECKPOINT)
+    pipeline = open_pipeline(
+        Places.of(args.engine_dir, args.opt_engine_dir, args.query_tokens, CHECKPOINT)
+    )
     with tempfile.TemporaryDirectory() as directory, Decoders(args.workers) as decoders:
         files = draw(Path(directory), args.pictures)
         ways = {

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 
 from blip2 import cli
-from blip2.artifacts import UserError
 from blip2.checkpoints import QFormerConfig, VisionConfig
+from blip2.engines import Places
+from blip2.errors import Blip2Error
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.model import OPTModel, linear_class
 from blip2.language.trtllm_format import OPTCheckpointConfig
@@ -157,7 +158,7 @@ def demo(args: argparse.Namespace) -> None:
     out = DEMO / "out"
     if not (out / "opt" / "fp16").exists():
         command = shlex.join(["make", "-C", str(DEMO.parent), "demo"])
-        raise UserError(f"{out} holds no engines; make them with: {command}")
+        raise Blip2Error(f"{out} holds no engines", f"make them with: {command}")
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DEMO / "checkpoint").eval()
 
     def reference(pipeline: Pipeline, pixels: torch.Tensor, text: str) -> Run:
@@ -185,7 +186,9 @@ def demo(args: argparse.Namespace) -> None:
     for name, opt_directory, make in [("transformers float32", "fp16", reference), *engines]:
         if not (out / "opt" / opt_directory).exists():
             continue
-        pipeline = open_pipeline(out / "onnx", out / "opt" / opt_directory, out / "query_tokens.pt")
+        pipeline = open_pipeline(
+            Places.of(out / "onnx", out / "opt" / opt_directory, out / "query_tokens.pt")
+        )
         picture = pixel_values(load_image(DEMO / "scene.png"), pipeline.vision.preprocessing)
         pixels = torch.from_numpy(picture)[None]
         seconds = [

@@ -37,12 +37,12 @@ from bench.random_blip2 import (
     weight_bytes,
 )
 from blip2 import artifacts, cli
-from blip2.artifacts import UserError
-from blip2.batch import Batch, LocalWorkers, Question, Start
-from blip2.inputs import Picture
+from blip2.errors import Blip2Error
 from blip2.language.native.model import OPTModel
 from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
+from blip2.many.batch import Batch, LocalWorkers, Question, Start
+from blip2.many.inputs import Picture
 from blip2.pipeline import Pipeline
 from blip2.vision.torch_session import TorchSession
 
@@ -67,9 +67,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise UserError(
-            "torch sees no NVIDIA GPU, which is what is measured; of a CPU measure: python -m bench.cpu"
-            " demo"
+        raise Blip2Error(
+            "torch sees no NVIDIA GPU, which is what is measured",
+            "of a CPU measure: python -m bench.cpu demo",
         )
     if args.chart and args.json:
         artifacts.refuse_same({"--chart": args.chart, "--json": args.json})

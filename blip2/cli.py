@@ -20,10 +20,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from blip2 import memory
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 # What is wrong with a path, wherever in a program it shows.
 _PLACES = {
@@ -69,6 +69,8 @@ class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without guessed abbreviations, whose errors are one line."""
 
+    _names: ClassVar[set[str]] = set()  # of this program's flags, as Python writes them
+
     def __init__(self, description: str) -> None:
         super().__init__(
             description=description,
@@ -76,20 +78,31 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_DefaultsHelpFormatter,
         )
 
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        # A name of one word may be any word.
+        self._names.update(name.removeprefix("--") for name in names if "_" in name)
+        return super().add_argument(*names, **settings)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
+    @classmethod
+    def with_flags(cls, message: str) -> str:
+        """The message of an error, its parameters called by the flags that set them here."""
+        names = "|".join(map(re.escape, cls._names)) or r"\b\B"
+        return re.sub(rf"(?<![\w./-])(?:{names})(?!\w|[./-]\w)", r"--\g<0>", message)
+
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its code; a UserError is one line, not a traceback."""
+    """Run a script's `main` and exit with its code; a Blip2Error is one line, not a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     _open_standard_streams()
     stdout = sys.stdout = _standard_output(sys.stdout)
     try:
         code = main() or 0
         stdout.flush()
-    except UserError as error:
-        code = _explain(str(error))
+    except Blip2Error as error:
+        code = _explain(ArgumentParser.with_flags(str(error)))
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         code = 130

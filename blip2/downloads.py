@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 MAX_BYTES = 64 << 20
 SILENCE_S = 20  # the longest that a server may say nothing
@@ -30,13 +30,13 @@ def is_url(source: str) -> bool:
     """Whether `source` is to be downloaded rather than opened.
 
     Raises:
-        UserError: it is a URL of a kind that is not downloaded.
+        Blip2Error: it is a URL of a kind that is not downloaded.
     """
     scheme, separator, _ = source.partition("://")
     if not separator or not scheme.isalpha():
         return False
     if scheme.lower() not in ("http", "https"):
-        raise UserError(f"{source} is neither http nor https; give one of those, or a file")
+        raise Blip2Error(f"{source} is neither http nor https", "give one of those, or a file")
     return True
 
 
@@ -67,7 +67,7 @@ def download(url: str) -> bytes:
     """The content behind a URL.
 
     Raises:
-        UserError: it cannot be had, is too large or takes too long, or a redirect leads to a
+        Blip2Error: it cannot be had, is too large or takes too long, or a redirect leads to a
             private address.
     """
     finished: list[bytes | Exception] = []
@@ -88,9 +88,9 @@ def download(url: str) -> bytes:
     if not isinstance(content, OSError | ValueError | http.client.HTTPException):
         raise content
     reason = getattr(content, "reason", None) or content
-    raise UserError(
-        f"cannot download {url}: {str(reason) or type(reason).__name__}; check the address, or give"
-        " a file"
+    raise Blip2Error(
+        f"cannot download {url}: {str(reason) or type(reason).__name__}",
+        "check the address, or give a file",
     ) from None
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from blip2 import downloads, memory
-from blip2.artifacts import UserError, first_line
+from blip2.errors import Blip2Error, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Preprocessing:
         """Read it from a BLIP-2 checkpoint; what its files leave out is BLIP-2's default.
 
         Raises:
-            UserError: the configuration asks for a step that BLIP-2's preprocessing has not.
+            Blip2Error: the configuration asks for a step that BLIP-2's preprocessing has not.
         """
         from blip2.checkpoints import VisionConfig, image_processor
 
@@ -67,9 +67,9 @@ class Preprocessing:
         try:
             return cls(**image_processor.arguments(fields, VisionConfig.of(checkpoint)))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} describes no preprocessing that BLIP-2 uses: {error}; take it from the same"
-                " checkpoint as its ViT"
+            raise Blip2Error(
+                f"{path} describes no preprocessing that BLIP-2 uses: {error}",
+                "take it from the same checkpoint as its ViT",
             ) from None
 
     @classmethod
@@ -102,7 +102,7 @@ def load_image(source: str | Path) -> Image.Image:
     """Open, decode and normalise one picture to 8-bit RGB; `source` is a path or an http(s) URL.
 
     Raises:
-        UserError: missing, unreadable, no picture, damaged, too large, or an unsupported format.
+        Blip2Error: missing, unreadable, no picture, damaged, too large, or an unsupported format.
     """
     name = str(source)
     content = downloads.download(name) if downloads.is_url(name) else _read(Path(source))
@@ -113,7 +113,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
     """As `load_image`, of a picture file's content; `source` names it in messages.
 
     Raises:
-        UserError: no picture, damaged, too large, or an unsupported format.
+        Blip2Error: no picture, damaged, too large, or an unsupported format.
     """
     try:
         with warnings.catch_warnings(), memory.needed(f"for {source}", "scale it down first"):
@@ -121,9 +121,9 @@ def decode_image(content: bytes, source: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(content), formats=_OPENED)
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS};"
-                    " scale it down first"
+                raise Blip2Error(
+                    f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS}",
+                    " scale it down first",
                 )
             # Pillow keeps the upper byte of such colours, and forgets that there was another.
             halved = any(";16" in str(tile) for tile in image.tile) and image.mode in _COLOURS
@@ -134,19 +134,19 @@ def decode_image(content: bytes, source: str) -> Image.Image:
             turn = _TURNS.get(_orientation(image))
             rgb = to_rgb(image)
             return rgb if turn is None else rgb.transpose(turn)
-    except UserError:
+    except Blip2Error:
         raise
     except Image.DecompressionBombError:  # of twice as many, before we can look
-        raise UserError(
-            f"{source} has more than {MAX_PIXELS} pixels; scale it down first"
+        raise Blip2Error(
+            f"{source} has more than {MAX_PIXELS} pixels", "scale it down first"
         ) from None
     except Image.UnidentifiedImageError:
-        raise UserError(
-            f"{source} is no picture that can be read; give one of {', '.join(FORMATS)}"
+        raise Blip2Error(
+            f"{source} is no picture that can be read", f"give one of {', '.join(FORMATS)}"
         ) from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        raise UserError(f"{source} is damaged: {first_line(error)}; replace the file") from None
+        raise Blip2Error(f"{source} is damaged: {first_line(error)}", "replace the file") from None
 
 
 def _read(path: Path) -> bytes:
@@ -155,20 +155,20 @@ def _read(path: Path) -> bytes:
         if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
             content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"picture {path} does not exist; check the path") from None
+        raise Blip2Error(f"picture {path} does not exist", "check the path") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+        raise Blip2Error(f"cannot read {path}: {error.strerror}", "check its permissions") from None
     except ValueError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error}; check the path") from None
+        raise Blip2Error(f"cannot read {str(path)!r}: {error}", "check the path") from None
     if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{path} is a directory; give one picture")
+        raise Blip2Error(f"{path} is a directory", "give one picture")
     if not stat.S_ISREG(status.st_mode):
         # A pipe may never end, nor begin.
-        raise UserError(f"{path} is a pipe or a device, not a file; save the picture to a file")
+        raise Blip2Error(f"{path} is a pipe or a device, not a file", "save the picture to a file")
     if status.st_size > MAX_FILE_BYTES:
-        raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file")
+        raise Blip2Error(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", "give a smaller file")
     if not content:
-        raise UserError(f"{path} is empty; replace the file")
+        raise Blip2Error(f"{path} is empty", "replace the file")
     return content
 
 
@@ -233,14 +233,14 @@ def _upper_bytes_to_full_scale(image: Image.Image, source: str) -> Image.Image:
     """Brighten colours of which cameras use 10, 12 or 14 of 16 bits.
 
     Raises:
-        UserError: nothing is left of them.
+        Blip2Error: nothing is left of them.
     """
     bands = zip(image.getbands(), image.getextrema(), strict=True)
     highest = max(high for band, (_, high) in bands if band != "A")
     if highest == 0:
-        raise UserError(
-            f"{source} uses at most the lowest 8 of its 16 bits a colour, and they cannot be read;"
-            " save it with 8 bits a colour"
+        raise Blip2Error(
+            f"{source} uses at most the lowest 8 of its 16 bits a colour, and they cannot be read",
+            " save it with 8 bits a colour",
         )
     white = next(white for bits in _BITS if (white := (1 << bits >> 8) - 1) >= highest)
     brighter = image.point(lambda value: min(255, value * 255 // white))

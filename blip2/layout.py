@@ -1,25 +1,17 @@
-"""Where the parts of an export lie: what `--engine_dir` names, and what is found around it."""
+"""What an export consists of: the names of its files, and the commands that make them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+# Below onnx/ and plan/, or whatever --engine_dir names.
+VIT_ONNX, QFORMER_ONNX = "visual_encoder/visual_encoder.onnx", "Qformer/Qformer.onnx"
+VIT_PLAN, QFORMER_PLAN = "visual_encoder/visual_encoder_fp16.plan", "Qformer/Qformer_fp16.plan"
+# Beside them.
+QUERY_TOKENS, PICTURE, TOKENIZER = "query_tokens.pt", "image.pt", "tokenizer"
+# In what --opt_engine_dir names.
+OPT_WEIGHTS, OPT_ENGINE = "rank0.safetensors", "rank0.engine"
 
-from blip2 import vision
-
-ENGINES = ("plan", "onnx")  # in an export's directory; the first that holds something is taken
-
-
-def engines_in(directory: Path) -> Path:
-    """The directory if it holds a ViT and a Q-Former, else the one below it that does, else itself."""
-    choices = [directory, *(directory / name for name in ENGINES)]
-    return next(filter(vision.holds_engine, choices), directory)
-
-
-def find_beside(engine_dir: Path, name: str) -> Path:
-    """A file of the export: with the engines, beside their directory, or in the current one.
-
-    Where there is none, the place where the export would have put it.
-    """
-    around = [engine_dir / name, engine_dir.parent / name, Path(name)]
-    expected = around[1] if engine_dir.is_dir() else around[2]
-    return next((path for path in around if path.exists()), expected)
+DOWNLOAD = "hf download Salesforce/blip2-opt-2.7b --local-dir DIRECTORY"
+EXPORT = "python onnx_export.py"
+BUILD_PLANS = "python build_vit_qformer.py all"
+CONVERT = "python opt/convert_checkpoint.py"
+BUILD_ENGINE = "the trtllm-build command that opt/convert_checkpoint.py prints"

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 # Each library has its own exception, and most have only RuntimeError: the words tell them apart.
 _EXHAUSTED = re.compile(
@@ -24,7 +24,7 @@ _EXHAUSTED = re.compile(
 )
 
 
-class OutOfMemory(UserError):
+class OutOfMemory(Blip2Error):
     """There is not enough memory for what was asked; it was done in part or not at all."""
 
 
@@ -49,13 +49,13 @@ def needed(purpose: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except Blip2Error:
         raise
     except Exception as error:
         kind = exhausted(error)
         if kind is None:
             raise
-        raise OutOfMemory(f"not enough {kind} memory {purpose}; {advice}") from None
+        raise OutOfMemory(f"not enough {kind} memory {purpose}", f"{advice}") from None
 
 
 def release() -> None:

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from blip2 import artifacts, language, memory, vision
-from blip2.artifacts import UserError
-from blip2.checkpoints import TokenIds, is_checkpoint, locate
+from blip2 import artifacts, memory
+from blip2.checkpoints import TokenIds
+from blip2.engines import Places, open_language_session, open_vision_session
+from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation, GenerationOptions, LanguageSession
-from blip2.layout import engines_in, find_beside
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
 
@@ -96,36 +96,37 @@ STAGES = ("ViT", "Q-Former")
 class Pipeline:
     """The two sessions and the tokenizer between them.
 
-    `vision` is None in a process whose language session takes no requests: there is nothing to ask
-    such a pipeline, it is there to be closed. `verification` is of the files behind the sessions:
-    while it goes on pictures are looked at, but nothing is answered before it has ended well.
+    `verification` is of the files behind the sessions: while it goes on pictures are looked at, but
+    nothing is answered before it has ended well.
 
     Raises:
-        UserError: on construction, when the parts do not fit one another.
+        Blip2Error: on construction, when the parts do not fit one another.
     """
 
-    vision: VisionSession | None
+    vision: VisionSession
     language: LanguageSession
     tokenizer: Tokenizer
     verification: artifacts.Verification | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size > self.language.vocab_size:
-            raise UserError(
+            raise Blip2Error(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, this OPT only"
-                f" {self.language.vocab_size}; use the tokenizer exported with the checkpoint"
+                f" {self.language.vocab_size}",
+                "use the tokenizer exported with the checkpoint",
             )
-        if self.vision is not None and self.vision.output_size != self.language.hidden_size:
-            raise UserError(
+        if self.vision.output_size != self.language.hidden_size:
+            raise Blip2Error(
                 f"the Q-Former's output has hidden size {self.vision.output_size}, this OPT has"
-                f" {self.language.hidden_size}; use the OPT that belongs to the BLIP-2 checkpoint"
+                f" {self.language.hidden_size}",
+                "use the OPT that belongs to the BLIP-2 checkpoint",
             )
 
     def options(self, decoding: dict[str, Any]) -> GenerationOptions:
         """How to decode: fields of GenerationOptions, and the ids that this tokenizer has for it.
 
         Raises:
-            UserError: a field has a value that it cannot have.
+            Blip2Error: a field has a value that it cannot have.
         """
         ids = {"end_id": self.tokenizer.end_id, "pad_id": self.tokenizer.pad_id}
         return GenerationOptions(**ids, **decoding)
@@ -134,7 +135,7 @@ class Pipeline:
         """See that the engine can take such questions, before any work.
 
         Raises:
-            UserError: a text, or what is asked for, exceeds a limit.
+            Blip2Error: a text, or what is asked for, exceeds a limit.
         """
         rows = (self.vision.num_query_tokens, self.language.hidden_size)
         self.language.check(self.encode(texts), torch.empty(len(texts), *rows), options)
@@ -173,7 +174,7 @@ class Pipeline:
             stopwatch: where to add the seconds of each stage.
 
         Raises:
-            UserError: an input that the engines cannot take, or a stage that yields NaN or Inf.
+            Blip2Error: an input that the engines cannot take, or a stage that yields NaN or Inf.
         """
         watch = stopwatch or Stopwatch()
         with watch.time("ViT"):  # which waits for its kernels first
@@ -188,13 +189,8 @@ class Pipeline:
         A batch for which memory does not suffice is halved, once, for good.
 
         Raises:
-            UserError: pictures of another size, or too little memory.
+            Blip2Error: pictures of another size, or too little memory.
         """
-
-        def halve() -> int:
-            largest = min(len(pixel_values), self.vision.max_batch_size or len(pixel_values))
-            self.vision.limit_batch(max(1, largest // 2))
-            return self.vision.max_batch_size
 
         def stages() -> tuple[torch.Tensor, torch.Tensor]:
             with stopwatch.time("ViT"):
@@ -204,6 +200,7 @@ class Pipeline:
             outputs = (image_embeds, query_output)
             return query_output, torch.stack([torch.isfinite(output).all() for output in outputs])
 
+        halve = self.vision.halve_batch
         return Look(*_halving("ViT and Q-Former", len(pixel_values), stages, halve))
 
     def ask(
@@ -212,21 +209,16 @@ class Pipeline:
         """Ask `texts[i]` of picture i of a look. Memory that does not suffice is met as in `look`.
 
         Raises:
-            UserError: an input that the engine cannot take, too little memory, a stage that yields
+            Blip2Error: an input that the engine cannot take, too little memory, a stage that yields
                 NaN or Inf, or files that are not what they were.
         """
-
-        def halve() -> int:
-            largest = min(len(texts), self.language.limits.max_batch_size or len(texts))
-            self.language.limit_batch(max(1, largest // 2))
-            return self.language.limits.max_batch_size
 
         def generate() -> list[Generation]:
             return self.language.generate(self.encode(texts), look.query_output, options)
 
         try:
-            generations = _halving("OPT", len(texts), generate, halve)
-        except UserError:
+            generations = _halving("OPT", len(texts), generate, self.language.halve_batch)
+        except Blip2Error:
             self._check_before(look)  # what went wrong before is the better explanation
             raise
         self._check_before(look)
@@ -243,92 +235,73 @@ class Pipeline:
             if finite:
                 continue
             if self.vision.dtype == torch.float16:
-                raise UserError(
+                raise Blip2Error(
                     f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is"
-                    " damaged; run it in float32: python onnx_export.py --dtype float32"
-                    " --output_dir float32, then --engine_dir float32/onnx"
+                    " damaged",
+                    "run it in float32: python onnx_export.py --dtype float32"
+                    " --output_dir float32, then take float32/onnx as engine_dir",
                 )
-            raise UserError(
-                f"the {stage} yields NaN or Inf, in float32 too; the checkpoint or the picture's"
-                " values are damaged: download the checkpoint again"
+            raise Blip2Error(
+                f"the {stage} yields NaN or Inf, in float32 too",
+                "the checkpoint or the picture's values are damaged: download the checkpoint again",
             )
 
 
-def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[[], int]) -> T:
+def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[[int], int]) -> T:
     """What `run` returns; where memory does not suffice, once more after `halve`, and said so.
 
     Args:
         stage: for the messages.
         batch_size: of this run; a batch of 1 is not run again.
         run: the work.
-        halve: makes the batches smaller that `run` works with; returns their size.
+        halve: a session's `halve_batch`.
 
     Raises:
         OutOfMemory: the half is too much too.
     """
-    advice = "lower --batch_size, --num_beams or --max_output_len, or free some memory"
+    advice = "lower batch_size, num_beams or max_output_len, or free some memory"
     try:
         with memory.needed(f"for the {stage} on a batch of {batch_size}", advice):
             return run()
     except memory.OutOfMemory as error:
         if batch_size == 1:
             raise
-        message = str(error).partition(";")[0]
+        message = error.problem
     # Not in the handler, where the failed run's tensors would still be alive.
-    half = halve()
+    half = halve(batch_size)
     memory.release()
     print(f"note: {message}; going on with batches of {half}", file=sys.stderr)
     with memory.needed(f"for the {stage} on a batch of {half}", advice):
         return run()
 
 
-def open_pipeline(
-    engine_dir: str | Path,
-    opt_engine_dir: str | Path,
-    query_tokens: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    verify: bool = True,
-) -> Pipeline:
-    """Open the engines that the artifacts in two directories call for.
+def open_pipeline(places: Places, verify: bool = True) -> Pipeline:
+    """Open the engines that the artifacts in some places call for, and the tokenizer beside them.
 
     Args:
-        engine_dir: holds the ViT and the Q-Former, or plan/ or onnx/ with them; or a BLIP-2's hub id.
-        opt_engine_dir: holds the OPT; or a BLIP-2's or OPT's hub id.
-        query_tokens: the file query_tokens.pt of the export; None is the one in or beside
-            `engine_dir`, or else in the current directory.
-        tokenizer: directory or hub id; None is the checkpoint in `engine_dir`, or else `tokenizer/`
-            beside the query tokens.
+        places: where they are.
         verify: compare large files too with their hashes; small ones always are.
 
     Raises:
-        UserError: an artifact is missing, damaged, or does not fit the others.
+        Blip2Error: an artifact is missing, damaged, or does not fit the others.
+        SystemExit: this process was started beside others to lend its GPU, and has.
     """
-    engine_dir, opt_engine_dir = engines_in(locate(engine_dir)), locate(opt_engine_dir)
-    query_tokens = Path(query_tokens or find_beside(engine_dir, "query_tokens.pt"))
+    here = places.fetched()
+    engine_dir, opt_engine_dir = Path(here.engine_dir), Path(here.opt_engine_dir)
     # Descriptions first: what does not fit is refused before gigabytes are read.
-    opt = language.open_language_session(opt_engine_dir)
-    pipeline = Pipeline(
-        vision.open_vision_session(engine_dir, query_tokens) if opt.takes_requests else None,
-        opt,
-        _open_tokenizer(tokenizer, _tokenizer_beside(engine_dir, query_tokens)),
-    )
-    made_by = {
-        **vision.artifacts_of(engine_dir, query_tokens),
-        **language.artifacts_of(opt_engine_dir),
-    }
-    pipeline = dataclasses.replace(pipeline, verification=artifacts.Verification(made_by, verify))
-    if pipeline.vision is not None:
-        with memory.needed(f"to load {engine_dir}", _LESS_VISION):
-            pipeline.vision.load()
+    opt = open_language_session(opt_engine_dir)
+    if not opt.takes_requests:
+        with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
+            opt.lend()
+    vision = open_vision_session(engine_dir, Path(here.query_tokens))
+    if here.tokenizer is None:
+        tokenizer = load_tokenizer(here.own_tokenizer)
+    else:  # where prompts begin and answers end is known beside the engines
+        tokenizer = load_tokenizer(here.tokenizer, TokenIds.beside(here.own_tokenizer))
+    verification = artifacts.Verification(here.described(), verify)
+    pipeline = Pipeline(vision, opt, tokenizer, verification)
+    with memory.needed(f"to load {engine_dir}", _LESS_VISION):
+        vision.load()
     with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
         opt.load()
     return pipeline
-
-
-def _open_tokenizer(given: str | Path | None, beside: Path) -> Tokenizer:
-    """The tokenizer beside the engines, or the one given, with the ids that are known beside them."""
-    return load_tokenizer(given, TokenIds.beside(beside)) if given else load_tokenizer(beside)
-
-
-def _tokenizer_beside(engine_dir: Path, query_tokens: Path) -> Path:
-    return engine_dir if is_checkpoint(engine_dir) else query_tokens.parent / "tokenizer"

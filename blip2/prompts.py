@@ -15,12 +15,12 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from blip2.artifacts import UserError, first_line
 from blip2.checkpoints import TokenIds
 from blip2.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from blip2.checkpoints.tokenizer import read_tokenizer
+from blip2.errors import Blip2Error, first_line
+from blip2.layout import EXPORT
 
-MADE_BY = "python onnx_export.py"
 BOS, PAD = "</s>", "<pad>"
 
 
@@ -41,7 +41,7 @@ class Tokenizer:
         """Take a backend, the checkpoint's ids, and the special tokens that a text may hold.
 
         Raises:
-            UserError: tokens are missing, or the end would be part of the answer.
+            Blip2Error: tokens are missing, or the end would be part of the answer.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -52,27 +52,28 @@ class Tokenizer:
         self.pad_id = self._special(PAD)
         self.end_id = self._newline() if ids.eos is None else ids.eos
         if text := self.decode([self.end_id]):
-            raise UserError(
+            raise Blip2Error(
                 f"the checkpoint's answers end by {text!r} (eos_token_id {self.end_id}), which is"
-                " text; set text_config's eos_token_id to the newline's or that of a special token"
+                " text",
+                "set text_config's eos_token_id to the newline's or that of a special token",
             )
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def _special(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
-            raise UserError(
-                f"the tokenizer has no {token} token; use the tokenizer of the BLIP-2 or OPT"
-                " checkpoint"
+            raise Blip2Error(
+                f"the tokenizer has no {token} token",
+                "use the tokenizer of the BLIP-2 or OPT checkpoint",
             )
         return token_id
 
     def _newline(self) -> int:
         newline = self._backend.encode("\n", add_special_tokens=False).ids
         if len(newline) != 1:
-            raise UserError(
-                "the tokenizer has no single token for the newline, which ends BLIP-2's answers; use"
-                " the tokenizer of the BLIP-2 or OPT checkpoint"
+            raise Blip2Error(
+                "the tokenizer has no single token for the newline, which ends BLIP-2's answers",
+                "use the tokenizer of the BLIP-2 or OPT checkpoint",
             )
         return newline[0]
 
@@ -80,12 +81,14 @@ class Tokenizer:
         """BOS, then the ids of `text`; an empty text is BOS alone and asks for a caption.
 
         Raises:
-            UserError: the text holds what is no Unicode, as from an argument that is not UTF-8.
+            Blip2Error: the text holds what is no Unicode, as from an argument that is not UTF-8.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"the text {text!r} is not UTF-8; write it in that encoding") from None
+            raise Blip2Error(
+                f"the text {text!r} is not UTF-8", "write it in that encoding"
+            ) from None
         # Not set before: tokenizers 0.13, which LAVIS needs, knows no such setting, but can save.
         self._encoder.encode_special_tokens = True
         return [self.bos_id, *self._encoder.encode(text, add_special_tokens=False).ids]
@@ -118,30 +121,31 @@ def load_tokenizer(location: str | Path, ids: TokenIds | None = None) -> Tokeniz
         ids: where prompts begin and answers end, if the files there are not to say it.
 
     Raises:
-        UserError: no tokenizer there, or none that OPT could use.
+        Blip2Error: no tokenizer there, or none that OPT could use.
     """
     directory = Path(location)
     if not directory.is_dir():
         directory = _download_tokenizer(str(location))
     try:
         files = read_tokenizer(directory)
-    except UserError:
+    except Blip2Error:
         raise
     except Exception as error:  # the Rust library raises bare Exception
-        raise UserError(
-            f"cannot read the tokenizer in {directory}: {error}; make it again with: {MADE_BY}"
+        raise Blip2Error(
+            f"cannot read the tokenizer in {directory}: {error}", f"make it again with: {EXPORT}"
         ) from None
     if files is None:
-        raise UserError(
-            f"{directory} holds no tokenizer.json; make it with: {MADE_BY}, or name another"
-            " directory or hub id with --hf_model_location"
+        raise Blip2Error(
+            f"{directory} holds no tokenizer.json",
+            f"make it with: {EXPORT}, or name another directory or hub id with hf_model_location",
         )
     if ids is None or not ids.are_stated:
         ids = TokenIds.beside(directory)
     if files.bos is not None and ids.bos not in (None, files.bos):
-        raise UserError(
+        raise Blip2Error(
             f"the tokenizer in {directory} puts token {files.bos} before a text, the checkpoint's"
-            f" text_config token {ids.bos} (bos_token_id); set the latter to the former"
+            f" text_config token {ids.bos} (bos_token_id)",
+            "set the latter to the former",
         )
     ids = TokenIds(files.bos if ids.bos is None else ids.bos, ids.eos)
     return Tokenizer(files.backend, ids, files.prompt_tokens)
@@ -153,9 +157,9 @@ def _download_tokenizer(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # hub, network and name errors share no base class
-        raise UserError(
-            f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}; make"
-            f" one with: {MADE_BY}, or name a directory with --hf_model_location"
+        raise Blip2Error(
+            f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}",
+            f"make one with: {EXPORT}, or name a directory with hf_model_location",
         ) from None
 
 
@@ -163,6 +167,19 @@ def build_input_ids(text_ids: list[int], num_query_tokens: int, vocab_size: int)
     """Put the picture's ids before the text's: 1-D int64, num_query_tokens + len(text_ids)."""
     picture = torch.arange(vocab_size, vocab_size + num_query_tokens)
     return torch.cat([picture, torch.tensor(text_ids, dtype=torch.int64)])
+
+
+def check_length(prompt: str, token_ids: Sequence[int], max_txt_len: int) -> None:
+    """A prompt is never cut silently.
+
+    Raises:
+        Blip2Error: it has more than `max_txt_len` tokens.
+    """
+    if len(token_ids) > max_txt_len:
+        raise Blip2Error(
+            f"the prompt {prompt!r} has {len(token_ids)} tokens, max_txt_len allows {max_txt_len}",
+            "shorten input_text or raise max_txt_len",
+        )
 
 
 def fill_template(template: str, text: str) -> str:

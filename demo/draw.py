@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, not with -m
 
 from blip2 import cli
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,15 +27,15 @@ def main() -> None:
     files = [args.directory / f"{number:04}.png" for number in range(args.count)]
     for file in files:
         if file.exists():
-            raise UserError(f"{file} exists; name another folder")
+            raise Blip2Error(f"{file} exists", "name another folder")
     try:
         args.directory.mkdir(parents=True, exist_ok=True)
         for number, file in enumerate(files):
             scenes.draw(scenes.EVALUATION_SEED + number).image.save(file)
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or args.directory}: {error.strerror}; free space there or"
-            " name another folder"
+        raise Blip2Error(
+            f"cannot write {error.filename or args.directory}: {error.strerror}",
+            "free space there or name another folder",
         ) from None
     print(f"{args.directory}: {args.count} {'picture' if args.count == 1 else 'pictures'}")
     print("Ask about all of them with, after make demo:")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 CANVAS = 224
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -57,7 +57,7 @@ class Scene:
 def draw(seed: int) -> Scene:
     """The scene of a seed: one to four objects that do not touch, on one of five backgrounds."""
     if seed < 0:
-        raise UserError(f"a scene's seed is {seed}; give 0 or more")
+        raise Blip2Error(f"a scene's seed is {seed}", "give 0 or more")
     rng = random.Random(seed)
     count = rng.choices(range(1, MAX_OBJECTS + 1), weights=(3, 4, 5, 5))[0]
     kinds: list[dict[str, str]] = []

@@ -39,11 +39,12 @@ def main() -> None:
     args = parse_arguments()
 
     # Imported after the arguments are parsed, so that --help does not wait for torch.
+    from blip2.engines import Places
     from blip2.language import GenerationOptions
     from blip2.pipeline import open_pipeline
     from demo import scenes
 
-    pipeline = open_pipeline(args.engine_dir, args.opt_engine_dir, args.query_tokens)
+    pipeline = open_pipeline(Places.of(args.engine_dir, args.opt_engine_dir, args.query_tokens))
     options = GenerationOptions(
         end_id=pipeline.tokenizer.end_id,
         pad_id=pipeline.tokenizer.pad_id,

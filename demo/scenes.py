@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from demo.drawing import ATTRIBUTES, SEPARATION, Scene, Thing, draw
 
 BESIDE = ("left of", "right of")
@@ -102,7 +102,7 @@ def evaluation_set(
     `forms` are those that the checkpoint has learned (LEARNED) unless others are named.
     """
     if count < 1:
-        raise UserError(f"an evaluation set of {count} scenes was asked for; ask for 1 or more")
+        raise Blip2Error(f"an evaluation set of {count} scenes was asked for", "ask for 1 or more")
     for seed in range(first_seed, first_seed + count):
         scene = draw(seed)
         yield Example(scene.image, "", caption(scene), "caption", seed)

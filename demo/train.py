@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:  # run as a file rather than with -m
     sys.path.insert(0, str(ROOT))
 
 from blip2 import cli  # noqa: E402
-from blip2.artifacts import UserError  # noqa: E402
+from blip2.errors import Blip2Error  # noqa: E402
 from demo.examples import (  # noqa: E402
     Batch,
     build_tokenizer,
@@ -90,7 +90,9 @@ def open_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     if source is None:
         return build_tokenizer()
     if not (source / "tokenizer.json").is_file():
-        raise UserError(f"{source} holds no tokenizer.json; name a directory that train.py wrote")
+        raise Blip2Error(
+            f"{source} holds no tokenizer.json", "name a directory that train.py wrote"
+        )
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(source / "tokenizer.json"))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from blip2 import cli
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 if TYPE_CHECKING:
     from blip2.checkpoints import Checkpoint
@@ -130,7 +130,9 @@ def default_output_dir(config: OPTCheckpointConfig) -> Path:
     """The guide's directory for a model of this size, precision and number of GPUs."""
     size = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size))
     if size is None:
-        raise UserError("this OPT is of no published size; say where to write it with --output_dir")
+        raise Blip2Error(
+            "this OPT is of no published size", "say where to write it with --output_dir"
+        )
     return Path("opt", size, "trt_ckpt", precision_name(config), f"{config.tp_size}-gpu")
 
 

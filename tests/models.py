@@ -8,7 +8,7 @@ import tokenizers
 import torch
 import transformers
 
-from blip2.safetensors_writer import SafetensorsWriter
+from blip2.artifacts.safetensors_writer import SafetensorsWriter
 
 
 def tiny_blip2(

@@ -32,10 +32,13 @@ from conftest import ROOT, run_program
 from PIL import Image
 from safetensors.torch import save_file
 
-from blip2 import decoders as batch_decoders
-from blip2 import inputs, report
-from blip2.artifacts import UserError
-from blip2.batch import (
+from blip2.engines import fingerprint
+from blip2.errors import Blip2Error
+from blip2.images import Preprocessing, load_image, pixel_values
+from blip2.language import GenerationOptions
+from blip2.many import decoders as batch_decoders
+from blip2.many import inputs, report
+from blip2.many.batch import (
     Batch,
     LocalWorkers,
     Question,
@@ -43,14 +46,12 @@ from blip2.batch import (
     Summary,
     Work,
     find_start,
+    record,
     retry_errors,
     stack_pictures,
-    write_answers,
 )
-from blip2.decoders import Decoders, decode_picture
-from blip2.images import Preprocessing, load_image, pixel_values
-from blip2.journal import Journal, fingerprint
-from blip2.language import GenerationOptions
+from blip2.many.decoders import Decoders, decode_picture
+from blip2.many.journal import Journal
 from blip2.pipeline import Answer
 from blip2.prompts import fill_template
 from demo import scenes
@@ -274,18 +275,18 @@ def test_a_journal_is_continued_behind_its_last_whole_picture(tmp_path):
 def test_a_journal_refuses_what_would_mix(tmp_path):
     path = tmp_path / "out.jsonl"
     with journal(path) as first:
-        with pytest.raises(UserError, match="another run is writing"):
+        with pytest.raises(Blip2Error, match="another run is writing"):
             journal(path)
         first.append(lines_of("a"))
     content = path.read_bytes()
-    with pytest.raises(UserError, match="begun with another --num_beams"):
+    with pytest.raises(Blip2Error, match="begun with another --num_beams"):
         journal(path, **{"--num_beams": 2})
     path.write_bytes(b"garbage\n" + content)
-    with pytest.raises(UserError, match=r"damaged line before its end \(byte 0\)"):
+    with pytest.raises(Blip2Error, match=r"damaged line before its end \(byte 0\)"):
         journal(path)
     assert path.read_bytes() == b"garbage\n" + content
     (tmp_path / "out.jsonl.options").unlink()
-    with pytest.raises(UserError, match=r"no out\.jsonl\.options beside it"):
+    with pytest.raises(Blip2Error, match=r"no out\.jsonl\.options beside it"):
         journal(path)
 
 
@@ -329,7 +330,7 @@ def fake_run(decoders, tmp_path):
         with journal(tmp_path / "out.jsonl") as lines:
             start, options = find_start(files, lines, 3), GenerationOptions(end_id=0)
             work = Work(files, start, 3, Preprocessing(4, 4), questions, options)
-            return pipeline, write_answers(workers.answer(work), 1, len(files), lines)
+            return pipeline, record(workers.answer(work), 1, len(files), lines)
 
     return run
 
@@ -387,7 +388,7 @@ def test_other_pictures_are_refused(fake_run, tmp_path):
     content = output.read_bytes()
     for others in (files[1:], files[:3], [files[0], *files]):
         with pytest.raises(
-            UserError, match=r"png, which is no longer there|0\.png is new in the i"
+            Blip2Error, match=r"png, which is no longer there|0\.png is new in the i"
         ):
             fake_run(others)
         assert output.read_bytes() == content
@@ -396,16 +397,15 @@ def test_other_pictures_are_refused(fake_run, tmp_path):
 
 
 def test_a_table_of_times_adds_up_to_what_the_clock_says():
-    alone = Summary(1, 0, 1, 3.0, {"ViT": 1.0, "OPT": 2.0}).table(
-        {"start": 4.0}, {"page": 1.0}, 10.0
-    )
+    around = {"before": {"start": 4.0}, "after": {"page": 1.0}}
+    alone = Summary(1, 0, 1, 3.0, {"ViT": 1.0, "OPT": 2.0}, **around).table(10.0)
     first, _, *rows = alone.splitlines()
     assert first.startswith("1 picture done, 0 of them failed; 1 in this run, 0.3 pictures/s")
     found = {row[:20].strip(): row[20:].split() for row in rows}
     assert list(found) == ["start", "ViT", "OPT", "page", "other", "total"]
     *parts, total = (float(cells[0]) for cells in found.values())
     assert sum(parts) == total == 10
-    several = Summary(4, 0, 4, 5.0, {"ViT": 9.0}, workers=2).table({"start": 4.0}, {}, 10.0)
+    several = Summary(4, 0, 4, 5.0, {"ViT": 9.0}, 2, {"start": 4.0}).table(10.0)
     assert "sum of 2 workers" in several.splitlines()[1]
     assert [row.split()[-3:] for row in several.splitlines()[2:]] == [
         ["9.0", "s", "45%"],
@@ -418,7 +418,9 @@ def test_a_table_of_times_adds_up_to_what_the_clock_says():
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
     files = gray(tmp_path, 5)
     fake_run(files[:1] + files[2:4])
-    with pytest.raises(UserError, match=rf"{files[1]} is new in the input.* has {files[2]} in its"):
+    with pytest.raises(
+        Blip2Error, match=rf"{files[1]} is new in the input.* has {files[2]} in its"
+    ):
         fake_run(files)
 
 
@@ -509,7 +511,7 @@ def test_lines_are_read_by_any_reader_and_show_names_as_they_are(tmp_path):
 def test_full_disks_are_one_sentence(tmp_path):
     with journal(tmp_path / "out.jsonl") as full, open("/dev/full", "ab", buffering=0) as device:
         full._file = device
-        with pytest.raises(UserError, match="No space left on device; mend that"):
+        with pytest.raises(Blip2Error, match="No space left on device; mend that"):
             full.append(lines_of("a"))
 
 
@@ -546,7 +548,9 @@ def test_decoding_processes_that_cannot_start_are_one_sentence(monkeypatch):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", staticmethod(fail))
-    with pytest.raises(UserError, match=r"cannot start a process that decodes.*: Broken pipe; end"):
+    with pytest.raises(
+        Blip2Error, match=r"cannot start a process that decodes.*: Broken pipe; end"
+    ):
         Decoders(2)
 
 
@@ -559,7 +563,7 @@ def test_decoding_processes_never_hear_of_an_interrupt(decoders):
 
 ABANDON = """
 import sys, time
-from blip2.decoders import Decoders
+from blip2.many.decoders import Decoders
 for delay in range(12):
     decoders = Decoders(1)
     decoders._submit(int).result()
@@ -722,9 +726,9 @@ def test_braces_comments_and_hidden_folders(tmp_path, monkeypatch):
     assert inputs.list_entries(["{1..2}.png"]) == ["{1..2}.png"]
     assert inputs.is_collection("a{1..2}.png")
     assert inputs.list_entries(["d", ".e"]) == ["d/x.png", ".e/z.png"]
-    with pytest.raises(UserError, match=r"a3\.png does not exist"):
+    with pytest.raises(Blip2Error, match=r"a3\.png does not exist"):
         inputs.list_entries(["a{1..3}.png"])
-    with pytest.raises(UserError, match="more than"):
+    with pytest.raises(Blip2Error, match="more than"):
         inputs.list_entries(["{0..99999999999}.png"])
 
 
@@ -745,7 +749,7 @@ def test_lists_of_names_in_no_encoding(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xe9.png\n")
     assert os.fsencode(inputs.list_entries([str(tmp_path / "list.txt")])[0]) == b"\xff\xe9.png"
     (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF16_LE + b"a\0b")
-    with pytest.raises(UserError, match=r"cannot read .*list\.txt: .*truncated data; save it"):
+    with pytest.raises(Blip2Error, match=r"cannot read .*list\.txt: .*truncated data; save it"):
         inputs.list_entries([str(tmp_path / "list.txt")])
 
 
@@ -758,7 +762,7 @@ def test_sources_without_pictures_are_refused(tmp_path):
         "*.jpg": "holds no picture",
         "empty.txt": "holds no picture",
     }.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(Blip2Error, match=message):
             inputs.list_entries([str(tmp_path / source)])
 
 
@@ -894,7 +898,7 @@ def test_a_page_replaces_pages_alone(decoders, tmp_path):
     assert Path(files[0]).name not in page.read_text()
     page.write_text("<!DOCTYPE html><style>p { color: red; }</style>")
     for place in (report.check_place, lambda p: report.write_report(p, output, files, decoders, 1)):
-        with pytest.raises(UserError, match=r"page\.html exists, and was not written by this"):
+        with pytest.raises(Blip2Error, match=r"page\.html exists, and was not written by this"):
             place(page)
     assert "color: red" in page.read_text()
 

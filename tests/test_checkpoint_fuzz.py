@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blip2 import images, prompts
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
+from blip2.engines import Places
+from blip2.errors import Blip2Error
 from blip2.language import conversion
 from blip2.pipeline import open_pipeline
 
@@ -54,7 +55,7 @@ def or_refused(function: Callable[[], T]) -> T | None:
     """What the function returns; None where it refuses in one line."""
     try:
         return function()
-    except UserError as error:
+    except Blip2Error as error:
         message = str(error)
     assert "\n" not in message
     return None
@@ -374,7 +375,7 @@ def answered(directory: Path, pixel_values: torch.Tensor) -> str:
     opened = open_checkpoint(directory)
     config = conversion.target_config(opened, conversion.ConversionOptions(dtype="float32"))
     conversion.convert(opened, config, converted)
-    pipeline = open_pipeline(directory, converted, directory / "query_tokens.pt")
+    pipeline = open_pipeline(Places.of(directory, converted))
     options = pipeline.options({"max_output_len": 12})
     return pipeline.answer(pixel_values, [""], options)[0][0].text
 

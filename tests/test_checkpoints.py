@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import (
     OPTConfig,
     QFormerConfig,
@@ -18,6 +17,7 @@ from blip2.checkpoints import (
     image_token_index,
     open_checkpoint,
 )
+from blip2.errors import Blip2Error
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_wrong_configs_are_refused(copy, part, fields, message):
         for view in (VisionConfig, QFormerConfig, OPTConfig):
             view.of(open_checkpoint(copy))
 
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with pytest.raises(Blip2Error, match=re.escape(message)) as error:
         read_all()
     assert "\n" not in str(error.value)
     assert str(copy) in str(error.value)
@@ -204,7 +204,7 @@ def test_damaged_weights_are_named(model, tmp_path, container, damage):
         model.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
     damage(file)
-    with pytest.raises(UserError, match=re.escape(str(file))) as error:
+    with pytest.raises(Blip2Error, match=re.escape(str(file))) as error:
         open_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -213,7 +213,7 @@ def test_missing_shard_is_named(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+    with pytest.raises(Blip2Error, match=f"{shard.name} is missing"):
         open_checkpoint(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_index_that_promises_more_than_its_shards_hold(model, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["ghost"] = "pytorch_model-00001.bin"
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="ghost"):
+    with pytest.raises(Blip2Error, match="ghost"):
         open_checkpoint(tmp_path)
 
 
@@ -234,25 +234,25 @@ def test_pickle_that_runs_code_is_refused_and_not_run(model, tmp_path):
 
     model.config.save_pretrained(tmp_path)
     torch.save({"weight": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+    with pytest.raises(Blip2Error, match=r"pytorch_model\.bin"):
         open_checkpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
 def test_missing_parts_are_refused(copy, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has no tensor nope"):
+    with pytest.raises(Blip2Error, match="has no tensor nope"):
         open_checkpoint(copy).tensor("nope")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(Blip2Error, match="holds no weights"):
         open_checkpoint(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json does not exist"):
+    with pytest.raises(Blip2Error, match=r"config\.json does not exist"):
         open_checkpoint(copy)
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(Blip2Error, match="is no directory"):
         open_checkpoint(tmp_path / "absent")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"cannot be downloaded .* give its directory"):
+    with pytest.raises(Blip2Error, match=r"cannot be downloaded .* give its directory"):
         open_checkpoint("nobody/nothing-here")
 
 
@@ -279,5 +279,5 @@ def test_opt_alone_is_recognised_and_has_no_vision(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.kind == "opt"
     assert OPTConfig.of(checkpoint).hidden_size == 64
-    with pytest.raises(UserError, match="OPT checkpoint, which has no vision_config"):
+    with pytest.raises(Blip2Error, match="OPT checkpoint, which has no vision_config"):
         VisionConfig.of(checkpoint)

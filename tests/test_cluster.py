@@ -19,15 +19,15 @@ from batch_runs import command, processes_of, read, wait_for
 from conftest import ROOT, run_program
 from PIL import Image
 
-from blip2.artifacts import UserError
-from blip2.batch import Batch, Question, Start, Work
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
-from blip2.inputs import Picture
 from blip2.language import GenerationOptions
+from blip2.many.batch import Batch, Question, Start, Work
+from blip2.many.inputs import Picture
 
 pytest.importorskip("ray.data", reason="a cluster needs: pip install -r requirements-ray.txt")
 
-from blip2 import cluster
+from blip2.many import cluster
 
 # Several clusters at once would wait for one another's processors.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -177,7 +177,7 @@ def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)  # the stages change directory
 
     def fail() -> None:
-        raise UserError("no engine there")
+        raise Blip2Error("no engine there")
 
     here, elsewhere = str(tmp_path), str(tmp_path / "absent")
     picture = Batch(0, [Picture("a.png")], ["a.png does not exist"])
@@ -193,14 +193,14 @@ def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch)
         "start the run in": cluster._Answerer(elsewhere, fail, [], options)(row),
         "all machines": {"content": next(cluster._read(rows, elsewhere))["content"][0]},
     }.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(Blip2Error, match=message):
             cluster._unpacked(made)
         # Later stages hand it on.
         for later in (
             cluster._decode(made, here, Preprocessing(4, 4)),
             cluster._Answerer(here, lambda: None, [], options)(made),
         ):
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(Blip2Error, match=message):
                 cluster._unpacked(later)
 
 

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from transformers import OPTConfig, OPTForCausalLM
 
-from blip2.artifacts import UserError
+from blip2.artifacts.safetensors_writer import SafetensorsWriter
 from blip2.checkpoints import open_checkpoint
+from blip2.errors import Blip2Error
 from blip2.language import conversion
 from blip2.language.trtllm_format import OPTCheckpointConfig, Spec, tensor_specs
-from blip2.safetensors_writer import SafetensorsWriter
 
 SCRIPT = "opt/convert_checkpoint.py"
 HIDDEN, FFN, VOCAB, POSITIONS, LAYERS = 64, 256, 97, 60, 2
@@ -163,7 +163,7 @@ def test_an_untied_head_that_is_missing_is_refused(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(
         json.dumps(config | {"tie_word_embeddings": False})
     )
-    with pytest.raises(UserError, match=r"has no tensor lm_head\.weight"):
+    with pytest.raises(Blip2Error, match=r"has no tensor lm_head\.weight"):
         convert(None, tmp_path, dtype="float32")
 
 
@@ -316,7 +316,7 @@ def test_writer_writes_what_the_library_reads(tmp_path):
 
 
 def test_writer_converts_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("blip2.safetensors_writer._BLOCK", 7)
+    monkeypatch.setattr("blip2.artifacts.safetensors_writer._BLOCK", 7)
     tensor = torch.randn(11, 5)
     with SafetensorsWriter(tmp_path / "x", {"a": (torch.float16, (22, 5))}) as writer:
         writer.write("a", [tensor, tensor * 2])
@@ -485,7 +485,7 @@ def test_default_output_directory_is_the_guides():
     assert default(quant_algo="W8A16") == "opt/2.7B/trt_ckpt/int8_weightonly/1-gpu"
     assert default(quant_algo="W4A16", tp_size=2) == "opt/2.7B/trt_ckpt/int4_weightonly/2-gpu"
     assert default(hidden_size=4096, dtype="bfloat16") == "opt/6.7B/trt_ckpt/bf16/1-gpu"
-    with pytest.raises(UserError, match="--output_dir"):
+    with pytest.raises(Blip2Error, match="--output_dir"):
         default(hidden_size=64)
 
 
@@ -555,14 +555,14 @@ def test_checkpoints_that_do_not_fit_their_config(source, tmp_path, changes, mes
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Blip2Error, match=message):
         conversion.target_config(open_checkpoint(tmp_path), conversion.ConversionOptions())
 
 
 def test_parallel_embedding_of_350m_is_refused(tmp_path):
     opt_models.opt(**opt_models.POST_LN).save_pretrained(tmp_path)
     options = conversion.ConversionOptions(tp_size=2, use_parallel_embedding=True)
-    with pytest.raises(UserError, match="--use_parallel_embedding"):
+    with pytest.raises(Blip2Error, match="--use_parallel_embedding"):
         conversion.target_config(open_checkpoint(tmp_path), options)
 
 

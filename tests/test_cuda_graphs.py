@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
-from blip2 import cuda_graphs
-from blip2.cuda_graphs import Graph
-from blip2.kernel_launch import compile_ahead
+from blip2.gpu import cuda_graphs
+from blip2.gpu.cuda_graphs import Graph
+from blip2.gpu.kernel_launch import compile_ahead
 from blip2.vision.torch_session import MAX_BATCH_SIZE, Graphs, prepared_size
 
 

@@ -6,6 +6,7 @@ Against the float32 model. That the kernels in CUDA C++ are right, tests/gpu say
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import compiled_launches
 
 pytest.importorskip("triton")
 
-from blip2.decoding import BeamSearch, Greedy, make_strategy
+from blip2.language.decoding import BeamSearch, Greedy
 from blip2.language.native import cuda_decoding, fused_step, layers, prompt
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
@@ -195,7 +196,7 @@ GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)
     ],
 )
 def test_the_fused_step_compiles(gpu, width, bits):
-    compiled = pytest.importorskip("blip2.language.native.compiled")
+    compiled = pytest.importorskip("blip2.gpu.compiled")
     architecture, multiprocessors, shared = GPUS[gpu]
     config = dataclasses.replace(opt_2_7b(), hidden_size=width)
     macros = fused_step.shape_macros(config, bits, multiprocessors, shared)
@@ -218,7 +219,7 @@ def test_every_block_of_the_fused_step_has_a_share():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_unpacking_kernel_compiles(bits):
-    compiled = pytest.importorskip("blip2.language.native.compiled")
+    compiled = pytest.importorskip("blip2.gpu.compiled")
     assert compiled.compile_source(UNPACK_SOURCE, (("BITS", bits),), "sm_80")
 
 
@@ -226,7 +227,7 @@ def test_the_unpacking_kernel_compiles(bits):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_the_large_kernel_compiles(architecture, bits):
     """Every way it is used in OPT-2.7B; it runs only on a GPU."""
-    compiled = pytest.importorskip("blip2.language.native.compiled")
+    compiled = pytest.importorskip("blip2.gpu.compiled")
     for tiles, inputs in ((1, 2560), (1, 10240), (2, 2560), (8, 10240)):
         macros = {"BITS": bits, "TILES": tiles, "WARPS": 8, "WIDTH": inputs, "RELU": 0}
         macros |= {"RESIDUAL": 1, "OUT_FLOAT": 1, "HAS_BIAS": 1}
@@ -238,7 +239,7 @@ def test_the_large_kernel_compiles(architecture, bits):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 def test_the_steps_attention_compiles(architecture, head_size):
-    compiled = pytest.importorskip("blip2.language.native.compiled")
+    compiled = pytest.importorskip("blip2.gpu.compiled")
     macros = (("HEAD_SIZE", head_size), ("WARPS", 4))
     assert compiled.compile_source(ATTENTION_SOURCE, macros, architecture)
 
@@ -246,7 +247,7 @@ def test_the_steps_attention_compiles(architecture, head_size):
 @pytest.mark.parametrize("bits, rows", [(16, 9), (16, 40), (16, 64), (8, 48), (4, 30)])
 @pytest.mark.parametrize("shape", [(7680, 2560), (2560, 10240)])
 def test_hoppers_kernels_compile(shape, bits, rows):
-    compiled = pytest.importorskip("blip2.language.native.compiled")
+    compiled = pytest.importorskip("blip2.gpu.compiled")
     source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132)
     # What a block adds up lies where its steps did; two blocks have room on a multiprocessor.
     assert 8 * macros["TILES"] * (128 + 4) * 4 <= shared_bytes <= (228 << 10) // 2 - (2 << 10)
@@ -363,8 +364,10 @@ def test_a_penalty_or_many_beams_take_the_plain_beam_search(num_beams, penalty):
 @pytest.mark.parametrize("num_beams, search", [(1, CudaGreedy), (2, CudaBeamSearch)])
 def test_the_model_says_what_searches(num_beams, search):
     options, text = GenerationOptions(end_id=7, num_beams=num_beams), torch.tensor([3])
-    searches = {"greedy": CudaModel.greedy, "beam_search": CudaModel.beam_search}
-    assert type(make_strategy(options, [text], 50, **searches)) is search
+    model = object.__new__(CudaModel)
+    model.config = types.SimpleNamespace(vocab_size=50)
+    strategy = model.new_strategy(options, [text], 0, torch.device("cpu"))
+    assert type(strategy) is search
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 4])

@@ -9,8 +9,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blip2 import decoding
-from blip2.language import GenerationOptions
+from blip2.language import GenerationOptions, decoding
 
 VOCAB = 50
 NO_TEXT = torch.tensor([VOCAB])  # one image row

@@ -13,9 +13,10 @@ import torch
 import transformers
 from conftest import run_program
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
-from blip2.vision import export, open_vision_session
+from blip2.engines import open_vision_session
+from blip2.errors import Blip2Error
+from blip2.vision import export
 from blip2.vision.modules import load_qformer, load_vision_transformer
 
 SHAPES = {
@@ -133,9 +134,9 @@ def test_a_file_that_disagrees_is_an_error(tmp_path):
     export.write_graph(module, case, "output", path)
     [reference] = export.references(module, [case])
     assert export.check_graph(path, [case], [reference], 1e-4)[0].relative < 1e-4
-    with pytest.raises(UserError, match=r"visual_encoder\.onnx disagrees with PyTorch"):
+    with pytest.raises(Blip2Error, match=r"visual_encoder\.onnx disagrees with PyTorch"):
         export.check_graph(path, [case], [reference + 0.1], 1e-4)
-    with pytest.raises(UserError, match="disagrees"):
+    with pytest.raises(Blip2Error, match="disagrees"):
         export.check_graph(path, [case], [reference * float("nan")], 1e-4)
 
 
@@ -169,7 +170,7 @@ def test_session_refuses_truncated_and_foreign_files(tiny_export, tmp_path):
     data = engine_dir / "visual_encoder/visual_encoder.onnx.data"
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"visual_encoder\.onnx\.data has .* bytes"):
+    with pytest.raises(Blip2Error, match=r"visual_encoder\.onnx\.data has .* bytes"):
         open_vision_session(engine_dir, query_tokens)
     data.write_bytes(whole)
 
@@ -177,10 +178,10 @@ def test_session_refuses_truncated_and_foreign_files(tiny_export, tmp_path):
     facts = json.loads(sidecar.read_text())
     facts["source"]["fingerprint"] = "another"
     sidecar.write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="come from different checkpoints"):
+    with pytest.raises(Blip2Error, match="come from different checkpoints"):
         open_vision_session(engine_dir, query_tokens)
 
 
 def test_no_engine_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"python onnx_export\.py"):
+    with pytest.raises(Blip2Error, match=r"python onnx_export\.py"):
         open_vision_session(tmp_path, tmp_path / "query_tokens.pt")

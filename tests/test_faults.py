@@ -26,20 +26,20 @@ from conftest import ROOT
 from PIL import Image
 
 from blip2 import artifacts, downloads, images, memory
-from blip2.artifacts import UserError
-from blip2.language import GenerationOptions, open_language_session
+from blip2.artifacts import verification
+from blip2.engines import Places, open_language_session, open_vision_session
+from blip2.errors import Blip2Error
+from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 from blip2.prompts import load_tokenizer
-from blip2.vision import export, open_vision_session
+from blip2.vision import export
 
 TEXTS = ["what?", "", "a photo of", "how?"]
 
 
 @pytest.fixture
 def pipeline(tiny_export, tiny_opt) -> Pipeline:
-    return open_pipeline(
-        tiny_export.output / "onnx", tiny_opt, tiny_export.output / "query_tokens.pt"
-    )
+    return open_pipeline(Places.of(tiny_export.output, tiny_opt))
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def test_a_batch_that_memory_does_not_hold_is_halved_once(
 def test_a_batch_whose_half_is_too_much_is_one_line(pipeline, pictures, monkeypatch, part, method):
     sizes = limit_batches(monkeypatch, getattr(pipeline, part), method, 1)
     with pytest.raises(
-        UserError, match=r"not enough GPU memory for the .* on a batch of 2; lower"
+        Blip2Error, match=r"not enough GPU memory for the .* on a batch of 2; lower"
     ) as e:
         pipeline.answer(pictures, TEXTS, options(pipeline))
-    assert "--batch_size, --num_beams or --max_output_len" in str(e.value)
+    assert "batch_size, num_beams or max_output_len" in str(e.value)
     assert sizes == [4, 2]
 
 
@@ -106,14 +106,14 @@ def test_loading_what_memory_does_not_hold(tiny_export, tiny_opt, monkeypatch):
     def enormous(*_args, **_kwargs):
         torch.empty(1 << 50)  # a real failure of torch's allocator, not our idea of one
 
-    arguments = (tiny_export.output / "onnx", tiny_opt, tiny_export.output / "query_tokens.pt")
+    places = Places.of(tiny_export.output, tiny_opt)
     with monkeypatch.context() as patch:
         patch.setattr("blip2.language.native.checkpoint._build", enormous)
-        with pytest.raises(UserError, match=r"not enough host memory to load .*--use_weight_only"):
-            open_pipeline(*arguments)
+        with pytest.raises(Blip2Error, match=r"not enough host memory to load .*--use_weight_only"):
+            open_pipeline(places)
     monkeypatch.setattr("onnxruntime.InferenceSession", enormous)
-    with pytest.raises(UserError, match=r"not enough host memory to open .*visual_encoder\.onnx;"):
-        open_pipeline(*arguments)
+    with pytest.raises(Blip2Error, match=r"not enough host memory to open .*visual_encoder\.onnx;"):
+        open_pipeline(places)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_picture_under_a_limit_of_memory(tmp_path):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20), hard))
     try:
-        with pytest.raises(UserError, match=r"not enough host memory for .*large\.png; scale it"):
+        with pytest.raises(Blip2Error, match=r"not enough host memory for .*large\.png; scale it"):
             images.load_image(tmp_path / "large.png")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -201,7 +201,7 @@ def test_small_files_on_full_disks(tmp_path):
     """What torch and tokenizers write with their own code does not hide why it failed."""
     with small_disk(tmp_path / "full"):
         with (
-            pytest.raises(UserError, match=r"cannot write .*full/big\.pt: "),
+            pytest.raises(Blip2Error, match=r"cannot write .*full/big\.pt: "),
             artifacts.staging(tmp_path / "full") as stage,
         ):
             artifacts.save_tensor(torch.zeros(100_000), stage / "big.pt")
@@ -482,11 +482,11 @@ def test_bad_pictures_among_many_are_lines_of_their_own(
 def test_no_verify_leaves_large_files_unread(tiny_export, tiny_opt, tmp_path, monkeypatch):
     opt = Path(shutil.copytree(tiny_opt, tmp_path / "opt"))
     flip(opt / "rank0.safetensors")()
-    arguments = (tiny_export.output / "onnx", opt, tiny_export.output / "query_tokens.pt")
-    monkeypatch.setattr(artifacts, "_SMALL_BYTES", 1 << 16)
-    open_pipeline(*arguments, verify=False).verification.finish()
-    with pytest.raises(UserError, match=r"rank0\.safetensors is not the file that"):
-        open_pipeline(*arguments).verification.finish()
+    places = Places.of(tiny_export.output, opt)
+    monkeypatch.setattr(verification, "_SMALL_BYTES", 1 << 16)
+    open_pipeline(places, verify=False).verification.finish()
+    with pytest.raises(Blip2Error, match=r"rank0\.safetensors is not the file that"):
+        open_pipeline(places).verification.finish()
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -504,11 +504,13 @@ def test_numbers_that_are_none_name_their_stage(
 
     monkeypatch.setattr(pipeline.vision, method, spoiled)
     for how in ({}, {"num_beams": 2}, {"top_k": 0, "temperature": 2.0}):
-        with pytest.raises(UserError, match=f"the {stage} yields NaN or Inf, in float32 too"):
+        with pytest.raises(Blip2Error, match=f"the {stage} yields NaN or Inf, in float32 too"):
             pipeline.answer(pictures, TEXTS, options(pipeline, **how))
     look = pipeline.look(pictures, Stopwatch())
     pipeline.vision.dtype = torch.float16
-    with pytest.raises(UserError, match=r"float16 has overflowed.*onnx_export\.py --dtype float32"):
+    with pytest.raises(
+        Blip2Error, match=r"float16 has overflowed.*onnx_export\.py --dtype float32"
+    ):
         pipeline.ask(look, TEXTS, options(pipeline))
 
 
@@ -521,10 +523,10 @@ def test_numbers_that_are_none_in_opt(pipeline, pictures, monkeypatch):
         return step(tokens, cache) * (torch.nan if len(steps) == 3 else 1)
 
     monkeypatch.setattr(model, "step", spoiled)
-    with pytest.raises(UserError, match="the OPT yields NaN or Inf; make its checkpoint again"):
+    with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf; make its checkpoint again"):
         pipeline.answer(pictures, TEXTS, options(pipeline))
     monkeypatch.setattr(model, "prefill", lambda *_: torch.full((4, 320), torch.inf))
-    with pytest.raises(UserError, match="the OPT yields NaN or Inf"):
+    with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
         pipeline.answer(pictures, TEXTS, options(pipeline, top_k=0, temperature=2.0))
 
 
@@ -547,9 +549,9 @@ def test_an_export_that_overflows_float16_says_so(tmp_path):
     path = tmp_path / "loud.onnx"
     export.narrow(module, torch.float16)
     export.write_graph(module, narrow, "output", path)
-    with pytest.raises(UserError, match=r"loud\.onnx overflows float16: .* --dtype float32"):
+    with pytest.raises(Blip2Error, match=r"loud\.onnx overflows float16: .* --dtype float32"):
         export.check_graph(path, [narrow], expected, 1e-2)
-    with pytest.raises(UserError, match="weight has weights too large for float16; export with"):
+    with pytest.raises(Blip2Error, match="weight has weights too large for float16; export with"):
         export.narrow(Loud(weight=1e5), torch.float16)
 
 
@@ -614,7 +616,7 @@ def test_downloads_are_limited(server, monkeypatch, path, says):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(downloads, "MAX_BYTES", 2000)
     monkeypatch.setattr(downloads, "TIMEOUT_S", 1)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(Blip2Error) as error:
         downloads.download(server + path)
     assert f"cannot download {server}{path}: " in str(error.value)
     assert says in str(error.value)
@@ -654,7 +656,7 @@ def test_hosts_beyond_ascii(url, ascii_url):
 
 
 def test_hosts_that_no_name_may_have_are_one_line():
-    with pytest.raises(UserError, match=r"cannot download http://☃\.-\./x: "):
+    with pytest.raises(Blip2Error, match=r"cannot download http://☃\.-\./x: "):
         downloads.download("http://☃.-./x")
 
 
@@ -703,7 +705,7 @@ def test_behind_a_proxy_it_is_the_target_that_must_be_public(monkeypatch, leads_
             if says is None:
                 assert downloads.download("http://example.org/start") == b"done"
             else:
-                with pytest.raises(UserError, match=says):
+                with pytest.raises(Blip2Error, match=says):
                     downloads.download("http://example.org/start")
         finally:
             proxy.shutdown()

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 GENERATE = """
 import sys, time, torch
 from pathlib import Path
-from blip2.language import GenerationOptions, open_language_session
+from blip2.engines import open_language_session
+from blip2.language import GenerationOptions
 start = time.perf_counter()
 session = open_language_session(Path(sys.argv[1]))
 print(f"loaded in {time.perf_counter() - start:.1f} s")

@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from models import tiny_tokenizer
 
-from blip2 import artifacts, images, vision
-from blip2.artifacts import UserError
+from blip2 import artifacts, images
 from blip2.checkpoints import open_checkpoint
+from blip2.engines import open_vision_session
+from blip2.errors import Blip2Error
 from blip2.language import conversion
 from blip2.language.native.checkpoint import read_config
 from blip2.language.trtllm_engine import EngineConfig
@@ -56,7 +57,7 @@ def survives(function, *arguments):
     signal.alarm(HANGS_AFTER_S)
     try:
         return function(*arguments)
-    except UserError as error:
+    except Blip2Error as error:
         message = str(error)
         assert message
         assert "\n" not in message
@@ -219,9 +220,7 @@ def test_sidecars(exported, name, data):
     whole = sidecar.read_text()
     try:
         sidecar.write_text(json.dumps(data.draw(edited(json.loads(whole)))))
-        session = survives(
-            vision.open_vision_session, exported / "onnx", exported / "query_tokens.pt"
-        )
+        session = survives(open_vision_session, exported / "onnx", exported / "query_tokens.pt")
         if session is not None:
             session.qformer(session.vit(torch.zeros(1, 3, 28, 28)))
     finally:

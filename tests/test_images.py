@@ -14,8 +14,8 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2 import images
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
+from blip2.errors import Blip2Error
 
 PREPROCESSING = images.Preprocessing(height=224, width=224)
 
@@ -121,7 +121,7 @@ def test_processors_that_do_more_are_refused(tiny_checkpoint, tmp_path, change, 
     checkpoint = shutil.copytree(tiny_checkpoint.checkpoint, tmp_path / "checkpoint")
     path = checkpoint / "preprocessor_config.json"
     path.write_text(json.dumps(USUAL | change))
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(Blip2Error, match=message) as error:
         images.Preprocessing.of(open_checkpoint(checkpoint))
     assert str(error.value).startswith(f"{path} describes no preprocessing that BLIP-2 uses")
 
@@ -233,7 +233,7 @@ def test_colours_of_some_of_16_bits(bits):
 
 
 def test_colours_of_which_nothing_can_be_read_are_refused():
-    with pytest.raises(UserError, match=r"a\.png uses at most the lowest 8 of its 16 bits"):
+    with pytest.raises(Blip2Error, match=r"a\.png uses at most the lowest 8 of its 16 bits"):
         images.decode_image(png_of_16_bits(noise(12, 9)), "a.png")
 
 
@@ -365,7 +365,7 @@ def damaged_files() -> dict[str, bytes]:
 def test_damaged_files_are_one_line_that_names_them(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(damaged_files()[name])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(Blip2Error) as caught:
         images.load_image(path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -373,19 +373,19 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, name):
 
 def test_decompression_bomb_is_refused_before_decoding(tmp_path):
     path = saved(tmp_path, Image.new("1", (10_000, 9_000)), "bomb.png")
-    with pytest.raises(UserError, match=r"bomb\.png has 10000 x 9000 pixels"):
+    with pytest.raises(Blip2Error, match=r"bomb\.png has 10000 x 9000 pixels"):
         images.load_image(path)
 
 
 def test_missing_file_and_directory(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(Blip2Error, match="does not exist"):
         images.load_image(tmp_path / "none.png")
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(Blip2Error, match="is a directory"):
         images.load_image(tmp_path)
 
 
 def test_unreachable_url_names_it():
-    with pytest.raises(UserError, match=r"cannot download http://127\.0\.0\.1:9/x\.png"):
+    with pytest.raises(Blip2Error, match=r"cannot download http://127\.0\.0\.1:9/x\.png"):
         images.load_image("http://127.0.0.1:9/x.png")
 
 

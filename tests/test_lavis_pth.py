@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import run_program
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import VisionConfig, lavis_checkpoint, open_checkpoint
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.vision.modules import load_qformer, load_vision_transformer
 
@@ -159,7 +159,7 @@ def test_wrong_names_and_shapes_are_refused(write, damage):
         load_vision_transformer(checkpoint, torch.float32)
         load_qformer(checkpoint, torch.float32)
 
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with pytest.raises(Blip2Error, match=re.escape(message)) as error:
         load()
     assert str(pth) in str(error.value)
     assert "\n" not in str(error.value)
@@ -168,13 +168,13 @@ def test_wrong_names_and_shapes_are_refused(write, damage):
 def test_frozen_vit_is_missing(write):
     pth = write()
     (pth.parent / "eva_vit_g.pth").unlink()
-    with pytest.raises(UserError, match=r"put eva_vit_g\.pth beside it, from https://"):
+    with pytest.raises(Blip2Error, match=r"put eva_vit_g\.pth beside it, from https://"):
         open_checkpoint(pth)
 
 
 def test_pictures_of_another_size_than_the_frozen_vits(write):
     config = {"model": {"image_size": 364}}
-    with pytest.raises(UserError, match=r"364 x 364, eva_vit_g\.pth is for 42 x 42"):
+    with pytest.raises(Blip2Error, match=r"364 x 364, eva_vit_g\.pth is for 42 x 42"):
         open_checkpoint(write(config=config))
     config["model"]["image_size"] = 42
     open_checkpoint(write(config=config))
@@ -186,7 +186,7 @@ def test_damaged_files_are_named(write, file, content):
     pth = write()
     damaged = pth.with_name(file)
     damaged.write_bytes(damaged.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(UserError, match=re.escape(str(damaged))) as error:
+    with pytest.raises(Blip2Error, match=re.escape(str(damaged))) as error:
         open_checkpoint(pth)
     assert "\n" not in str(error.value)
 
@@ -200,15 +200,15 @@ def test_code_in_a_file_is_not_run(write, file, tmp_path):
     pth = write()
     content = torch.load(pth.with_name(file), weights_only=True)
     torch.save({**content, "more": Payload()}, pth.with_name(file))
-    with pytest.raises(UserError, match=re.escape(file) + ".* could run code"):
+    with pytest.raises(Blip2Error, match=re.escape(file) + ".* could run code"):
         open_checkpoint(pth)
     assert not (tmp_path / "owned").exists()
 
 
 def test_absent_files_and_models_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pth is missing"):
+    with pytest.raises(Blip2Error, match=r"none\.pth is missing"):
         open_checkpoint(tmp_path / "none.pth")
-    with pytest.raises(UserError, match=r"no BLIP-2 vicuna7b .* pretrain_opt2\.7b"):
+    with pytest.raises(Blip2Error, match=r"no BLIP-2 vicuna7b .* pretrain_opt2\.7b"):
         lavis_checkpoint("vicuna7b")
 
 

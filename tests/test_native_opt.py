@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
-from blip2.language import GenerationOptions, conversion, open_language_session
+from blip2.engines import open_language_session
+from blip2.errors import Blip2Error
+from blip2.language import GenerationOptions, conversion
 from blip2.language.native import checkpoint as reading
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
 
@@ -449,7 +450,7 @@ class TestBadCheckpoints:
         tensors = load_file(bad / "rank0.safetensors")
         edit(tensors)
         save_file(tensors, bad / "rank0.safetensors")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(Blip2Error, match=message):
             open_language_session(bad).load()
 
     @pytest.mark.parametrize(
@@ -470,7 +471,7 @@ class TestBadCheckpoints:
     def test_wrong_config(self, bad, changes, message):
         config = json.loads((bad / "config.json").read_text())
         (bad / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(Blip2Error, match=message) as error:
             open_language_session(bad)
         assert "\n" not in str(error.value)
 
@@ -478,33 +479,33 @@ class TestBadCheckpoints:
         config = json.loads((bad / "config.json").read_text())
         del config["vocab_size"]
         (bad / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match="vocab_size"):
+        with pytest.raises(Blip2Error, match="vocab_size"):
             open_language_session(bad)
 
     def test_truncated(self, good, bad):
         weights = bad / "rank0.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
-        with pytest.raises(UserError, match=r"cannot read .*rank0"):
+        with pytest.raises(Blip2Error, match=r"cannot read .*rank0"):
             open_language_session(bad)
         (bad / "rank0.json").write_bytes((good / "rank0.json").read_bytes())
-        with pytest.raises(UserError, match="truncated or was replaced"):
+        with pytest.raises(Blip2Error, match="truncated or was replaced"):
             open_language_session(bad)
 
     def test_missing_artifacts(self, tmp_path):
-        with pytest.raises(UserError, match=r"absent does not exist .*convert_checkpoint"):
+        with pytest.raises(Blip2Error, match=r"absent does not exist .*convert_checkpoint"):
             open_language_session(tmp_path / "absent")
-        with pytest.raises(UserError, match=r"holds no OPT .*convert_checkpoint"):
+        with pytest.raises(Blip2Error, match=r"holds no OPT .*convert_checkpoint"):
             open_language_session(tmp_path)
 
     def test_requests_beyond_the_limits(self, good):
         session = open_language_session(good)
         ids, table = torch.tensor([2, 5]), torch.zeros(1, 1, 64)
-        with pytest.raises(UserError, match="at most 64"):
+        with pytest.raises(Blip2Error, match="at most 64"):
             session.generate([ids], table, GenerationOptions(end_id=9, max_output_len=63))
         longest = GenerationOptions(end_id=-1, max_output_len=62)
         [answer] = session.generate([ids], table, longest)
         assert len(answer.beams[0].token_ids) == 62
-        with pytest.raises(UserError, match="OPT yields NaN or Inf"):
+        with pytest.raises(Blip2Error, match="OPT yields NaN or Inf"):
             session.generate(
                 [torch.tensor([96, 2])],
                 torch.full((1, 1, 64), torch.nan),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import run_program
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
+from blip2.errors import Blip2Error
 from blip2.vision import onnx_files
 from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.onnx_runtime import OnnxRuntimeSession
@@ -103,7 +103,7 @@ def test_sidecars_that_cannot_be_are_refused(edit, message, tiny_export, tmp_pat
     facts = json.loads(sidecar.read_text())
     edit(facts)
     sidecar.write_text(json.dumps(facts))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Blip2Error, match=message):
         open_files(directory).checkpoint()
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import run_program
 
-from blip2 import artifacts, cache, pipeline, tensor_files
-from blip2.artifacts import UserError
+from blip2 import artifacts, cache, pipeline
+from blip2.artifacts import tensor_files, verification
+from blip2.engines import Places
+from blip2.errors import Blip2Error
 
 
 @pytest.fixture
@@ -59,16 +61,14 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
         sidecar.write_text(json.dumps(facts))
     else:
         opt, message = tmp_path, "holds no OPT"
-    with pytest.raises(UserError, match=message):
-        pipeline.open_pipeline(engine_dir, opt, tokens, tokenizer)
+    with pytest.raises(Blip2Error, match=message):
+        pipeline.open_pipeline(Places.of(engine_dir, opt, tokens, tokenizer))
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
 def test_weights_are_read_where_all_fits(tiny_export, tiny_opt):
     with pytest.raises(AssertionError, match="weights are read"):
-        pipeline.open_pipeline(
-            tiny_export.output / "onnx", tiny_opt, tiny_export.output / "query_tokens.pt"
-        )
+        pipeline.open_pipeline(Places.of(tiny_export.output, tiny_opt))
 
 
 def test_one_checkpoint_directory_is_enough(tiny_export, tmp_path):
@@ -105,14 +105,14 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 def verify(path: Path, monkeypatch) -> int:
     """Compare a file with its sidecar; return how many files were read for that."""
-    read, sha256 = [], artifacts.sha256
+    read, sha256 = [], verification.sha256
 
     def counted(path: Path) -> str:
         read.append(path)
         return sha256(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "sha256", counted)
+        patch.setattr(verification, "sha256", counted)
         artifacts.Verification({path: "test"}).finish()
     return len(read)
 
@@ -124,7 +124,7 @@ def test_a_file_is_verified_once_until_it_changes(tmp_path, own_cache, monkeypat
     assert [verify(path, monkeypatch) for _ in range(3)] == [1, 0, 0]
     path.write_bytes(b"other")  # as large
     for _ in range(2):  # what is refused is not remembered
-        with pytest.raises(UserError, match="is not the file that its description"):
+        with pytest.raises(Blip2Error, match="is not the file that its description"):
             verify(path, monkeypatch)
     artifacts.write_sidecar(path)
     assert [verify(path, monkeypatch) for _ in range(2)] == [1, 0]
@@ -140,7 +140,7 @@ def test_what_a_program_wrote_here_is_verified(tmp_path, monkeypatch):
     path = tmp_path / "out" / "a.pt"
     assert verify(path, monkeypatch) == 0
     path.write_bytes(b"other")
-    with pytest.raises(UserError, match="is not the file that its description"):
+    with pytest.raises(Blip2Error, match="is not the file that its description"):
         verify(path, monkeypatch)
 
 
@@ -152,7 +152,7 @@ def test_a_verified_file_has_to_have_its_sidecars_hash(tmp_path, monkeypatch):
     verify(path, monkeypatch)
     sidecar = path.with_suffix(".json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"sha256": "0" * 64}))
-    with pytest.raises(UserError, match="is not the file that its description"):
+    with pytest.raises(Blip2Error, match="is not the file that its description"):
         verify(path, monkeypatch)
 
 
@@ -172,7 +172,7 @@ def test_the_cache_forgets_what_is_damaged_and_never_fails(tmp_path, own_cache, 
 
 def test_kernels_are_compiled_once_until_their_source_changes(tmp_path, own_cache, monkeypatch):
     pytest.importorskip("cuda.bindings")
-    from blip2.language.native import compiled
+    from blip2.gpu import compiled
 
     source, header = tmp_path / "kernel.cu", tmp_path / "part.cuh"
     source.write_text('#include "part.cuh"\nextern "C" __global__ void add(int* x) { *x += N; }\n')

@@ -11,8 +11,8 @@ import transformers
 from models import tiny_tokenizer
 
 from blip2 import prompts
-from blip2.artifacts import UserError
 from blip2.checkpoints import TokenIds
+from blip2.errors import Blip2Error
 
 
 @pytest.fixture
@@ -67,18 +67,18 @@ def test_a_hub_that_fails_with_few_words_or_many_is_one_line(monkeypatch, error,
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=f"the hub says: {says}; make one with"):
+    with pytest.raises(Blip2Error, match=f"the hub says: {says}; make one with"):
         prompts.load_tokenizer("some/one")
 
 
 def test_unusable_tokenizers_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(Blip2Error, match=r"holds no tokenizer\.json"):
         prompts.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
+    with pytest.raises(Blip2Error, match="cannot read the tokenizer"):
         prompts.load_tokenizer(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="has no </s> token"):
+    with pytest.raises(Blip2Error, match="has no </s> token"):
         prompts.load_tokenizer(tmp_path)
 
 
@@ -123,13 +123,13 @@ def test_an_opt_alone_follows_lavis(directory):
 )
 def test_ends_that_cannot_be_kept_are_refused(directory, text_config, message):
     checkpoint(directory, **text_config)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Blip2Error, match=message):
         prompts.load_tokenizer(directory)
 
 
 def test_a_damaged_export_is_refused(directory):
     (directory / "generation_config.json").write_text('{"bos_token_id": 2}')
-    with pytest.raises(UserError, match="holds no bos_token_id and eos_token_id; make it again"):
+    with pytest.raises(Blip2Error, match="holds no bos_token_id and eos_token_id; make it again"):
         prompts.load_tokenizer(directory)
 
 
@@ -207,7 +207,7 @@ def test_tokens_added_beside_the_vocabulary(directory, described, whole):
 )
 def test_tokenizers_that_would_give_other_ids_are_refused(directory, name, content, message):
     (directory / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(Blip2Error, match=message) as error:
         prompts.load_tokenizer(directory)
     assert str(directory) in str(error.value)
 
@@ -223,12 +223,14 @@ def test_a_template_says_what_is_before_a_text(directory):
     saved("<s> $A", ("<s>", 0))
     assert prompts.load_tokenizer(directory).encode("a")[0] == 0
     checkpoint(directory, bos_token_id=2)
-    with pytest.raises(UserError, match="puts token 0 before a text, the checkpoint's text_config"):
+    with pytest.raises(
+        Blip2Error, match="puts token 0 before a text, the checkpoint's text_config"
+    ):
         prompts.load_tokenizer(directory)
     for single, message in (
         ("$A", "puts nothing before a text, BLIP-2 wants a </s> there"),
         ("</s> $A </s>", "BLIP-2's puts one token before a text"),
     ):
         saved(single, ("</s>", 2))
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(Blip2Error, match=message):
             prompts.load_tokenizer(directory)

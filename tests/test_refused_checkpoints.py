@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
+from blip2.errors import Blip2Error
 
 WEIGHTS = "model.safetensors"
 
@@ -45,7 +45,7 @@ def change(directory: Path, **tensors: torch.Tensor) -> None:
 
 
 def assert_refused(directory: Path, message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with pytest.raises(Blip2Error, match=re.escape(message)) as error:
         open_checkpoint(directory)
     assert "\n" not in str(error.value)
     assert str(directory) in str(error.value)
@@ -164,7 +164,7 @@ def test_fp8_weights_are_refused_in_either_container(tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_refused(tmp_path, "is quantised (" + Q_PROJ + "weight is float8_e4m3fn)")
     save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="as F8_E4M3; use the checkpoint in float32"):
+    with pytest.raises(Blip2Error, match="as F8_E4M3; use the checkpoint in float32"):
         open_checkpoint(tmp_path)
 
 
@@ -223,5 +223,5 @@ def test_query_tokens_of_another_number(tiny_checkpoint, tmp_path):
 
     copy = shutil.copytree(tiny_checkpoint.checkpoint, tmp_path / "copy")
     edit(copy, num_query_tokens=5)
-    with pytest.raises(UserError, match=r"query_tokens has shape \(1, 4, 32\), config.json asks"):
+    with pytest.raises(Blip2Error, match=r"query_tokens has shape \(1, 4, 32\), config.json asks"):
         modules.check_checkpoint(open_checkpoint(copy))

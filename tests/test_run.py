@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 
+from blip2.engines import Places
 from blip2.pipeline import open_pipeline
 
 QUESTION = "Question: what is it? Answer:"
@@ -165,7 +166,7 @@ def test_another_tokenizer_keeps_the_ids_beside_the_engines(tiny_export, tiny_op
     ids.write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 3}))
     query_tokens = exported / "query_tokens.pt"
     for tokenizer in (None, other):
-        pipeline = open_pipeline(exported / "onnx", tiny_opt, query_tokens, tokenizer)
+        pipeline = open_pipeline(Places.of(exported / "onnx", tiny_opt, query_tokens, tokenizer))
         assert pipeline.options({}).end_id == 3
 
 

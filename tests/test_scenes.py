@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from demo import scenes
 from demo.drawing import CANVAS, COLOURS, SEPARATION, SHAPES, SIZES, Scene, Thing, draw
 from demo.scenes import EVALUATION_SEED, FORMS, caption, evaluation_set, questions
@@ -43,9 +43,9 @@ def test_seed_decides_everything():
 
 
 def test_negative_seed_and_empty_set_are_user_errors():
-    with pytest.raises(UserError, match="seed is -1"):
+    with pytest.raises(Blip2Error, match="seed is -1"):
         draw(-1)
-    with pytest.raises(UserError, match="0 scenes"):
+    with pytest.raises(Blip2Error, match="0 scenes"):
         next(evaluation_set(EVALUATION_SEED, 0))
 
 

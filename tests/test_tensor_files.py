@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from blip2.tensor_files import (
+from blip2.artifacts.tensor_files import (
     FiniteChecks,
     Loader,
     StoredTensor,

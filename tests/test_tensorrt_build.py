@@ -24,8 +24,9 @@ from conftest import ROOT
 
 import build_vit_qformer
 from blip2 import artifacts
-from blip2.artifacts import UserError
+from blip2.artifacts import staging
 from blip2.checkpoints import open_checkpoint
+from blip2.errors import Blip2Error
 from blip2.vision import export, modules, tensorrt_build, tensorrt_plans
 from blip2.vision.tensorrt_build import BuildOptions, build_plans
 from blip2.vision.tensorrt_plans import QFORMER, VIT, import_tensorrt, read_plan_sidecar
@@ -59,7 +60,7 @@ def options(*compute_capabilities: str, **rest) -> BuildOptions:
 
 
 def one_line_error(match: str, *arguments, **rest) -> None:
-    with pytest.raises(UserError, match=match) as error:
+    with pytest.raises(Blip2Error, match=match) as error:
         build_plan(trt, *arguments, **rest)
     assert "\n" not in str(error.value)
 
@@ -330,7 +331,7 @@ def test_timing_cache_is_kept(tmp_path):
         tensorrt_build._save_timing_cache(config, cache)
         assert cache.stat().st_size > 0
     refuses = types.SimpleNamespace(create_timing_cache=lambda _: None)
-    with pytest.raises(UserError, match=r"kernels\.cache is no timing cache"):
+    with pytest.raises(Blip2Error, match=r"kernels\.cache is no timing cache"):
         tensorrt_build._load_timing_cache(refuses, cache)
 
 
@@ -346,7 +347,7 @@ def test_standard_tensorrt_builds_for_the_gpu_that_is_here(onnx_dir, plan_dir):
         (options("8.9"), "only TensorRT-RTX can; leave it out, or .*pip install tensorrt-rtx"),
         (BuildOptions(), "this machine has none; .*pip install tensorrt-rtx"),
     ):
-        with pytest.raises(UserError, match=match):
+        with pytest.raises(Blip2Error, match=match):
             build_plan(standard, VIT, onnx_dir, plan_dir, wanted)
 
 
@@ -356,12 +357,12 @@ def test_which_tensorrt_is_imported(monkeypatch):
     assert import_tensorrt(*both).__version__ == "10.16.1.11"
     assert import_tensorrt(*both[::-1]) is trt
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("8.6.1"))
-    with pytest.raises(UserError, match=r"8\.6\.1 is too old.*pip install tensorrt"):
+    with pytest.raises(Blip2Error, match=r"8\.6\.1 is too old.*pip install tensorrt"):
         import_tensorrt(*both)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert import_tensorrt(*both) is trt
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(Blip2Error) as error:
         import_tensorrt(*both)
     assert str(error.value) == (
         "no TensorRT nor TensorRT-RTX can be imported; install it with: pip install tensorrt or pip"
@@ -373,7 +374,7 @@ def test_tensorrt_without_its_libraries(tmp_path, monkeypatch):
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    with pytest.raises(UserError, match=r"\(tensorrt: libnvinfer\.so\.10: cannot open\); install"):
+    with pytest.raises(Blip2Error, match=r"\(tensorrt: libnvinfer\.so\.10: cannot open\); install"):
         import_tensorrt(tensorrt_plans.STANDARD)
 
 
@@ -415,7 +416,7 @@ def test_a_new_plan_replaces_the_old_with_its_sidecar(tiny_plans, tmp_path):
 
 
 def test_a_build_says_what_it_built_though_another_replaces_it(tiny_plans, tmp_path, monkeypatch):
-    publish = artifacts._publish
+    publish = staging._publish
 
     def publish_and_lose(*arguments) -> None:
         publish(*arguments)
@@ -423,7 +424,7 @@ def test_a_build_says_what_it_built_though_another_replaces_it(tiny_plans, tmp_p
             b"another build's, its description still to come"
         )
 
-    monkeypatch.setattr(artifacts, "_publish", publish_and_lose)
+    monkeypatch.setattr(staging, "_publish", publish_and_lose)
     facts, _ = build_plan(trt, QFORMER, tiny_plans.onnx, tmp_path, options("8.9"))
     assert facts.path == tmp_path / QFORMER.plan_file
     assert facts.compute_capabilities == ("8.9",)

@@ -23,8 +23,9 @@ from trtllm_engines import (
     write_engine,
 )
 
-from blip2.artifacts import UserError
-from blip2.language import GenerationOptions, holds_engine, open_language_session
+from blip2.engines import LANGUAGE, engine_for, open_language_session
+from blip2.errors import Blip2Error
+from blip2.language import GenerationOptions
 from blip2.language.tensorrt_llm import TensorRTLLMSession
 
 QUERY_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 4, 96, 64
@@ -251,7 +252,7 @@ def test_an_engine_wins_over_the_checkpoint_beside_it(install, tmp_path, truth):
     install()
     engine = write_engine(tmp_path / "engine", truth[0])
     (engine / "rank0.safetensors").write_bytes(b"")
-    assert holds_engine(engine)
+    assert engine_for(LANGUAGE, engine)
     assert isinstance(open_language_session(engine), TensorRTLLMSession)
 
 
@@ -280,7 +281,7 @@ def test_versions_that_cannot_run_the_engine_are_refused(
 ):
     install(installed)
     engine = write_engine(tmp_path / "engine", truth[0], version=built)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(Blip2Error, match=message) as error:
         open_language_session(engine)
     assert "\n" not in str(error.value)
     assert "tensorrt_llm" not in sys.modules
@@ -288,7 +289,7 @@ def test_versions_that_cannot_run_the_engine_are_refused(
 
 def test_without_tensorrt_llm_the_native_session_is_named(tmp_path, truth):
     engine = write_engine(tmp_path / "engine", truth[0])
-    with pytest.raises(UserError, match=r"tensorrt_llm is not installed; .* native session"):
+    with pytest.raises(Blip2Error, match=r"tensorrt_llm is not installed; .* native session"):
         open_language_session(engine)
 
 
@@ -297,7 +298,7 @@ def test_an_installation_that_cannot_be_imported_is_one_line(tmp_path, truth, mo
     (site / "tensorrt_llm.py").write_text("raise ImportError('libcuda.so.1: cannot open\\nmore')")
     monkeypatch.syspath_prepend(str(site))
     forget_double()
-    with pytest.raises(UserError, match=r"cannot be imported \(libcuda.so.1: cannot open\)"):
+    with pytest.raises(Blip2Error, match=r"cannot be imported \(libcuda.so.1: cannot open\)"):
         open_language_session(write_engine(tmp_path / "engine", truth[0]))
 
 
@@ -306,7 +307,7 @@ def test_an_installation_that_cannot_be_imported_is_one_line(tmp_path, truth, mo
 )
 def test_another_number_of_processes_is_refused(install, tmp_path, truth, processes, message):
     install(size=processes)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Blip2Error, match=message):
         open_language_session(write_engine(tmp_path / "engine", truth[0], world_size=2))
 
 
@@ -341,7 +342,7 @@ def test_damaged_engines_are_refused_before_loading(install, tmp_path, truth, da
     install(size=2)
     engine = write_engine(tmp_path / "engine", truth[0], world_size=2)
     damage(engine)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(Blip2Error, match=message) as error:
         open_language_session(engine)
     assert "\n" not in str(error.value)
 
@@ -359,7 +360,7 @@ def test_limits_hold_before_the_runner_is_called(
 ):
     install()
     session = open_language_session(write_engine(tmp_path / "engine", truth[0]))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Blip2Error, match=message):
         session.generate(requests[1], requests[2], options(**named))
     assert not calls("ModelRunnerCpp.from_dir")
 
@@ -367,14 +368,14 @@ def test_limits_hold_before_the_runner_is_called(
 def test_more_query_tokens_than_a_request_may_have_are_refused(install, tmp_path, truth, requests):
     install()
     engine = write_engine(tmp_path / "engine", truth[0], num_query_tokens=QUERY_TOKENS - 1)
-    with pytest.raises(UserError, match=r"query tokens an image is 4, .* at most 3"):
+    with pytest.raises(Blip2Error, match=r"query tokens an image is 4, .* at most 3"):
         open_language_session(engine).generate(requests[1], requests[2], options())
 
 
 def test_another_hidden_size_than_the_q_formers_is_refused(install, tmp_path, truth, requests):
     install()
     session = open_language_session(write_engine(tmp_path / "engine", truth[0]))
-    with pytest.raises(UserError, match="hidden size 32, this OPT has 64"):
+    with pytest.raises(Blip2Error, match="hidden size 32, this OPT has 64"):
         session.generate(requests[1], requests[2][:, :, :32], options())
 
 
@@ -383,7 +384,7 @@ def test_an_engine_that_does_not_load_is_one_line(install, tmp_path, truth):
     engine = write_engine(tmp_path / "engine", truth[0])
     (engine / "rank0.engine").write_text("from another GPU")
     with pytest.raises(
-        UserError, match=r"cannot load .* not compatible\); .* trtllm-build"
+        Blip2Error, match=r"cannot load .* not compatible\); .* trtllm-build"
     ) as error:
         open_language_session(engine).load()
     assert "\n" not in str(error.value)
@@ -400,5 +401,5 @@ def test_a_failure_while_decoding_is_one_line(install, tmp_path, truth, requests
     monkeypatch.setattr(
         sys.modules["tensorrt_llm.runtime"].ModelRunnerCpp, "generate", out_of_memory
     )
-    with pytest.raises(UserError, match=r"batch of 4 \(CUDA out of memory\.\); ask less"):
+    with pytest.raises(Blip2Error, match=r"batch of 4 \(CUDA out of memory\.\); ask less"):
         session.generate(requests[1], requests[2], options())

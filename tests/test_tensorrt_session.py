@@ -14,9 +14,9 @@ import pytest
 import torch
 from tensorrt_double import CpuGpu, runtime_double
 
-from blip2 import vision
-from blip2.artifacts import UserError
 from blip2.checkpoints import open_checkpoint
+from blip2.engines import VISION, engine_for, open_vision_session
+from blip2.errors import Blip2Error
 from blip2.vision import modules
 from blip2.vision.tensorrt_plans import QFORMER, VIT, read_plan_sidecar
 from blip2.vision.tensorrt_session import TensorRTSession
@@ -199,7 +199,7 @@ def _one_fault(setup, monkeypatch, match: str, trt=None) -> None:
     trt = trt or setup.double()
     trt.Runtime = lambda _log: pytest.fail("the runtime was reached")
     monkeypatch.setitem(sys.modules, trt.__name__, trt)
-    with pytest.raises(UserError, match=match) as error:
+    with pytest.raises(Blip2Error, match=match) as error:
         setup.open()
     assert "\n" not in str(error.value)
 
@@ -251,7 +251,7 @@ def test_plan_of_a_tensorrt_that_is_not_installed(faulty, monkeypatch):
     for stage in (VIT, QFORMER):
         faulty.edit(stage, tensorrt={"flavour": "tensorrt", "version": "10.16.1.11"})
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UserError, match=r"no TensorRT can be imported.*pip install tensorrt"):
+    with pytest.raises(Blip2Error, match=r"no TensorRT can be imported.*pip install tensorrt"):
         faulty.open()
 
 
@@ -292,7 +292,7 @@ def test_plan_that_tensorrt_refuses(faulty, monkeypatch):
     plan = faulty.plan / VIT.plan_file
     plan.write_bytes(bytes([plan.read_bytes()[0] ^ 1]) + plan.read_bytes()[1:])
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    with pytest.raises(UserError, match=r"cannot read .*_fp16\.plan: Serialization assertion"):
+    with pytest.raises(Blip2Error, match=r"cannot read .*_fp16\.plan: Serialization assertion"):
         faulty.open().load()
 
 
@@ -303,7 +303,7 @@ def test_plan_whose_tensors_are_not_its_sidecars(faulty, monkeypatch):
         sidecar[side][name]["dtype"] = "float32"
         faulty.edit(stage, **{side: sidecar[side]})
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    with pytest.raises(UserError, match="holds other tensors than its sidecar says"):
+    with pytest.raises(Blip2Error, match="holds other tensors than its sidecar says"):
         faulty.open().load()
 
 
@@ -312,7 +312,7 @@ def test_refusal_while_running_gives_tensorrts_reason(session, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"tensorrt_double.Context.{method}", lambda *_: False)
             with pytest.raises(
-                UserError, match=r"cannot run .*_fp16\.plan on a batch of 2: it does"
+                Blip2Error, match=r"cannot run .*_fp16\.plan on a batch of 2: it does"
             ):
                 session.vit(pictures(2))
     session.vit(pictures(2))  # nothing half-prepared was kept
@@ -320,11 +320,11 @@ def test_refusal_while_running_gives_tensorrts_reason(session, monkeypatch):
 
 def test_plans_win_over_onnx(faulty, tiny_plans, monkeypatch):
     shutil.copytree(tiny_plans.onnx, faulty.plan, dirs_exist_ok=True)
-    assert vision.holds_engine(faulty.plan)
+    assert engine_for(VISION, faulty.plan)
     monkeypatch.setattr("blip2.vision.tensorrt_session.Gpu", CpuGpu)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", faulty.double())
-    session = vision.open_vision_session(faulty.plan, faulty.query_tokens)
+    session = open_vision_session(faulty.plan, faulty.query_tokens)
     assert isinstance(session, TensorRTSession)
     (faulty.plan / VIT.plan_file).unlink()
-    session = vision.open_vision_session(faulty.plan, faulty.query_tokens)
+    session = open_vision_session(faulty.plan, faulty.query_tokens)
     assert not isinstance(session, TensorRTSession)

@@ -7,7 +7,7 @@ import json
 import torch
 from conftest import run_program
 
-from blip2.vision import open_vision_session
+from blip2.engines import open_vision_session
 
 
 def test_stages_equal_transformers(tiny_export, tmp_path):

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from blip2.language.trtllm_build import EngineLimits, build_command
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -63,7 +63,7 @@ def test_the_flags_of_0_11_and_0_12(version):
 
 @pytest.mark.parametrize("version", ["0.8.0", "1.3.0", "2.0", "newest", "", "1.2.1; rm"])
 def test_versions_without_the_command_are_refused(version):
-    with pytest.raises(UserError, match=r"name a release from 0.9 to 1.2.1"):
+    with pytest.raises(Blip2Error, match=r"name a release from 0.9 to 1.2.1"):
         flags(version=version)
 
 

@@ -14,8 +14,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from blip2 import kernel_launch
 from blip2.checkpoints import QFormerConfig, VisionConfig
+from blip2.gpu import kernel_launch
 from blip2.vision import cuda, kernels, modules
 
 

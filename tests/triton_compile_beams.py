@@ -12,7 +12,7 @@ import sys
 import torch
 from triton_compile import prepare
 
-from blip2 import kernel_launch
+from blip2.gpu import kernel_launch
 from blip2.language.native import beam_kernels, cuda_cache, cuda_decoding
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig

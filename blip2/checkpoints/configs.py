@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from blip2.artifacts import UserError
 from blip2.checkpoints.reader import Checkpoint
+from blip2.errors import Blip2Error
 from blip2.images import MAX_SIDE
 
 # Far above every model there is: what a damaged file says must not decide how long we compute.
@@ -95,9 +95,10 @@ class OPTConfig:
     def of(cls, checkpoint: Checkpoint) -> OPTConfig:
         """Read it from config.json of an OPT or of a BLIP-2 with an OPT."""
         if checkpoint.is_of_lavis:
-            raise UserError(
-                f"{checkpoint.path} is of LAVIS, which leaves OPT out; give the OPT that it was"
-                f" trained with: {checkpoint.opt_location or 'its directory'}"
+            raise Blip2Error(
+                f"{checkpoint.path} is of LAVIS, which leaves OPT out",
+                "give the OPT that it was"
+                f" trained with: {checkpoint.opt_location or 'its directory'}",
             )
         if checkpoint.kind == "opt":
             fields = dict(checkpoint.config)
@@ -121,9 +122,9 @@ def image_token_index(checkpoint: Checkpoint) -> int | None:
 
 def _sub_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if checkpoint.kind != "blip-2":
-        raise UserError(
-            f"{checkpoint.path} is an OPT checkpoint, which has no {name}; give a BLIP-2"
-            " checkpoint, such as Salesforce/blip2-opt-2.7b"
+        raise Blip2Error(
+            f"{checkpoint.path} is an OPT checkpoint, which has no {name}",
+            "give a BLIP-2 checkpoint, such as Salesforce/blip2-opt-2.7b",
         )
     fields = checkpoint.config.get(name)
     if fields is None:
@@ -160,5 +161,7 @@ def _read_config(cls: Any, fields: Mapping[str, Any], checkpoint: Checkpoint) ->
     return cls(**values)
 
 
-def _bad_config(checkpoint: Checkpoint, what: str) -> UserError:
-    return UserError(f"in {checkpoint.path / 'config.json'}, {what}; download the checkpoint again")
+def _bad_config(checkpoint: Checkpoint, what: str) -> Blip2Error:
+    return Blip2Error(
+        f"in {checkpoint.path / 'config.json'}, {what}", "download the checkpoint again"
+    )

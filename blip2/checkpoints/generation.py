@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
 from blip2.checkpoints.reader import Checkpoint
+from blip2.errors import Blip2Error
 
 _FILE = "generation_config.json"
 _OPT_DEFAULT = 2  # transformers' OPTConfig has </s> for both where a file leaves them out
@@ -73,7 +73,7 @@ class TokenIds:
         """Those of a BLIP-2; an OPT alone, which is to follow LAVIS's BLIP-2, says nothing of it.
 
         Raises:
-            UserError: answers end by more tokens than one, or by none.
+            Blip2Error: answers end by more tokens than one, or by none.
         """
         if checkpoint.is_of_lavis:
             return cls()
@@ -84,7 +84,7 @@ class TokenIds:
         """Those for a directory's tokenizer: of its checkpoint, or as `write` left them.
 
         Raises:
-            UserError: as `of`, or a file is damaged.
+            Blip2Error: as `of`, or a file is damaged.
         """
         if (tokenizer / "config.json").is_file():
             config = artifacts.read_json(tokenizer / "config.json", "downloading it again")
@@ -96,8 +96,8 @@ class TokenIds:
         fields = artifacts.read_json(path, made_by)
         values = [fields.get(f"{name}_token_id") for name in ("bos", "eos")]
         if not all(type(value) is int and value >= 0 for value in values):
-            raise UserError(
-                f"{path} holds no bos_token_id and eos_token_id; make it again with: {made_by}"
+            raise Blip2Error(
+                f"{path} holds no bos_token_id and eos_token_id", f"make it again with: {made_by}"
             )
         return cls(*values)
 
@@ -112,20 +112,21 @@ class TokenIds:
             return cls()
         path, text = directory / "config.json", config.get("text_config") or {}
         if not isinstance(text, dict):
-            raise UserError(f"in {path}, text_config is {text!r}; download the checkpoint again")
+            raise Blip2Error(f"in {path}, text_config is {text!r}", "download the checkpoint again")
         bos, eos = (text.get(f"{name}_token_id", _OPT_DEFAULT) for name in ("bos", "eos"))
         ends = eos if isinstance(eos, list) else [eos]
         for name, ids in (("eos", ends), ("bos", [] if bos is None else [bos])):
             if not all(type(value) is int and value >= 0 for value in ids):
-                raise UserError(
+                raise Blip2Error(
                     f"in {path}, text_config's {name}_token_id is {text.get(f'{name}_token_id')!r};"
                     " set it to the id of one token, by BLIP-2's custom of "
                     + ("the newline" if name == "eos" else "</s>")
                 )
         if len(set(ends)) != 1:
-            raise UserError(
+            raise Blip2Error(
                 f"in {path}, text_config ends answers by {len(set(ends))} tokens (eos_token_id"
-                f" {eos}), this suite by one; set it to that one"
+                f" {eos}), this suite by one",
+                "set it to that one",
             )
         _tell_what_is_not_read(directory, text, ends[0])
         return cls(bos, ends[0])

@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from blip2.artifacts import UserError, first_line
+from blip2.errors import Blip2Error, first_line
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -16,7 +16,7 @@ def locate(location: str | Path) -> Path:
     """A directory as it is given, or that of a Hugging Face repository, downloaded if need be.
 
     Raises:
-        UserError: no such repository, or no network.
+        Blip2Error: no such repository, or no network.
     """
     directory = Path(location)
     if directory.exists() or not _ID.fullmatch(str(location)):
@@ -30,9 +30,9 @@ def download(model_id: str) -> Path:
     The .bin weights are fetched only where the repository has no safetensors.
     """
     if not _ID.fullmatch(model_id):
-        raise UserError(
-            f"{model_id} is no directory; give a checkpoint directory or a Hugging Face id such as"
-            " Salesforce/blip2-opt-2.7b"
+        raise Blip2Error(
+            f"{model_id} is no directory",
+            "give a checkpoint directory or a Hugging Face id such as Salesforce/blip2-opt-2.7b",
         )
     small = ["*.json", "*.txt", "*.model"]
     try:
@@ -42,8 +42,8 @@ def download(model_id: str) -> Path:
         if not any(directory.glob("*.safetensors")):
             snapshot_download(model_id, allow_patterns=[*small, "pytorch_model*.bin"])
     except Exception as error:  # Which HTTP library's errors come out depends on the hub's version.
-        raise UserError(
-            f"{model_id} is no directory, and cannot be downloaded ({first_line(error)}); without"
-            " a network, copy the checkpoint here and give its directory"
+        raise Blip2Error(
+            f"{model_id} is no directory, and cannot be downloaded ({first_line(error)})",
+            "without a network, copy the checkpoint here and give its directory",
         ) from None
     return directory

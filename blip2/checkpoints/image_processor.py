@@ -32,7 +32,7 @@ def description(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]]:
     """Where a checkpoint's image processor is described, and how; empty where nowhere.
 
     Raises:
-        UserError: a file there is no JSON object.
+        Blip2Error: a file there is no JSON object.
     """
     path = checkpoint.path / "preprocessor_config.json"
     if checkpoint.is_of_lavis:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError, first_line
+from blip2.errors import Blip2Error, first_line
 
 MODEL_TYPES = (
     "pretrain_opt2.7b",
@@ -65,33 +65,31 @@ def load_state_dict(model_type: str) -> dict[str, torch.Tensor]:
     """Have LAVIS load its model of that type; return its tensors, in float32, but those of OPT.
 
     Raises:
-        UserError: LAVIS is not installed, has no such model, or cannot load it.
+        Blip2Error: LAVIS is not installed, has no such model, or cannot load it.
     """
     if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"LAVIS has no BLIP-2 {model_type} with OPT; give one of {', '.join(MODEL_TYPES)}, or a"
-            " .pth without --source lavis"
+        raise Blip2Error(
+            f"LAVIS has no BLIP-2 {model_type} with OPT",
+            f"give one of {', '.join(MODEL_TYPES)}, or a .pth without --source lavis",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its old dependencies, not of this program
         try:
             from lavis.models import load_model_and_preprocess
         except ImportError as error:
-            raise UserError(
-                f"LAVIS cannot be imported here ({error}); run this in its own environment, made"
-                " from requirements-lavis.txt"
+            raise Blip2Error(
+                f"LAVIS cannot be imported here ({error})",
+                "run this in its own environment, made from requirements-lavis.txt",
             ) from None
         try:
-            with memory.needed(
-                f"to build LAVIS's {model_type}", "give --model_dir its .pth instead"
-            ):
+            with memory.needed(f"to build LAVIS's {model_type}", "give model_dir its .pth instead"):
                 model, _, _ = load_model_and_preprocess("blip2_opt", model_type, is_eval=True)
-        except UserError:
+        except Blip2Error:
             raise
         except Exception as error:  # downloads and damaged files raise nearly anything
-            raise UserError(
-                f"LAVIS cannot load {model_type}: {first_line(error)}; if it cannot download, bring"
-                " its files here and give --model_dir the .pth"
+            raise Blip2Error(
+                f"LAVIS cannot load {model_type}: {first_line(error)}",
+                "if it cannot download, bring its files here and give model_dir the .pth",
             ) from None
     state = model.state_dict()
     return {name: state[name] for name in state if not name.startswith("opt_model.")}
@@ -101,13 +99,14 @@ def state_dict(content: Mapping[str, Any], file: Path) -> dict[str, torch.Tensor
     """The tensors of a LAVIS .pth, by LAVIS's names.
 
     Raises:
-        UserError: it is of another model than BLIP-2 with OPT.
+        Blip2Error: it is of another model than BLIP-2 with OPT.
     """
     state = content.get("model", content)
     if not isinstance(state, dict) or "opt_proj.weight" not in state:
-        raise UserError(
-            f"{file} holds no opt_proj.weight, so it is no BLIP-2 with OPT of LAVIS; give"
-            " blip2_pretrained_opt2.7b.pth, blip2_caption_opt2.7b.pth or what was trained from them"
+        raise Blip2Error(
+            f"{file} holds no opt_proj.weight, so it is no BLIP-2 with OPT of LAVIS",
+            "give"
+            " blip2_pretrained_opt2.7b.pth, blip2_caption_opt2.7b.pth or what was trained from them",
         )
     return _tensors(state)
 
@@ -167,7 +166,7 @@ def hugging_face_config(
         The configuration, without OPT's; None for an OPT of a size that was not published.
 
     Raises:
-        UserError: a tensor that tells a size is missing or cannot be LAVIS's, or the ViT is for
+        Blip2Error: a tensor that tells a size is missing or cannot be LAVIS's, or the ViT is for
             pictures of another size than `image_size`.
     """
     width, _, patch_size, _ = _shape(state, "visual_encoder.patch_embed.proj.weight", 4, path)
@@ -183,15 +182,15 @@ def hugging_face_config(
         ("query_tokens", hidden_size, _QFORMER_HEAD_SIZE),
     ):
         if size % head_size:
-            raise UserError(
-                f"{path}: {name} has width {size}, no multiple of LAVIS's head size {head_size};"
-                " download the checkpoint again"
+            raise Blip2Error(
+                f"{path}: {name} has width {size}, no multiple of LAVIS's head size {head_size}",
+                " download the checkpoint again",
             )
     if image_size not in (None, side * patch_size):
-        raise UserError(
+        raise Blip2Error(
             f"{path} was trained on pictures of {image_size} x {image_size}, {VIT_FILE} is for"
-            f" {side * patch_size} x {side * patch_size}; train it with freeze_vit: False, so that"
-            " its own ViT is saved"
+            f" {side * patch_size} x {side * patch_size}",
+            "train it with freeze_vit: False, so that its own ViT is saved",
         )
     config = {
         "model_type": "blip-2",
@@ -219,11 +218,11 @@ def hugging_face_config(
 
 def _shape(state: State, name: str, rank: int, path: Path) -> tuple[int, ...]:
     if name not in state:
-        raise UserError(f"{path} has no tensor {name}; it is incomplete: download it again")
+        raise Blip2Error(f"{path} has no tensor {name}", "it is incomplete: download it again")
     shape = tuple(state[name].shape)
     if len(shape) != rank:
-        raise UserError(
-            f"{path}: {name} has shape {shape}, not {rank} dimensions; download it again"
+        raise Blip2Error(
+            f"{path}: {name} has shape {shape}, not {rank} dimensions", "download it again"
         )
     return shape
 

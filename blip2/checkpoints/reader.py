@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError, first_line
+from blip2.artifacts.tensor_files import Stored, UnknownType, mapped, read_header
 from blip2.checkpoints import hub, lavis, refusals
-from blip2.tensor_files import Stored, UnknownType, mapped, read_header
+from blip2.errors import Blip2Error, first_line
 
 # The order is transformers' own: a whole file wins over shards, safetensors over pickles.
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -32,7 +32,7 @@ def open_checkpoint(model_dir: str | Path) -> Checkpoint:
     """Open a checkpoint directory or LAVIS .pth, or download the Hugging Face repository of that id.
 
     Raises:
-        UserError: no such directory or repository, no network, no weights, a missing shard, a
+        Blip2Error: no such directory or repository, no network, no weights, a missing shard, a
             truncated or unreadable file, or a model that is not a plain BLIP-2 with OPT, or OPT:
             another one, quantised, or with an adapter that is not merged.
     """
@@ -63,7 +63,7 @@ def lavis_checkpoint(model_type: str) -> Checkpoint:
     """Have LAVIS download and build its BLIP-2 of that type, and take its weights.
 
     Raises:
-        UserError: LAVIS is not installed, has no such model, or cannot load it.
+        Blip2Error: LAVIS is not installed, has no such model, or cannot load it.
     """
     return _of_lavis(Path(model_type), lavis.load_state_dict(model_type))
 
@@ -75,9 +75,9 @@ def _open_pth(file: Path) -> Checkpoint:
     if not lavis.holds_vit(state):
         vit = file.with_name(lavis.VIT_FILE)
         if not vit.exists():
-            raise UserError(
-                f"{file} leaves out the ViT, which was frozen; put {lavis.VIT_FILE} beside it, from"
-                f" {lavis.VIT_URL}"
+            raise Blip2Error(
+                f"{file} leaves out the ViT, which was frozen",
+                f"put {lavis.VIT_FILE} beside it, from {lavis.VIT_URL}",
             )
         state |= lavis.vit_state_dict(_load_pickle(vit))
     return _of_lavis(file, state, lavis.trained_image_size(content))
@@ -144,7 +144,7 @@ class Checkpoint:
             load: what brings it to where it is wanted, such as a `tensor_files.Loader`.
 
         Raises:
-            UserError: there is no such tensor, or its file cannot be read.
+            Blip2Error: there is no such tensor, or its file cannot be read.
         """
         stored = self.stored(name)
         try:
@@ -203,14 +203,14 @@ class Checkpoint:
         """Where a tensor lies.
 
         Raises:
-            UserError: there is no such tensor.
+            Blip2Error: there is no such tensor.
         """
         try:
             return self._tensors[name]
         except KeyError:
-            raise UserError(
-                f"{self.path} has no tensor {name}; the checkpoint is incomplete or not what its"
-                f" configuration says: {self.mend}"
+            raise Blip2Error(
+                f"{self.path} has no tensor {name}",
+                f"the checkpoint is incomplete or not what its configuration says: {self.mend}",
             ) from None
 
 
@@ -222,7 +222,7 @@ def _catalogue(directory: Path) -> dict[str, Stored]:
     """Find where each tensor lies and what it is.
 
     Raises:
-        UserError: no weights, a missing shard, an unreadable file, or an index naming tensors
+        Blip2Error: no weights, a missing shard, an unreadable file, or an index naming tensors
             that its shards do not hold.
     """
     for whole in _WHOLE_FILES:
@@ -231,26 +231,30 @@ def _catalogue(directory: Path) -> dict[str, Stored]:
             return _entries(directory / whole)
         if index.is_file():
             return _sharded_entries(index)
-    raise UserError(
+    raise Blip2Error(
         f"{directory} holds no weights: neither of {', '.join(_WHOLE_FILES)} nor an index of"
-        " shards; download the checkpoint again, with its weights"
+        " shards",
+        "download the checkpoint again, with its weights",
     )
 
 
 def _sharded_entries(index: Path) -> dict[str, Stored]:
     weight_map = artifacts.read_json(index, _download_command(index.parent)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map; download the checkpoint again")
+        raise Blip2Error(f"{index} has no weight_map", "download the checkpoint again")
     entries: dict[str, Stored] = {}
     if not all(isinstance(s, str) and Path(s).name == s for s in weight_map.values()):
-        raise UserError(f"{index} names shards that lie elsewhere; download the checkpoint again")
+        raise Blip2Error(
+            f"{index} names shards that lie elsewhere", "download the checkpoint again"
+        )
     for shard in sorted(set(weight_map.values())):
         entries |= _entries(index.parent / shard)
     missing = sorted(set(weight_map) - set(entries))
     if missing:
-        raise UserError(
+        raise Blip2Error(
             f"{index} lists {missing[0]} and {len(missing) - 1} more tensors that its shards do not"
-            " hold; download the checkpoint again"
+            " hold",
+            "download the checkpoint again",
         )
     return entries
 
@@ -262,9 +266,9 @@ def _entries(file: Path) -> dict[str, Stored]:
     try:
         return dict(read_header(file))
     except UnknownType as error:
-        raise UserError(
-            f"{file} stores {error.name} as {error.dtype}; use the checkpoint in float32, float16 or"
-            " bfloat16"
+        raise Blip2Error(
+            f"{file} stores {error.name} as {error.dtype}",
+            "use the checkpoint in float32, float16 or bfloat16",
         ) from None
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from None
@@ -281,20 +285,22 @@ def _load_pickle(file: Path) -> dict[str, Any]:
             # Files from before torch 1.6 cannot be mapped, only read.
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} is damaged, or holds more than weights, which is not read as it could run code;"
-            " download the checkpoint again"
+        raise Blip2Error(
+            f"{file} is damaged, or holds more than weights, which is not read as it could run code",
+            " download the checkpoint again",
         ) from None
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise _unreadable(file, error) from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"{file} holds no weights by name; download the checkpoint again")
+        raise Blip2Error(f"{file} holds no weights by name", "download the checkpoint again")
     return content
 
 
-def _unreadable(file: Path, error: Exception, mend: str = "download it again") -> UserError:
+def _unreadable(file: Path, error: Exception, mend: str = "download it again") -> Blip2Error:
     if not file.exists():
-        return UserError(f"{file} is missing; {mend}")
+        return Blip2Error(f"{file} is missing", f"{mend}")
     if kind := memory.exhausted(error):
-        return memory.OutOfMemory(f"not enough {kind} memory to open {file}; {_CLOSE_OTHERS}")
-    return UserError(f"cannot read {file}: {first_line(error)}; it is truncated or damaged: {mend}")
+        return memory.OutOfMemory(f"not enough {kind} memory to open {file}", f"{_CLOSE_OTHERS}")
+    return Blip2Error(
+        f"cannot read {file}: {first_line(error)}", f"it is truncated or damaged: {mend}"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 _INSTEAD = "give a BLIP-2 with OPT, such as Salesforce/blip2-opt-2.7b"
 _MODELS = {
@@ -50,12 +50,13 @@ def check_directory(directory: Path) -> None:
     """Refuse adapters, which transformers puts on and this suite does not.
 
     Raises:
-        UserError: an adapter lies in the directory, beside a whole model or alone.
+        Blip2Error: an adapter lies in the directory, beside a whole model or alone.
     """
     for name in _ADAPTER_FILES:
         if (directory / name).is_file():
-            raise UserError(
-                f"{directory} has an adapter ({name}) that is not merged into the weights; {_MERGE}"
+            raise Blip2Error(
+                f"{directory} has an adapter ({name}) that is not merged into the weights",
+                f"{_MERGE}",
             )
 
 
@@ -63,36 +64,38 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse by config.json, found at `path`: other models, quantised ones, parts set apart.
 
     Raises:
-        UserError: it is not of a plain BLIP-2 with OPT, or OPT.
+        Blip2Error: it is not of a plain BLIP-2 with OPT, or OPT.
     """
     kind = config.get("model_type")
     if kind not in ("blip-2", "opt"):
         what = _MODELS.get(kind) if isinstance(kind, str) else None
         if what is not None:
-            raise UserError(f"{path} describes {what}; {_INSTEAD}")
-        raise UserError(
-            f"{path} describes a model of type {kind!r}; give a checkpoint of BLIP-2 (blip-2) or of"
-            " OPT (opt)"
+            raise Blip2Error(f"{path} describes {what}", f"{_INSTEAD}")
+        raise Blip2Error(
+            f"{path} describes a model of type {kind!r}",
+            "give a checkpoint of BLIP-2 (blip-2) or of OPT (opt)",
         )
     for name in _strings(config.get("architectures")):
         if name in _ARCHITECTURES:
-            raise UserError(f"{path} describes {name}, {_ARCHITECTURES[name]}; {_INSTEAD}")
+            raise Blip2Error(f"{path} describes {name}, {_ARCHITECTURES[name]}", f"{_INSTEAD}")
     text = config.get("text_config")
     language = text.get("model_type", "opt") if isinstance(text, dict) else "opt"
     if kind == "blip-2" and language != "opt":
-        raise UserError(f"the language model in {path.parent} is {language}, not OPT; {_INSTEAD}")
+        raise Blip2Error(
+            f"the language model in {path.parent} is {language}, not OPT", f"{_INSTEAD}"
+        )
     for part, fields in _parts(config):
         if quantised := fields.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            raise UserError(f"{path.parent} is quantised ({method or part}); {_DEQUANTISE}")
+            raise Blip2Error(f"{path.parent} is quantised ({method or part})", f"{_DEQUANTISE}")
         for key, meaning in (
             ("per_layer_config", "layers that differ from one another"),
             ("transformers_weights", "weights in a file of another name"),
         ):
             if fields.get(key):
-                raise UserError(
-                    f"{path} asks for {meaning} ({key}), which this suite does not know; save the"
-                    " model without it"
+                raise Blip2Error(
+                    f"{path} asks for {meaning} ({key}), which this suite does not know",
+                    "save the model without it",
                 )
 
 
@@ -100,23 +103,24 @@ def check_tensors(path: Path, kind: str, dtypes: Mapping[str, torch.dtype]) -> N
     """Refuse by the tensors' names and types what config.json may leave unsaid.
 
     Raises:
-        UserError: an adapter's weights among them, quantised ones, or a BLIP-2 that only matches.
+        Blip2Error: an adapter's weights among them, quantised ones, or a BLIP-2 that only matches.
     """
     for name, dtype in dtypes.items():
         if _ADAPTER_NAME.search(name):
-            raise UserError(
-                f"{path} has an adapter's weights ({name}), not merged into the model's; {_MERGE}"
+            raise Blip2Error(
+                f"{path} has an adapter's weights ({name}), not merged into the model's",
+                f"{_MERGE}",
             )
         if _QUANTISED_NAME.search(name):
-            raise UserError(f"{path} is quantised (it has {name}); {_DEQUANTISE}")
+            raise Blip2Error(f"{path} is quantised (it has {name})", f"{_DEQUANTISE}")
         if name.endswith(_COMPUTED_WITH) and dtype not in _PLAIN:
             stored = str(dtype).removeprefix("torch.")
-            raise UserError(f"{path} is quantised ({name} is {stored}); {_DEQUANTISE}")
+            raise Blip2Error(f"{path} is quantised ({name} is {stored})", f"{_DEQUANTISE}")
     if kind == "blip-2" and "language_projection.weight" not in dtypes:
         heads = [name for name in dtypes if name.startswith(_MATCHING_HEADS)]
         if heads:
             what = _ARCHITECTURES["Blip2ForImageTextRetrieval"]
-            raise UserError(f"{path} is {what} (it has {heads[0]}); {_INSTEAD}")
+            raise Blip2Error(f"{path} is {what} (it has {heads[0]})", f"{_INSTEAD}")
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

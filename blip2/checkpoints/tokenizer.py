@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 FILES = (
     "tokenizer.json",
@@ -61,7 +61,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles | None:
     """Read the tokenizer in a directory; None where there is none.
 
     Raises:
-        UserError: transformers would give other ids than this suite can.
+        Blip2Error: transformers would give other ids than this suite can.
         Exception: a file is damaged; the library that reads them raises nothing better.
     """
     config = _json(directory / "tokenizer_config.json")
@@ -70,8 +70,8 @@ def read_tokenizer(directory: Path) -> TokenizerFiles | None:
         text = path.read_text(encoding="utf-8")
         backend, fields = tokenizers.Tokenizer.from_str(text), json.loads(text)
         if fields["model"].get("dropout"):
-            raise UserError(
-                f"{path} cuts texts at random (dropout); set its model's dropout to null"
+            raise Blip2Error(
+                f"{path} cuts texts at random (dropout)", "set its model's dropout to null"
             )
     elif (directory / "vocab.json").is_file():
         backend, fields = _from_vocabulary(directory, config), {}
@@ -81,15 +81,16 @@ def read_tokenizer(directory: Path) -> TokenizerFiles | None:
     backend.no_padding()
     tokenizer_class = config.get("tokenizer_class")
     if tokenizer_class not in (None, *_CLASSES) or config.get("auto_map"):
-        raise UserError(
+        raise Blip2Error(
             f"the tokenizer in {directory} is a {config.get('auto_map') or tokenizer_class}, not the"
-            " byte-level one of OPT; use the tokenizer of the BLIP-2 or OPT checkpoint"
+            " byte-level one of OPT",
+            "use the tokenizer of the BLIP-2 or OPT checkpoint",
         )
     for name in _UNKNOWN:
         if config.get(name):
-            raise UserError(
-                f"{directory / 'tokenizer_config.json'} sets {name}, which this suite does not know;"
-                " remove it if the checkpoint was not trained with it"
+            raise Blip2Error(
+                f"{directory / 'tokenizer_config.json'} sets {name}, which this suite does not know",
+                " remove it if the checkpoint was not trained with it",
             )
     special = _add_tokens(directory, backend, fields, config)
     bos = _bos(directory, backend, fields, config)
@@ -143,14 +144,16 @@ def _add_tokens(
             add([_added(token)])
             known[content] = special
         if backend.token_to_id(content) != index:
-            raise UserError(
+            raise Blip2Error(
                 f"the files in {directory} disagree on the id of {content!r}:"
-                f" {backend.token_to_id(content)} and {index}; {_SAVE_AGAIN}"
+                f" {backend.token_to_id(content)} and {index}",
+                f"{_SAVE_AGAIN}",
             )
     for content in listed:
         if content not in known and content not in CONTROL_TOKENS:
-            raise UserError(
-                f"the tokenizer in {directory} names {content!r} and gives it no id; {_SAVE_AGAIN}"
+            raise Blip2Error(
+                f"the tokenizer in {directory} names {content!r} and gives it no id",
+                f"{_SAVE_AGAIN}",
             )
     for content in named:
         if not known.get(content) and backend.token_to_id(content) is not None:
@@ -175,16 +178,16 @@ def _bos(
     if whole != bare:
         if whole[1:] == bare:
             return whole[0]
-        raise UserError(
-            f"the tokenizer in {directory} makes {backend.encode('a').tokens} of 'a'; BLIP-2's puts"
-            " one token before a text: use the tokenizer of the BLIP-2 checkpoint"
+        raise Blip2Error(
+            f"the tokenizer in {directory} makes {backend.encode('a').tokens} of 'a'",
+            "BLIP-2's puts one token before a text: use the tokenizer of the BLIP-2 checkpoint",
         )
     says_none = (fields.get("post_processor") or {}).get("type") == "TemplateProcessing"
     adds = config.get("add_bos_token")
     if says_none or adds is False:
-        raise UserError(
-            f"the tokenizer in {directory} puts nothing before a text, BLIP-2 wants a </s> there;"
-            " load it with add_bos_token=True and save it again with save_pretrained()"
+        raise Blip2Error(
+            f"the tokenizer in {directory} puts nothing before a text, BLIP-2 wants a </s> there",
+            " load it with add_bos_token=True and save it again with save_pretrained()",
         )
     if not adds or not config.get("bos_token"):
         return None

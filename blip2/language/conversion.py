@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
+from blip2.artifacts.safetensors_writer import SafetensorsWriter
+from blip2.artifacts.tensor_files import Stored, mapped
 from blip2.checkpoints import Checkpoint, OPTConfig
+from blip2.errors import Blip2Error
 from blip2.language.trtllm_format import (
     DTYPES,
     OPTCheckpointConfig,
@@ -24,8 +26,6 @@ from blip2.language.trtllm_format import (
     is_description,
     tensor_specs,
 )
-from blip2.safetensors_writer import SafetensorsWriter
-from blip2.tensor_files import Stored, mapped
 
 # BLIP-2's OPT; OPT alone as transformers names it now; OPT alone in files of 2022.
 _DECODER_PREFIXES = ("language_model.model.decoder.", "model.decoder.", "decoder.")
@@ -56,7 +56,7 @@ def target_config(checkpoint: Checkpoint, options: ConversionOptions) -> OPTChec
     """The converted checkpoint's configuration, once it is clear that it can be made.
 
     Raises:
-        UserError: the format, the model or the number of ranks rules it out, or the checkpoint
+        Blip2Error: the format, the model or the number of ranks rules it out, or the checkpoint
             lacks a tensor or has one of another shape than its config.json says.
     """
     opt = OPTConfig.of(checkpoint)
@@ -85,7 +85,7 @@ def convert(
     `workers` threads each hold one tensor at a time. `output_dir` changes only at the end.
 
     Raises:
-        UserError: a source tensor cannot be read or has values the target type cannot hold, or
+        Blip2Error: a source tensor cannot be read or has values the target type cannot hold, or
             `output_dir` cannot be written.
     """
     source = Source(checkpoint, OPTConfig.of(checkpoint))
@@ -143,9 +143,9 @@ def _write(
     try:
         writer.write(name, parts)
     except ValueError as error:
-        raise UserError(
-            f"cannot convert {checkpoint.path}: {error}; check the checkpoint, or try another"
-            " --dtype"
+        raise Blip2Error(
+            f"cannot convert {checkpoint.path}: {error}",
+            "check the checkpoint, or try another --dtype",
         ) from None
 
 
@@ -174,7 +174,7 @@ class Source:
         """A target tensor, whole; q, k and v apart from one another. For `load` see `Checkpoint`.
 
         Raises:
-            UserError: it cannot be read.
+            Blip2Error: it cannot be read.
         """
 
         def read(source: str) -> torch.Tensor:
@@ -198,7 +198,7 @@ class Source:
         """Compare every tensor's shape with the unsplit configuration, without reading any.
 
         Raises:
-            UserError: the first tensor that is missing or of another shape.
+            Blip2Error: the first tensor that is missing or of another shape.
         """
         opt = self.opt
         embedding = (opt.vocab_size, opt.word_embed_proj_dim)
@@ -222,9 +222,10 @@ class Source:
         for name, shape in expected.items():
             stored = self.checkpoint.shape(name)
             if stored != shape:
-                raise UserError(
+                raise Blip2Error(
                     f"{name} in {self.checkpoint.path} has shape {list(stored)}, its"
-                    f" config.json calls for {list(shape)}; download the checkpoint again"
+                    f" config.json calls for {list(shape)}",
+                    "download the checkpoint again",
                 )
 
 
@@ -248,14 +249,15 @@ def _check_expressible(opt: OPTConfig, checkpoint: Checkpoint) -> None:
         if not present
     ]
     if missing:
-        raise UserError(
+        raise Blip2Error(
             f"the OPT in {checkpoint.path} has no {missing[0]}, which TensorRT-LLM's format"
-            " cannot express; use an OPT as facebook or Salesforce publish it"
+            " cannot express",
+            "use an OPT as facebook or Salesforce publish it",
         )
 
 
 def _check_splits(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
-    """Raise UserError where the ranks or the quantisation do not fit the model."""
+    """Raise Blip2Error where the ranks or the quantisation do not fit the model."""
     ranks = config.tp_size
     sizes = {
         "num_attention_heads": opt.num_attention_heads,
@@ -264,24 +266,25 @@ def _check_splits(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
     }
     for name, size in sizes.items():
         if size % ranks:
-            raise UserError(
-                f"--tp_size {ranks} does not divide this model's {name} of {size}; choose one that"
-                " does"
+            raise Blip2Error(
+                f"--tp_size {ranks} does not divide this model's {name} of {size}",
+                "choose one that does",
             )
     if config.use_parallel_embedding and opt.word_embed_proj_dim != opt.hidden_size:
-        raise UserError(
-            "this model projects its embeddings, which TensorRT-LLM cannot split; leave out"
-            " --use_parallel_embedding"
+        raise Blip2Error(
+            "this model projects its embeddings, which TensorRT-LLM cannot split",
+            "leave out --use_parallel_embedding",
         )
     if config.quant_algo is None:
         return
     if config.dtype == "float32":
-        raise UserError(
+        raise Blip2Error(
             "--use_weight_only needs --dtype float16 or bfloat16: TensorRT-LLM quantises no float32"
         )
     for name in ("hidden_size", "ffn_dim"):
         if sizes[name] % (64 * ranks):
-            raise UserError(
+            raise Blip2Error(
                 f"--use_weight_only needs a {name} that is a multiple of 64 x tp_size ="
-                f" {64 * ranks}, this model's is {sizes[name]}; leave it out or lower --tp_size"
+                f" {64 * ranks}, this model's is {sizes[name]}",
+                "leave it out or lower --tp_size",
             )

@@ -11,10 +11,11 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,21 @@ class GenerationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_output_len": self.max_output_len >= 1,
-            "num_beams": self.num_beams >= 1,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "temperature": 0 < self.temperature < math.inf,
-            "length_penalty": math.isfinite(self.length_penalty),
-            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
-        }
-        for name, valid in checks.items():
+        for name, (valid, wanted) in {
+            "max_output_len": (self.max_output_len >= 1, "at least 1"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "temperature": (0 < self.temperature < math.inf, "above 0"),
+            "length_penalty": (math.isfinite(self.length_penalty), "a finite number"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+        }.items():
             if not valid:
-                raise UserError(f"{name} cannot be {getattr(self, name)}; see --help")
+                raise Blip2Error(f"{name} is {getattr(self, name)}", f"give one that is {wanted}")
         if self.num_beams > 1 and self.top_k != 1:
-            raise UserError(
-                "beam search and sampling exclude each other; leave out num_beams, or top_k, top_p"
-                " and temperature"
+            raise Blip2Error(
+                "beam search and sampling exclude each other",
+                "leave out num_beams, or top_k, top_p and temperature",
             )
 
     @property
@@ -120,7 +120,7 @@ class LanguageSession(abc.ABC):
         read; loading comes last, when it is known how much of the GPU the other engines leave free.
 
         Raises:
-            UserError: the weights are damaged, or cannot be read.
+            Blip2Error: the weights are damaged, or cannot be read.
         """
 
     def prepare(  # noqa: B027 - most engines have nothing to prepare
@@ -134,9 +134,24 @@ class LanguageSession(abc.ABC):
             options: how to decode.
         """
 
-    def limit_batch(self, size: int) -> None:
-        """Work with batches of at most `size` from now on, and let go what larger ones needed."""
-        self.limits = dataclasses.replace(self.limits, max_batch_size=size)
+    def halve_batch(self, size: int) -> int:
+        """From now on work with half of what was too much of a batch of `size`; return how many.
+
+        What larger ones needed is let go.
+        """
+        half = max(1, min(size, self.limits.max_batch_size or size) // 2)
+        self.limits = dataclasses.replace(self.limits, max_batch_size=half)
+        return half
+
+    def lend(self) -> NoReturn:
+        """Work for rank 0 until it has closed, then end this process, which takes no requests.
+
+        Raises:
+            SystemExit: always.
+        """
+        self.load()
+        self.close()
+        raise SystemExit(0)
 
     def close(self) -> None:  # noqa: B027 - most engines need no more than to be forgotten
         """Let the engine go. A process that takes no requests works on until rank 0 has closed."""
@@ -156,7 +171,7 @@ class LanguageSession(abc.ABC):
             options: how to decode, the same for every request.
 
         Raises:
-            UserError: something exceeds a limit; raised before any work is done.
+            Blip2Error: something exceeds a limit; raised before any work is done.
         """
         self.check(input_ids, prompt_table, options)
         size = self.limits.max_batch_size or max(len(input_ids), 1)
@@ -185,18 +200,20 @@ class LanguageSession(abc.ABC):
         """See that the engine can take what `generate` would; of the table only its shape counts.
 
         Raises:
-            UserError: something exceeds a limit.
+            Blip2Error: something exceeds a limit.
         """
         limits, rows = self.limits, prompt_table.shape[1]
         if prompt_table.ndim != 3 or prompt_table.shape[0] != len(input_ids):
-            raise UserError(
+            raise Blip2Error(
                 f"the prompt table has shape {tuple(prompt_table.shape)} for {len(input_ids)}"
-                " requests; it must be requests x rows x hidden size"
+                " requests",
+                "it must be requests x rows x hidden size",
             )
         if prompt_table.shape[2] != self.hidden_size:
-            raise UserError(
+            raise Blip2Error(
                 f"the Q-Former's output has hidden size {prompt_table.shape[2]}, this OPT has"
-                f" {self.hidden_size}; use the OPT that belongs to the exported BLIP-2 checkpoint"
+                f" {self.hidden_size}",
+                "use the OPT that belongs to the exported BLIP-2 checkpoint",
             )
         longest = max((len(ids) for ids in input_ids), default=0)
         for what, value, limit in (
@@ -210,15 +227,16 @@ class LanguageSession(abc.ABC):
             ),
         ):
             if limit is not None and value > limit:
-                raise UserError(
-                    f"{what} is {value}, this OPT engine takes at most {limit}; lower it or use an"
-                    " engine with higher limits"
+                raise Blip2Error(
+                    f"{what} is {value}, this OPT engine takes at most {limit}",
+                    "lower it or use an engine with higher limits",
                 )
         for ids in input_ids:
             if ids.ndim != 1 or not len(ids):
-                raise UserError("a request's input_ids must be a 1-D tensor of at least one id")
+                raise Blip2Error("a request's input_ids must be a 1-D tensor of at least one id")
             if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size + rows:
-                raise UserError(
+                raise Blip2Error(
                     f"token id {int(ids.max())} exceeds this OPT's vocabulary of {self.vocab_size}"
-                    f" and {rows} image rows; use the tokenizer exported with the checkpoint"
+                    f" and {rows} image rows",
+                    "use the tokenizer exported with the checkpoint",
                 )

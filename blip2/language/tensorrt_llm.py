@@ -30,10 +30,11 @@ from typing import Any
 import torch
 
 from blip2 import memory
-from blip2.artifacts import UserError, first_line
+from blip2.errors import Blip2Error, first_line
 from blip2.language.session import Beam, Generation, GenerationOptions, LanguageSession, Limits
-from blip2.language.trtllm_engine import MADE_BY, EngineConfig, check_version
+from blip2.language.trtllm_engine import EngineConfig, check_version
 from blip2.language.trtllm_format import DTYPES
+from blip2.layout import BUILD_ENGINE
 
 # TensorRT-LLM's own default, 0.9, leaves nothing for what the ViT and the Q-Former allocate when
 # they first run.
@@ -57,7 +58,7 @@ class TensorRTLLMSession(LanguageSession):
         """Check the engine's description and choose this process's GPU; loads no weights yet.
 
         Raises:
-            UserError: TensorRT-LLM or the engine is missing, damaged, of a version that cannot be
+            Blip2Error: TensorRT-LLM or the engine is missing, damaged, of a version that cannot be
                 used or not of each other's, or built for another number of processes.
         """
         config = EngineConfig.read(engine_dir)
@@ -65,9 +66,10 @@ class TensorRTLLMSession(LanguageSession):
         self._tensorrt_llm = _import_tensorrt_llm()
         self._rank, processes = self._tensorrt_llm.mpi_rank(), self._tensorrt_llm.mpi_world_size()
         if processes != config.world_size:
-            raise UserError(
+            raise Blip2Error(
                 f"{engine_dir} is for {config.world_size} GPU(s), and this runs in {processes}"
-                f" process(es); start it with: mpirun -n {config.world_size} python run.py …"
+                " process(es)",
+                f"start it with: mpirun -n {config.world_size} python run.py …",
             )
         if torch.cuda.is_available():
             # Now, as the ViT and the Q-Former go to the GPU that is current when they are opened.
@@ -92,7 +94,7 @@ class TensorRTLLMSession(LanguageSession):
         """Load this rank's engine; a second call does nothing.
 
         Raises:
-            UserError: TensorRT-LLM cannot load it.
+            Blip2Error: TensorRT-LLM cannot load it.
         """
         if self._runner is not None:
             return
@@ -107,9 +109,9 @@ class TensorRTLLMSession(LanguageSession):
             else:
                 self._runner = runtime.ModelRunner.from_dir(str(self._engine_dir), rank=self._rank)
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
-            raise UserError(
-                f"TensorRT-LLM cannot load {self._engine_dir} ({first_line(error)}); see that the"
-                f" GPU has memory for it, or build it again on this GPU with {MADE_BY}"
+            raise Blip2Error(
+                f"TensorRT-LLM cannot load {self._engine_dir} ({first_line(error)})",
+                f"see that the GPU has memory for it, or build it again on it with {BUILD_ENGINE}",
             ) from None
 
     def close(self) -> None:
@@ -135,9 +137,9 @@ class TensorRTLLMSession(LanguageSession):
     ) -> None:
         super().check(input_ids, prompt_table, options)
         if options.top_k > _MAX_TOP_K:
-            raise UserError(
-                f"top_k is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}; lower it, or"
-                " give 0 for the whole vocabulary"
+            raise Blip2Error(
+                f"top_k is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}",
+                "lower it, or give 0 for the whole vocabulary",
             )
 
     def _generate(
@@ -160,7 +162,7 @@ class TensorRTLLMSession(LanguageSession):
                 **_decoding_arguments(options),
             )
         except RuntimeError as error:
-            kind = memory.OutOfMemory if memory.exhausted(error) else UserError
+            kind = memory.OutOfMemory if memory.exhausted(error) else Blip2Error
             raise kind(
                 f"TensorRT-LLM failed on a batch of {len(input_ids)} ({first_line(error)}); ask"
                 " less at a time, or with fewer beams"
@@ -245,16 +247,17 @@ def _check_installation(engine_dir: Path, engine_version: str) -> None:
     try:
         installed = importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{engine_dir} holds a TensorRT-LLM engine, and tensorrt_llm is not installed; install"
+        raise Blip2Error(
+            f"{engine_dir} holds a TensorRT-LLM engine, and tensorrt_llm is not installed",
+            "install"
             " requirements-tensorrt.txt, or let the native session run OPT: give --opt_engine_dir"
-            " the output of opt/convert_checkpoint.py"
+            " the output of opt/convert_checkpoint.py",
         ) from None
     check_version(installed, "installed is")
     if installed != engine_version:
-        raise UserError(
-            f"{engine_dir} was built by TensorRT-LLM {engine_version}, installed is {installed};"
-            f" install that version, or build the engine again with {MADE_BY}"
+        raise Blip2Error(
+            f"{engine_dir} was built by TensorRT-LLM {engine_version}, installed is {installed}",
+            f" install that version, or build the engine again with {BUILD_ENGINE}",
         )
 
 
@@ -266,8 +269,8 @@ def _import_tensorrt_llm() -> ModuleType:
             import tensorrt_llm
             import tensorrt_llm.runtime
     except (ImportError, OSError) as error:
-        raise UserError(
-            f"tensorrt_llm cannot be imported ({first_line(error)}); it needs an NVIDIA GPU, its"
-            " driver and the environment of requirements-tensorrt.txt"
+        raise Blip2Error(
+            f"tensorrt_llm cannot be imported ({first_line(error)})",
+            "it needs an NVIDIA GPU, its driver and the environment of requirements-tensorrt.txt",
         ) from None
     return tensorrt_llm

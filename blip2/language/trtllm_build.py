@@ -13,8 +13,8 @@ import re
 import shlex
 from pathlib import Path
 
-from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, QFormerConfig
+from blip2.errors import Blip2Error
 from blip2.language.trtllm_engine import OLDEST
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -70,7 +70,7 @@ def build_command(
         limits: what the engine shall take; None is the guide's, as far as the model goes.
 
     Raises:
-        UserError: a version that has no such command.
+        Blip2Error: a version that has no such command.
     """
     release = parse_version(version)
     limits = limits or EngineLimits.within(config.max_position_embeddings)
@@ -96,12 +96,13 @@ def build_command(
 
 
 def parse_version(version: str) -> tuple[int, int]:
-    """Major and minor number of a TensorRT-LLM release; UserError outside 0.9 to 1.2."""
+    """Major and minor number of a TensorRT-LLM release; Blip2Error outside 0.9 to 1.2."""
     found = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)*", version)
     release = (int(found[1]), int(found[2])) if found else None
     if release is None or not (0, 9) <= release <= (1, 2):
-        raise UserError(
-            f"no trtllm-build for OPT in TensorRT-LLM {version}; name a release from 0.9 to {NEWEST}"
+        raise Blip2Error(
+            f"no trtllm-build for OPT in TensorRT-LLM {version}",
+            f"name a release from 0.9 to {NEWEST}",
         )
     return release
 

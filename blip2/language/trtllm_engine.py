@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from blip2.language.trtllm_format import ARCHITECTURE, DTYPES
+from blip2.layout import BUILD_ENGINE
 
-MADE_BY = "the trtllm-build command that opt/convert_checkpoint.py prints"
 # The releases that build and run TensorRT engines and take the arguments used here.
 OLDEST, FIRST_WITHOUT_ENGINES = (0, 13), (1, 3)
 _SIZES = (
@@ -56,11 +56,11 @@ class EngineConfig:
         """Read and check `engine_dir`.
 
         Raises:
-            UserError: missing, damaged, no OPT, no prompt table, a missing rank, or of a version
+            Blip2Error: missing, damaged, no OPT, no prompt table, a missing rank, or of a version
                 of TensorRT-LLM other than 0.13 to 1.2.
         """
         path = engine_dir / "config.json"
-        content = artifacts.read_json(path, MADE_BY)
+        content = artifacts.read_json(path, BUILD_ENGINE)
         try:
             config = cls(**_fields(content))
         except (KeyError, TypeError, AttributeError) as error:
@@ -117,15 +117,17 @@ def check_version(version: str, whose: str) -> None:
     found = re.match(r"(\d+)\.(\d+)", version)
     release = tuple(map(int, found.groups())) if found else (0, 0)
     if release >= FIRST_WITHOUT_ENGINES:
-        raise UserError(
+        raise Blip2Error(
             f"{whose} TensorRT-LLM {version}, which no longer runs TensorRT engines (1.2.1 was the"
-            " last to); install 1.2.1, or let the native session run OPT: give --opt_engine_dir the"
-            " output of opt/convert_checkpoint.py"
+            " last to)",
+            "install 1.2.1, or let the native session run OPT: give --opt_engine_dir the"
+            " output of opt/convert_checkpoint.py",
         )
     if release < OLDEST:
-        raise UserError(
-            f"{whose} TensorRT-LLM {version}; 0.13 to 1.2.1 can be used: install one of those and"
-            f" build the engine again with {MADE_BY}"
+        raise Blip2Error(
+            f"{whose} TensorRT-LLM {version}",
+            "0.13 to 1.2.1 can be used: install one of those and"
+            f" build the engine again with {BUILD_ENGINE}",
         )
 
 
@@ -146,5 +148,5 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bad_engine(path: Path, what: str) -> UserError:
-    return UserError(f"in {path}, {what}; build the engine again with {MADE_BY}")
+def _bad_engine(path: Path, what: str) -> Blip2Error:
+    return Blip2Error(f"in {path}, {what}", f"build the engine again with {BUILD_ENGINE}")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
+from blip2.layout import CONVERT
 
-MADE_BY = "python opt/convert_checkpoint.py"
 ARCHITECTURE = "OPTForCausalLM"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Far above every model there is: what a damaged file says must not decide how long we compute.
@@ -80,7 +80,7 @@ class OPTCheckpointConfig:
         """Read what `to_json` or TensorRT-LLM's own converter wrote; `path` is for messages.
 
         Raises:
-            UserError: not an OPT checkpoint, or a value that is missing or makes no sense.
+            Blip2Error: not an OPT checkpoint, or a value that is missing or makes no sense.
         """
         mapping, quantization = fields.get("mapping") or {}, fields.get("quantization") or {}
         for name, value in (("mapping", mapping), ("quantization", quantization)):
@@ -134,8 +134,8 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 1 <= value <= _LARGEST_SIZE
 
 
-def _bad_config(path: Path, what: str) -> UserError:
-    return UserError(f"in {path}, {what}; make a checkpoint of OPT with: {MADE_BY}")
+def _bad_config(path: Path, what: str) -> Blip2Error:
+    return Blip2Error(f"in {path}, {what}", f"make a checkpoint of OPT with: {CONVERT}")
 
 
 @dataclasses.dataclass(frozen=True)

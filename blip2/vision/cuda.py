@@ -16,7 +16,7 @@ import triton
 from torch import nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
 from blip2.vision import kernels, modules
 
 _LOG2_E = math.log2(math.e)

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
+from blip2.errors import Blip2Error
 from blip2.vision import int8, modules
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
@@ -147,7 +147,7 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights in place; of torch.int8, those of linear layers.
 
     Raises:
-        UserError: one is too large for `dtype`.
+        Blip2Error: one is too large for `dtype`.
     """
     if dtype == torch.int8:
         int8.quantize_linears(module)
@@ -155,9 +155,9 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
     module.to(dtype)
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(
-                f"{name} has weights too large for {str(dtype).removeprefix('torch.')}; export with"
-                " --dtype float32 --qformer_dtype float32"
+            raise Blip2Error(
+                f"{name} has weights too large for {str(dtype).removeprefix('torch.')}",
+                "export with --dtype float32 --qformer_dtype float32",
             )
 
 
@@ -238,7 +238,7 @@ def check_graph(
         tolerance: largest relative error (Frobenius norms) to accept.
 
     Raises:
-        UserError: the file is invalid or disagrees with the reference.
+        Blip2Error: the file is invalid or disagrees with the reference.
     """
     import onnx
 
@@ -248,16 +248,18 @@ def check_graph(
     for case, reference in zip(cases, expected, strict=True):
         output = run_graph(graph, case)
         if output.dtype == torch.float16 and not torch.isfinite(output).all():
-            raise UserError(
+            raise Blip2Error(
                 f"the exported {path.name} overflows float16: it yields NaN or Inf where float32 does"
-                " not; export with --dtype float32"
+                " not",
+                "export with --dtype float32",
             )
         difference = _compare(output, reference)
         if not difference.relative <= tolerance:
-            raise UserError(
+            raise Blip2Error(
                 f"the exported {path.name} disagrees with PyTorch in float32: relative error"
                 f" {difference.relative:.1e} at batch {difference.batch_size}, where rounding should"
-                f" cost at most {tolerance:.1e}; export with a --dtype of more bits"
+                f" cost at most {tolerance:.1e}",
+                "export with a --dtype of more bits",
             )
         differences.append(difference)
     return differences
@@ -278,7 +280,7 @@ def locate_weights(module: nn.Module, path: Path) -> dict[str, dict[str, Any]]:
     They are found by their bytes: the exporter names as it likes what it has transposed.
 
     Raises:
-        UserError: the exporter has changed a weight.
+        Blip2Error: the exporter has changed a weight.
     """
     import onnx
 
@@ -306,9 +308,9 @@ def locate_weights(module: nn.Module, path: Path) -> dict[str, dict[str, Any]]:
         if found is None and parameter.ndim == 2:
             found, transposed = place(parameter.T), True
         if found is None:
-            raise UserError(
-                f"PyTorch {torch.__version__} exports {name} with other values than it has; export"
-                " with the version that requirements.txt names"
+            raise Blip2Error(
+                f"PyTorch {torch.__version__} exports {name} with other values than it has",
+                "export with the version that requirements.txt names",
             )
         dtype = str(parameter.dtype).removeprefix("torch.")
         shape = list(parameter.shape)

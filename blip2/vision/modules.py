@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blip2.artifacts import UserError
+from blip2.artifacts.tensor_files import FiniteChecks, Loader
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
-from blip2.tensor_files import FiniteChecks, Loader
+from blip2.errors import Blip2Error
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -193,7 +193,7 @@ def load_vision_transformer(
     """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on a device.
 
     Raises:
-        UserError: a tensor is missing, has another shape than config.json says, or is not finite.
+        Blip2Error: a tensor is missing, has another shape than config.json says, or is not finite.
     """
     return _filled(_vision_transformer(checkpoint), checkpoint, dtype, device, "vision_model.")
 
@@ -211,7 +211,7 @@ def load_qformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     """The Q-Former and language projection of a BLIP-2 checkpoint, computing in `dtype` on a device.
 
     Raises:
-        UserError: as `load_vision_transformer`.
+        Blip2Error: as `load_vision_transformer`.
     """
     return _filled(_qformer(checkpoint), checkpoint, dtype, device, "")
 
@@ -231,7 +231,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     """See that a BLIP-2 checkpoint has every tensor of both networks, without reading any.
 
     Raises:
-        UserError: a tensor is missing or has another shape than config.json says.
+        Blip2Error: a tensor is missing or has another shape than config.json says.
     """
     _vision_transformer(checkpoint)
     _qformer(checkpoint)
@@ -239,9 +239,9 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
 
 def _check_activation(name: str, where: str) -> None:
     if name not in ACTIVATIONS:
-        raise UserError(
-            f"config.json names the activation {name!r} in {where}; this suite knows"
-            f" {', '.join(ACTIVATIONS)}"
+        raise Blip2Error(
+            f"config.json names the activation {name!r} in {where}",
+            f"this suite knows {', '.join(ACTIVATIONS)}",
         )
 
 
@@ -253,9 +253,9 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) 
     for name, shape in expected.items():
         stored = checkpoint.shape(name)
         if stored != shape:
-            raise UserError(
-                f"{checkpoint.path}: {name} has shape {stored}, config.json asks for {shape};"
-                f" {checkpoint.mend}"
+            raise Blip2Error(
+                f"{checkpoint.path}: {name} has shape {stored}, config.json asks for {shape}",
+                f" {checkpoint.mend}",
             )
 
 
@@ -277,9 +277,9 @@ def _filled(
     with ThreadPoolExecutor(load.threads) as pool:
         state = dict(zip(names, pool.map(parameter, names), strict=True))
     if (name := checks.first_not_finite()) is not None:
-        raise UserError(
-            f"{checkpoint.path}: {name} holds NaN or Inf in {str(dtype).removeprefix('torch.')};"
-            f" {checkpoint.mend}, or use --dtype float32"
+        raise Blip2Error(
+            f"{checkpoint.path}: {name} holds NaN or Inf in {str(dtype).removeprefix('torch.')}",
+            f" {checkpoint.mend}, or use --dtype float32",
         )
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

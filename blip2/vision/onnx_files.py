@@ -19,15 +19,13 @@ from typing import Any
 import torch
 
 from blip2 import artifacts
+from blip2.artifacts.tensor_files import Stored, StoredTensor
 from blip2.checkpoints import Checkpoint
 from blip2.devices import best_device
 from blip2.images import Preprocessing
-from blip2.tensor_files import Stored, StoredTensor
+from blip2.layout import EXPORT, QFORMER_ONNX, VIT_ONNX
 from blip2.vision.session import VisionSession
 
-MADE_BY = "python onnx_export.py"
-VIT_FILE = "visual_encoder/visual_encoder.onnx"
-QFORMER_FILE = "Qformer/Qformer.onnx"
 # What checkpoints put before the names of the networks' own parameters.
 VIT_PREFIX, QFORMER_PREFIX = "vision_model.", ""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -51,13 +49,13 @@ class OnnxFiles:
         """Read the descriptions of the graphs in `engine_dir` and of the query tokens.
 
         Raises:
-            UserError: a file is missing, truncated, or from another checkpoint than the others.
+            Blip2Error: a file is missing, truncated, or from another checkpoint than the others.
         """
-        vit, qformer = engine_dir / VIT_FILE, engine_dir / QFORMER_FILE
+        vit, qformer = engine_dir / VIT_ONNX, engine_dir / QFORMER_ONNX
         facts = {path: read_graph_sidecar(path) for path in (vit, qformer)}
-        facts[query_tokens] = artifacts.read_sidecar(query_tokens, MADE_BY)
-        artifacts.same_source(MADE_BY, facts)
-        with artifacts.reading_sidecar(vit, MADE_BY):
+        facts[query_tokens] = artifacts.read_sidecar(query_tokens, EXPORT)
+        artifacts.same_source(EXPORT, facts)
+        with artifacts.reading_sidecar(vit, EXPORT):
             return cls(
                 *(vit, qformer, query_tokens, facts[vit], facts[qformer]),
                 DTYPES[facts[vit]["dtype"]],
@@ -67,13 +65,13 @@ class OnnxFiles:
 
     def load_query_tokens(self) -> torch.Tensor:
         """1 x n x H_q."""
-        return artifacts.load_tensor(self.query_tokens, MADE_BY)
+        return artifacts.load_tensor(self.query_tokens, EXPORT)
 
     def checkpoint(self) -> Checkpoint:
         """The weights as those of a BLIP-2 checkpoint without its OPT.
 
         Raises:
-            UserError: a sidecar does not say where they lie, as those of old exports.
+            Blip2Error: a sidecar does not say where they lie, as those of old exports.
         """
         tensors: dict[str, Stored] = {"query_tokens": self.load_query_tokens()}
         config: dict[str, Any] = {"model_type": "blip-2"}
@@ -81,7 +79,7 @@ class OnnxFiles:
             (self.vit, self.vit_facts, "vision_config", VIT_PREFIX),
             (self.qformer, self.qformer_facts, "qformer_config", QFORMER_PREFIX),
         ):
-            with artifacts.reading_sidecar(path, MADE_BY):
+            with artifacts.reading_sidecar(path, EXPORT):
                 config[name] = facts[name]
                 tensors |= _stored_weights(path, facts["weights"], prefix)
         config["num_query_tokens"] = tensors["query_tokens"].shape[1]
@@ -90,7 +88,7 @@ class OnnxFiles:
             config,
             tensors,
             opt_location=None,
-            mend=f"make it again with: {MADE_BY}",
+            mend=f"make it again with: {EXPORT}",
         )
 
 
@@ -124,10 +122,10 @@ def read_graph_sidecar(path: Path) -> dict[str, Any]:
     """The sidecar of an exported graph, once graph and weights are there in their full size.
 
     Raises:
-        UserError: a file is missing or truncated.
+        Blip2Error: a file is missing or truncated.
     """
-    facts = artifacts.read_sidecar(path, MADE_BY)
-    artifacts.check_size(artifacts.data_path(path), facts.get("data"), MADE_BY)
+    facts = artifacts.read_sidecar(path, EXPORT)
+    artifacts.check_size(artifacts.data_path(path), facts.get("data"), EXPORT)
     return facts
 
 
@@ -137,7 +135,7 @@ def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     A ViT in INT8 is made for CPUs, and runs there on every machine.
 
     Raises:
-        UserError: a file is missing, damaged, or does not fit the others.
+        Blip2Error: a file is missing, damaged, or does not fit the others.
     """
     files, device = OnnxFiles.open(engine_dir, query_tokens), best_device()
     if device.type == "cuda" and files.compute_dtype != "int8":

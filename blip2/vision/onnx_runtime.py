@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError, first_line
-from blip2.vision.onnx_files import MADE_BY, OnnxFiles
+from blip2.errors import Blip2Error, first_line
+from blip2.layout import EXPORT
+from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.session import VisionSession
 
 _ELEMENTS = {"float16": "float16", "float32": "float", "int64": "int64"}  # ONNX Runtime's names
@@ -25,7 +26,7 @@ class OnnxRuntimeSession(VisionSession):
         """For an export whose files belong together, of which only descriptions are read yet.
 
         Raises:
-            UserError: the files do not fit one another.
+            Blip2Error: the files do not fit one another.
         """
         self.device = torch.device("cpu")
         self.dtype, self.preprocessing = files.dtype, files.preprocessing
@@ -33,9 +34,9 @@ class OnnxRuntimeSession(VisionSession):
         self._files = files
         self._vit_tensors = _described_tensors(files.vit, files.vit_facts)
         self._qformer_tensors = _described_tensors(files.qformer, files.qformer_facts)
-        with artifacts.reading_sidecar(files.vit, MADE_BY):
+        with artifacts.reading_sidecar(files.vit, EXPORT):
             pictures, image_embeds = (self._vit_tensors[name] for name in ("input", "output"))
-        with artifacts.reading_sidecar(files.qformer, MADE_BY):
+        with artifacts.reading_sidecar(files.qformer, EXPORT):
             seen = self._qformer_tensors["image_embeds"]
             query_tokens = self._qformer_tensors["query_tokens"][1][1:]
             self.output_size = self._qformer_tensors["query_output"][1][2]
@@ -43,15 +44,16 @@ class OnnxRuntimeSession(VisionSession):
             seen[0],
             seen[1][1:],
         ):
-            raise UserError(
-                f"{files.vit} and {files.qformer} do not fit one another; make both again with:"
-                f" {MADE_BY}"
+            raise Blip2Error(
+                f"{files.vit} and {files.qformer} do not fit one another",
+                f"make both again with: {EXPORT}",
             )
         tokens = files.load_query_tokens()
         if tuple(tokens.shape) != (1, *query_tokens):
-            raise UserError(
+            raise Blip2Error(
                 f"{files.query_tokens} has shape {tuple(tokens.shape)}, {files.qformer} takes"
-                f" {(1, *query_tokens)}; make both again with: {MADE_BY}"
+                f" {(1, *query_tokens)}",
+                f"make both again with: {EXPORT}",
             )
         self._query_tokens = tokens.to(self.dtype)
         self.num_query_tokens = tokens.shape[1]
@@ -61,7 +63,7 @@ class OnnxRuntimeSession(VisionSession):
         """Open the graphs; a second call does nothing.
 
         Raises:
-            UserError: ONNX Runtime cannot read one, or it is not what its sidecar says.
+            Blip2Error: ONNX Runtime cannot read one, or it is not what its sidecar says.
         """
         if self._qformer_graph is not None:
             return
@@ -93,7 +95,7 @@ def open_graph(path: Path, optimise: bool = True):
     CPU computes in would triple the memory, which matters more than speed when only checking.
 
     Raises:
-        UserError: ONNX Runtime cannot read the file or its data file.
+        Blip2Error: ONNX Runtime cannot read the file or its data file.
     """
     import onnxruntime
 
@@ -111,11 +113,11 @@ def open_graph(path: Path, optimise: bool = True):
             f"to open {path}", "close other programs, or export with --dtype float16"
         ):
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except UserError:
+    except Blip2Error:
         raise
     except Exception as error:  # its exception classes share no public base
-        raise UserError(
-            f"cannot open {path}: {first_line(error)}; make it again with: {MADE_BY}"
+        raise Blip2Error(
+            f"cannot open {path}: {first_line(error)}", f"make it again with: {EXPORT}"
         ) from None
 
 
@@ -123,9 +125,9 @@ def _described_tensors(path: Path, facts: dict[str, Any]) -> Tensors:
     """Element type, as ONNX Runtime names it, and shape of a graph's inputs and outputs.
 
     Raises:
-        UserError: the sidecar does not tell them.
+        Blip2Error: the sidecar does not tell them.
     """
-    with artifacts.reading_sidecar(path, MADE_BY):
+    with artifacts.reading_sidecar(path, EXPORT):
         return {
             name: (f"tensor({_ELEMENTS[value['dtype']]})", tuple(value["shape"]))
             for side in ("inputs", "outputs")
@@ -134,10 +136,10 @@ def _described_tensors(path: Path, facts: dict[str, Any]) -> Tensors:
 
 
 def _check_graph(path: Path, graph, described: Tensors) -> None:
-    """Raise UserError where a graph's inputs and outputs are not those that its sidecar tells."""
+    """Raise Blip2Error where a graph's inputs and outputs are not those that its sidecar tells."""
     values = (*graph.get_inputs(), *graph.get_outputs())
     found = {value.name: (value.type, tuple(value.shape)) for value in values}
-    with artifacts.reading_sidecar(path, MADE_BY):
+    with artifacts.reading_sidecar(path, EXPORT):
         if found != described:
             raise ValueError(f"the graph has {', '.join(found)} of other types or shapes")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 
 
@@ -33,28 +33,32 @@ class VisionSession(abc.ABC):
         read.
 
         Raises:
-            UserError: the weights are damaged, or cannot be read.
+            Blip2Error: the weights are damaged, or cannot be read.
         """
 
     def prepare(self, batch_size: int) -> None:  # noqa: B027 - most engines have nothing to prepare
         """Have what batches of that size need compiled; the stages wait for it, or do so themselves."""
 
-    def limit_batch(self, size: int) -> None:
-        """Work with batches of at most `size` from now on, and let go what larger ones needed."""
-        self.max_batch_size = size
+    def halve_batch(self, size: int) -> int:
+        """From now on work with half of what was too much of a batch of `size`; return how many.
+
+        What larger ones needed is let go.
+        """
+        self.max_batch_size = max(1, min(size, self.max_batch_size or size) // 2)
+        return self.max_batch_size
 
     def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values B x 3 x S x S → image_embeds B x T x H_v in the session's dtype.
 
         Raises:
-            UserError: the pictures have another size than the checkpoint takes.
+            Blip2Error: the pictures have another size than the checkpoint takes.
         """
         size = (3, self.preprocessing.height, self.preprocessing.width)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != size:
-            raise UserError(
+            raise Blip2Error(
                 f"the pictures have shape {tuple(pixel_values.shape)}, this ViT takes"
-                f" B x {' x '.join(map(str, size))}; make image.pt with the same checkpoint, or give"
-                " the picture itself"
+                f" B x {' x '.join(map(str, size))}",
+                "make image.pt with the same checkpoint, or give the picture itself",
             )
         self.load()
         return self._split(self._vit, pixel_values.to(self.device, self.dtype))

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
-from blip2.vision.onnx_files import MADE_BY as ONNX_MADE_BY
+from blip2.errors import Blip2Error
+from blip2.layout import EXPORT
 from blip2.vision.onnx_files import read_graph_sidecar
 from blip2.vision.tensorrt_plans import (
     DTYPES,
@@ -72,7 +72,7 @@ def build_plans(
         report_progress: called with the fraction done (0 … 1) and the name of the current phase.
 
     Raises:
-        UserError: a graph is missing, damaged, not its stage's or not float16; the targets cannot
+        Blip2Error: a graph is missing, damaged, not its stage's or not float16; the targets cannot
             be built for; or TensorRT refuses, with its reason.
         KeyboardInterrupt: passed on once the builder has stopped.
     """
@@ -120,22 +120,22 @@ def _checked_graph(onnx_dir: Path, stage: Stage, options: BuildOptions) -> dict[
     """The graph's sidecar, once the files have the recorded hashes and suit the stage."""
     path = onnx_dir / stage.onnx_file
     facts = read_graph_sidecar(path)
-    artifacts.Verification({path: ONNX_MADE_BY}, options.verify).finish()
-    with artifacts.reading_sidecar(path, ONNX_MADE_BY):
+    artifacts.Verification({path: EXPORT}, options.verify).finish()
+    with artifacts.reading_sidecar(path, EXPORT):
         _check_stage(path, stage, facts)
     return facts
 
 
 def _check_stage(path: Path, stage: Stage, facts: dict[str, Any]) -> None:
     if set(facts["inputs"]) != set(stage.inputs):
-        raise UserError(
-            f"{path} is not the {stage.label}: it takes {', '.join(facts['inputs'])}; make it again"
-            " with: python onnx_export.py"
+        raise Blip2Error(
+            f"{path} is not the {stage.label}: it takes {', '.join(facts['inputs'])}",
+            "make it again with: python onnx_export.py",
         )
     if facts["dtype"] != "float16":
-        raise UserError(
-            f"{path} is {facts['dtype']}, and the plan {stage.plan_file} is float16; export again"
-            " with: python onnx_export.py --dtype float16"
+        raise Blip2Error(
+            f"{path} is {facts['dtype']}, and the plan {stage.plan_file} is float16",
+            "export again with: python onnx_export.py --dtype float16",
         )
     if "opset" not in facts:
         raise LookupError("opset")
@@ -144,14 +144,14 @@ def _check_stage(path: Path, stage: Stage, facts: dict[str, Any]) -> None:
 def _check_flavour(trt: ModuleType, options: BuildOptions) -> None:
     """Refuse the options that this flavour of TensorRT has not."""
     if flavour_of(trt) != RTX and options.compute_capabilities:
-        raise UserError(
-            "--compute_capability builds for GPUs that are not here, which only TensorRT-RTX can;"
-            f" leave it out, or install TensorRT-RTX with: {INSTALL[RTX]}"
+        raise Blip2Error(
+            "--compute_capability builds for GPUs that are not here, which only TensorRT-RTX can",
+            f" leave it out, or install TensorRT-RTX with: {INSTALL[RTX]}",
         )
     if flavour_of(trt) == RTX and options.timing_cache:
-        raise UserError(
-            "--timing_cache: TensorRT-RTX measures nothing while building and keeps no such cache;"
-            " leave the flag out"
+        raise Blip2Error(
+            "--timing_cache: TensorRT-RTX measures nothing while building and keeps no such cache",
+            " leave the flag out",
         )
 
 
@@ -167,9 +167,9 @@ def _targets(trt: ModuleType, wanted: Sequence[str]) -> dict[str, Any]:
         here = "{}.{}".format(*torch.cuda.get_device_capability())
     if flavour_of(trt) != RTX:
         if here is None:
-            raise UserError(
-                "TensorRT builds on the GPU that will run the plan, and this machine has none;"
-                f" TensorRT-RTX builds without: {INSTALL[RTX]}"
+            raise Blip2Error(
+                "TensorRT builds on the GPU that will run the plan, and this machine has none",
+                f" TensorRT-RTX builds without: {INSTALL[RTX]}",
             )
         return {"compute_capabilities": [here], "name": torch.cuda.get_device_name()}
 
@@ -178,9 +178,10 @@ def _targets(trt: ModuleType, wanted: Sequence[str]) -> dict[str, Any]:
     targets = list(wanted) or ([here] if here else [t for t in known if t != "7.5"])
     for target in targets:
         if target not in known:
-            raise UserError(
+            raise Blip2Error(
                 f"TensorRT-RTX {trt.__version__} cannot build for compute capability {target}, only"
-                f" for {', '.join(known)}; name those with --compute_capability"
+                f" for {', '.join(known)}",
+                "name those with --compute_capability",
             )
     return {"compute_capabilities": sorted(set(targets), key=known.index)}
 
@@ -224,7 +225,7 @@ def _build(
 
     serialized = _run_builder(trt, builder, network, config, report_progress)
     if serialized is None:
-        raise UserError(f"{PRODUCTS[flavour_of(trt)]} cannot build {graph}: {log.reason()}")
+        raise Blip2Error(f"{PRODUCTS[flavour_of(trt)]} cannot build {graph}: {log.reason()}")
     plan.write_bytes(memoryview(serialized))
     if options.timing_cache:
         _save_timing_cache(config, options.timing_cache)
@@ -248,9 +249,9 @@ def _parse(trt: ModuleType, network: Any, graph: Path) -> None:
         reason = "it holds no network"
     else:
         return
-    raise UserError(
-        f"{PRODUCTS[flavour_of(trt)]} cannot read {graph}: {reason}; make it again with: python"
-        " onnx_export.py"
+    raise Blip2Error(
+        f"{PRODUCTS[flavour_of(trt)]} cannot read {graph}: {reason}",
+        "make it again with: python onnx_export.py",
     )
 
 
@@ -349,8 +350,8 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     content = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
-        raise UserError(
-            f"{path} is no timing cache of this TensorRT and GPU; delete it, or name another file"
+        raise Blip2Error(
+            f"{path} is no timing cache of this TensorRT and GPU", "delete it, or name another file"
         )
 
 

@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
+from blip2.layout import BUILD_PLANS, QFORMER_ONNX, QFORMER_PLAN, VIT_ONNX, VIT_PLAN
 
-MADE_BY = "python build_vit_qformer.py all"
 STANDARD, RTX = "tensorrt", "tensorrt_rtx"
 PRODUCTS = {STANDARD: "TensorRT", RTX: "TensorRT-RTX"}
 INSTALL = {STANDARD: "pip install tensorrt", RTX: "pip install tensorrt-rtx"}
@@ -40,15 +40,15 @@ class Stage:
 
 VIT = Stage(
     "ViT",
-    "visual_encoder/visual_encoder.onnx",
-    "visual_encoder/visual_encoder_fp16.plan",
+    VIT_ONNX,
+    VIT_PLAN,
     ("input",),
     "output",
 )
 QFORMER = Stage(
     "Q-Former",
-    "Qformer/Qformer.onnx",
-    "Qformer/Qformer_fp16.plan",
+    QFORMER_ONNX,
+    QFORMER_PLAN,
     ("query_tokens", "image_embeds", "image_atts"),
     "query_output",
 )
@@ -58,7 +58,7 @@ def import_tensorrt(*flavours: str) -> ModuleType:
     """Import the first of `flavours` ("tensorrt", "tensorrt_rtx") that is installed.
 
     Raises:
-        UserError: none can be imported, or it is older than TensorRT 10.
+        Blip2Error: none can be imported, or it is older than TensorRT 10.
     """
     reasons = []
     for flavour in flavours:
@@ -75,14 +75,15 @@ def import_tensorrt(*flavours: str) -> ModuleType:
     products = " nor ".join(PRODUCTS[flavour] for flavour in flavours)
     installs = " or ".join(INSTALL[flavour] for flavour in flavours)
     because = f" ({'; '.join(reasons)})" if reasons else ""
-    raise UserError(f"no {products} can be imported{because}; install it with: {installs}")
+    raise Blip2Error(f"no {products} can be imported{because}", f"install it with: {installs}")
 
 
 def _check_release(flavour: str, trt: ModuleType) -> None:
     if flavour == STANDARD and int(trt.__version__.split(".")[0]) < OLDEST_MAJOR:
-        raise UserError(
+        raise Blip2Error(
             f"TensorRT {trt.__version__} is too old: from {OLDEST_MAJOR} on the precision comes from"
-            f" the ONNX file; upgrade with: {INSTALL[flavour]}"
+            " the ONNX file",
+            f"upgrade with: {INSTALL[flavour]}",
         )
 
 
@@ -146,11 +147,11 @@ def read_plan_sidecar(plan_dir: Path, stage: Stage) -> PlanFacts:
     """What the sidecar says of a stage's plan, once the plan is there in its full size.
 
     Raises:
-        UserError: plan or sidecar missing, truncated, or not of this stage.
+        Blip2Error: plan or sidecar missing, truncated, or not of this stage.
     """
     path = plan_dir / stage.plan_file
-    sidecar = artifacts.read_sidecar(path, MADE_BY)
-    with artifacts.reading_sidecar(path, MADE_BY):
+    sidecar = artifacts.read_sidecar(path, BUILD_PLANS)
+    with artifacts.reading_sidecar(path, BUILD_PLANS):
         tensors = sidecar["inputs"] | sidecar["outputs"]
         facts = PlanFacts(
             path,
@@ -169,13 +170,14 @@ def read_plan_sidecar(plan_dir: Path, stage: Stage) -> PlanFacts:
         if not set(facts.dtypes.values()) <= set(DTYPES.values()):
             raise ValueError(f"types are {facts.dtypes}")
     if facts.flavour not in list(PRODUCTS):
-        raise UserError(
-            f"{path} was built with {facts.flavour!r}, which this suite does not know; make it again"
-            f" with: {MADE_BY}"
+        raise Blip2Error(
+            f"{path} was built with {facts.flavour!r}, which this suite does not know",
+            f"make it again with: {BUILD_PLANS}",
         )
     if (set(names[0]), names[1]) != (set(stage.inputs), (stage.output,)):
-        raise UserError(
+        raise Blip2Error(
             f"{path} is not a plan of the {stage.label}: it takes {', '.join(names[0])} and gives"
-            f" {', '.join(names[1])}; make it again with: {MADE_BY}"
+            f" {', '.join(names[1])}",
+            f"make it again with: {BUILD_PLANS}",
         )
     return facts

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from blip2 import artifacts
-from blip2.artifacts import UserError
-from blip2.cuda_graphs import capture
+from blip2.errors import Blip2Error
+from blip2.gpu.cuda_graphs import capture
 from blip2.images import Preprocessing
+from blip2.layout import BUILD_PLANS
 from blip2.vision.session import VisionSession
 from blip2.vision.tensorrt_plans import (
     DTYPES,
     INSTALL,
-    MADE_BY,
     PRODUCTS,
     QFORMER,
     RTX,
@@ -41,12 +41,12 @@ class Gpu:
     """The GPU that plans run on, through torch."""
 
     def __init__(self) -> None:
-        """Raises UserError: there is none that torch can use."""
+        """Raises Blip2Error: there is none that torch can use."""
         # Before anything of TensorRT's runtime: some of it ends the process where no GPU is.
         if not torch.cuda.is_available():
-            raise UserError(
-                "TensorRT plans need an NVIDIA GPU, and torch sees none here; without one, run on the"
-                " ONNX files: --engine_dir onnx"
+            raise Blip2Error(
+                "TensorRT plans need an NVIDIA GPU, and torch sees none here",
+                "without one, run on the ONNX files: --engine_dir onnx",
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
@@ -72,12 +72,12 @@ class TensorRTSession(VisionSession):
         """Open `engine_dir`'s two plans and the query tokens of the same export.
 
         Raises:
-            UserError: a file is missing, damaged or from another checkpoint than the others; a plan
+            Blip2Error: a file is missing, damaged or from another checkpoint than the others; a plan
                 is of another TensorRT, another GPU or the other stage; there is no GPU.
         """
         vit, qformer = (read_plan_sidecar(engine_dir, stage) for stage in (VIT, QFORMER))
         artifacts.same_source(
-            f"python onnx_export.py && {MADE_BY}",
+            f"python onnx_export.py && {BUILD_PLANS}",
             {
                 vit.path: vit.sidecar,
                 qformer.path: qformer.sidecar,
@@ -94,7 +94,7 @@ class TensorRTSession(VisionSession):
         self.dtype = getattr(torch, vit.dtypes[VIT.output])
         self.max_batch_size = min(vit.profile[2], qformer.profile[2])
         self.num_query_tokens = tokens.shape[1]
-        with artifacts.reading_sidecar(vit.path, MADE_BY):
+        with artifacts.reading_sidecar(vit.path, BUILD_PLANS):
             self.preprocessing = Preprocessing.from_dict(vit.sidecar["preprocessing"])
         self.output_size = qformer.shapes[QFORMER.output][1]
         _check_shapes(vit, qformer, query_tokens, tokens)
@@ -107,7 +107,7 @@ class TensorRTSession(VisionSession):
         """Load both plans; a second call does nothing.
 
         Raises:
-            UserError: TensorRT cannot read one, it is not what its sidecar says, or the GPU has too
+            Blip2Error: TensorRT cannot read one, it is not what its sidecar says, or the GPU has too
                 little memory.
         """
         if self._qformer_plan is not None:
@@ -118,10 +118,11 @@ class TensorRTSession(VisionSession):
             )
             self._connect(vit, qformer)
         except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self._gpu.name} has too little free memory for {self._engine_dir}; free some, or"
-                f" build with a smaller batch: {MADE_BY} --max_batch_size"
-                f" {max(1, self.max_batch_size // 2)}"
+            raise Blip2Error(
+                f"{self._gpu.name} has too little free memory for {self._engine_dir}",
+                "free some, or"
+                f" build with a smaller batch: {BUILD_PLANS} --max_batch_size"
+                f" {max(1, self.max_batch_size // 2)}",
             ) from None
         self._vit_plan, self._qformer_plan = vit, qformer
 
@@ -147,26 +148,26 @@ class TensorRTSession(VisionSession):
 def _tensorrt_of(vit: PlanFacts, qformer: PlanFacts) -> ModuleType:
     """The TensorRT that built both plans."""
     if vit.product != qformer.product:
-        raise UserError(
-            f"{vit.path} was built with {vit.product}, {qformer.path} with {qformer.product}; make"
-            f" both again with: {MADE_BY}"
+        raise Blip2Error(
+            f"{vit.path} was built with {vit.product}, {qformer.path} with {qformer.product}",
+            f"make both again with: {BUILD_PLANS}",
         )
     trt = import_tensorrt(vit.flavour)
     if trt.__version__ != vit.version:
-        raise UserError(
+        raise Blip2Error(
             f"{vit.path} was built with {vit.product}, and {PRODUCTS[vit.flavour]} {trt.__version__} is"
-            f" installed, which cannot read it; make it again with: {MADE_BY}, or:"
-            f" {INSTALL[vit.flavour]}=={vit.version}"
+            " installed, which cannot read it",
+            f"make it again with: {BUILD_PLANS}, or: {INSTALL[vit.flavour]}=={vit.version}",
         )
     return trt
 
 
 def _check_gpu(facts: PlanFacts, gpu: Gpu) -> None:
     if gpu.compute_capability not in facts.compute_capabilities:
-        raise UserError(
+        raise Blip2Error(
             f"{facts.path} was built for compute capability {', '.join(facts.compute_capabilities)},"
-            f" and this {gpu.name} has {gpu.compute_capability}; make it again on this machine with:"
-            f" {MADE_BY}"
+            f" and this {gpu.name} has {gpu.compute_capability}",
+            f"make it again on this machine with: {BUILD_PLANS}",
         )
 
 
@@ -178,14 +179,15 @@ def _check_shapes(
         qformer.shapes["image_embeds"],
         qformer.dtypes["image_embeds"],
     ):
-        raise UserError(
-            f"{vit.path} yields other embeddings than {qformer.path} takes; make both again with:"
-            f" {MADE_BY}"
+        raise Blip2Error(
+            f"{vit.path} yields other embeddings than {qformer.path} takes",
+            f"make both again with: {BUILD_PLANS}",
         )
     if tuple(tokens.shape) != (1, *qformer.shapes["query_tokens"]):
-        raise UserError(
+        raise Blip2Error(
             f"{query_tokens} has shape {tuple(tokens.shape)}, {qformer.path} takes"
-            f" {(1, *qformer.shapes['query_tokens'])}; make it again with: python onnx_export.py"
+            f" {(1, *qformer.shapes['query_tokens'])}",
+            "make it again with: python onnx_export.py",
         )
 
 
@@ -208,16 +210,16 @@ class Plan:
     """
 
     def __init__(self, trt: ModuleType, stage: Stage, facts: PlanFacts, gpu: Gpu) -> None:
-        """Raises UserError: TensorRT cannot read the plan, or it is not what its sidecar says."""
+        """Raises Blip2Error: TensorRT cannot read the plan, or it is not what its sidecar says."""
         self._trt, self._stage, self._facts, self._gpu = trt, stage, facts, gpu
         log = log_of(trt)
         log.errors.clear()
         self._runtime = trt.Runtime(log)  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(facts.path.read_bytes())
         if self._engine is None:
-            raise UserError(
-                f"{PRODUCTS[flavour_of(trt)]} cannot read {facts.path}: {log.reason()}; make it again"
-                f" with: {MADE_BY}"
+            raise Blip2Error(
+                f"{PRODUCTS[flavour_of(trt)]} cannot read {facts.path}: {log.reason()}",
+                f"make it again with: {BUILD_PLANS}",
             )
         self._check_tensors()
         self.buffers = {
@@ -245,7 +247,7 @@ class Plan:
             The first rows of the output's buffer: valid until the next run.
 
         Raises:
-            UserError: TensorRT refuses, with its reason.
+            Blip2Error: TensorRT refuses, with its reason.
         """
         # A plan for batches of at least m runs m; the rows beyond the batch are computed for nothing.
         rows = max(len(batch), self._facts.profile[0])
@@ -317,13 +319,14 @@ class Plan:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         found = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         if found != self._facts.dtypes:
-            raise UserError(
-                f"{self._facts.path} holds other tensors than its sidecar says; make it again with:"
-                f" {MADE_BY}"
+            raise Blip2Error(
+                f"{self._facts.path} holds other tensors than its sidecar says",
+                f"make it again with: {BUILD_PLANS}",
             )
 
-    def _failure(self, rows: int) -> UserError:
-        return UserError(
+    def _failure(self, rows: int) -> Blip2Error:
+        return Blip2Error(
             f"TensorRT cannot run {self._facts.path} on a batch of {rows}:"
-            f" {log_of(self._trt).reason()}; make it again with: {MADE_BY}"
+            f" {log_of(self._trt).reason()}",
+            f"make it again with: {BUILD_PLANS}",
         )

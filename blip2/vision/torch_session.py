@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from blip2.checkpoints import Checkpoint, open_checkpoint
-from blip2.cuda_graphs import Graph
 from blip2.devices import best_device
+from blip2.gpu.cuda_graphs import Graph
+from blip2.gpu.kernel_launch import compile_ahead
 from blip2.images import Preprocessing
-from blip2.kernel_launch import compile_ahead
 from blip2.vision import modules
 from blip2.vision.session import VisionSession
 
@@ -50,7 +50,7 @@ class TorchSession(VisionSession):
             device: to run on.
 
         Raises:
-            UserError: a tensor is missing, or has another shape than the configuration says.
+            Blip2Error: a tensor is missing, or has another shape than the configuration says.
         """
         modules.check_checkpoint(checkpoint)
         self.device, self.dtype = device, dtype
@@ -66,7 +66,7 @@ class TorchSession(VisionSession):
         """Read the weights; a second call does nothing.
 
         Raises:
-            UserError: a tensor holds NaN or Inf, or cannot be read.
+            Blip2Error: a tensor holds NaN or Inf, or cannot be read.
         """
         if self._stages is not None:
             return
@@ -89,10 +89,10 @@ class TorchSession(VisionSession):
             pixel_values = torch.zeros(size, 3, *sides, dtype=self.dtype, device=self.device)
             self._stages.qformer(self._stages.vit(pixel_values))
 
-    def limit_batch(self, size: int) -> None:
-        super().limit_batch(size)
+    def halve_batch(self, size: int) -> int:
         if self._stages is not None:
             self._stages.release()
+        return super().halve_batch(size)
 
     @torch.inference_mode()
     def _vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def open_checkpoint_session(engine_dir: Path, _query_tokens: Path) -> TorchSessi
     """Open the BLIP-2 checkpoint in `engine_dir`, which has query tokens of its own.
 
     Raises:
-        UserError: it is damaged, incomplete, or no BLIP-2.
+        Blip2Error: it is damaged, incomplete, or no BLIP-2.
     """
     checkpoint, device = open_checkpoint(engine_dir), best_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from exact import HALF, bits_of, drawing, relative_error, settle
 
-from blip2.language.native import compiled
+from blip2.gpu import compiled
 from blip2.language.native.layered_step import ATTENTION_SOURCE
 
 HEADS, MAX_LEN = 3, 700

@@ -9,8 +9,8 @@ import torch
 import triton
 from exact import HALF, bits_of, drawing, opt_config, relative_error, settle
 
-from blip2.decoding import BeamSearch, Greedy
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
+from blip2.language.decoding import BeamSearch, Greedy
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm
 from blip2.language.native.cuda_cache import CudaCache

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from blip2.artifacts.tensor_files import Loader, mapped, read_header
 from blip2.checkpoints import open_checkpoint
-from blip2.cuda_graphs import capture
+from blip2.gpu.cuda_graphs import capture
 from blip2.images import Preprocessing
 from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
-from blip2.tensor_files import Loader, mapped, read_header
 from blip2.vision import modules
 from blip2.vision.cuda import CudaVisionTransformer
 from blip2.vision.torch_session import MAX_BATCH_SIZE, TorchSession, open_checkpoint_session
@@ -119,12 +119,12 @@ def test_a_limited_session_lets_its_caches_go(demo_opt):
         session.generate(ids, torch.zeros(requests, 0, session.hidden_size, device=GPU), options)
 
     ask(1)
-    session.limit_batch(64)
+    session._model.release()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     ask(64)
     ask(64)
     assert torch.cuda.memory_allocated() > before + (1 << 20)
-    session.limit_batch(32)
+    session.halve_batch(64)
     assert torch.cuda.memory_allocated() <= before + (1 << 16)
     ask(64)  # in two batches

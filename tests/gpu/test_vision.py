@@ -14,7 +14,7 @@ from exact import HALF, drawing, fill_free_memory_with_nan, relative_error, sett
 from models import with_random_weights
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
 from blip2.vision import cuda, kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 

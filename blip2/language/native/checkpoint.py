@@ -12,14 +12,13 @@ import torch
 from safetensors import SafetensorError
 
 from blip2 import artifacts, memory
-from blip2.artifacts import UserError
+from blip2.artifacts.tensor_files import FiniteChecks, Loader, UnknownType, read_header
 from blip2.checkpoints import OPTConfig, open_checkpoint
+from blip2.errors import Blip2Error
 from blip2.language.conversion import ConversionOptions, Source, target_config
 from blip2.language.native.linear import Linear
-from blip2.language.trtllm_format import MADE_BY, QUANT_BITS, OPTCheckpointConfig, tensor_specs
-from blip2.tensor_files import FiniteChecks, Loader, UnknownType, read_header
-
-WEIGHTS_FILE = "rank0.safetensors"
+from blip2.language.trtllm_format import QUANT_BITS, OPTCheckpointConfig, tensor_specs
+from blip2.layout import CONVERT, OPT_WEIGHTS
 
 _HEAD_BITS = 8
 
@@ -64,7 +63,7 @@ class OPTWeights:
 class OPTTensors(Protocol):
     """An OPT's tensors by TensorRT-LLM's names, however a checkpoint has them.
 
-    Opening one reads descriptions, and raises UserError where a tensor is missing or has another
+    Opening one reads descriptions, and raises Blip2Error where a tensor is missing or has another
     shape than the configuration says.
     """
 
@@ -76,27 +75,27 @@ class OPTTensors(Protocol):
         """One tensor, where `load` brings it.
 
         Raises:
-            UserError: it cannot be read.
+            Blip2Error: it cannot be read.
         """
 
 
 class TRTLLMTensors:
     """Those of a TensorRT-LLM checkpoint for one GPU."""
 
-    mend = f"make it again with: {MADE_BY}"
+    mend = f"make it again with: {CONVERT}"
 
     def __init__(self, directory: Path) -> None:
         """Read config.json, and which tensors there are.
 
         Raises:
-            UserError: a file is missing, unreadable, truncated or of another size than its
+            Blip2Error: a file is missing, unreadable, truncated or of another size than its
                 description says; it is no OPT, or split over several GPUs; tensors are missing,
                 extra or wrongly shaped.
         """
         self.config = read_config(directory)
-        self.where = directory / WEIGHTS_FILE
+        self.where = directory / OPT_WEIGHTS
         if artifacts.sidecar_path(self.where).exists():  # TensorRT-LLM's own converter writes none.
-            artifacts.read_sidecar(self.where, MADE_BY)
+            artifacts.read_sidecar(self.where, CONVERT)
         try:
             self._stored = read_header(self.where)
         except (OSError, SafetensorError, UnknownType) as error:
@@ -112,9 +111,9 @@ class TRTLLMTensors:
             if stored.get(name) != expected.get(name):
                 has = f"shape {list(stored[name])}" if name in stored else "nothing"
                 wants = f"shape {list(expected[name])}" if name in expected else "no such tensor"
-                raise UserError(
-                    f"{self.where} has {has} as {name}, its config.json calls for {wants};"
-                    f" {self.mend}"
+                raise Blip2Error(
+                    f"{self.where} has {has} as {name}, its config.json calls for {wants}",
+                    f" {self.mend}",
                 )
 
     def read(self, name: str, load: Loader) -> torch.Tensor:
@@ -125,9 +124,10 @@ class TRTLLMTensors:
                 raise
             raise self._unreadable(error) from None
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            f"cannot read {self.where}: {error}; it is missing, truncated or damaged: {self.mend}"
+    def _unreadable(self, error: Exception) -> Blip2Error:
+        return Blip2Error(
+            f"cannot read {self.where}: {error}",
+            f"it is missing, truncated or damaged: {self.mend}",
         )
 
 
@@ -138,7 +138,7 @@ class CheckpointTensors:
         """Read the configuration, and which tensors there are.
 
         Raises:
-            UserError: as `open_checkpoint` and `target_config`.
+            Blip2Error: as `open_checkpoint` and `target_config`.
         """
         checkpoint = open_checkpoint(directory)
         self.config = target_config(checkpoint, ConversionOptions())
@@ -154,9 +154,9 @@ def open_tensors(directory: Path) -> OPTTensors:
     """The OPT in a directory: of a TensorRT-LLM checkpoint, or of Hugging Face's.
 
     Raises:
-        UserError: as the two classes.
+        Blip2Error: as the two classes.
     """
-    converted = (directory / WEIGHTS_FILE).is_file()
+    converted = (directory / OPT_WEIGHTS).is_file()
     return TRTLLMTensors(directory) if converted else CheckpointTensors(directory)
 
 
@@ -164,14 +164,14 @@ def read_config(directory: Path) -> OPTCheckpointConfig:
     """Read config.json.
 
     Raises:
-        UserError: missing, unreadable, not of an OPT, or of a checkpoint split over several GPUs.
+        Blip2Error: missing, unreadable, not of an OPT, or of a checkpoint split over several GPUs.
     """
     path = directory / "config.json"
-    config = OPTCheckpointConfig.from_json(artifacts.read_json(path, MADE_BY), path)
+    config = OPTCheckpointConfig.from_json(artifacts.read_json(path, CONVERT), path)
     if config.tp_size != 1:
-        raise UserError(
-            f"{directory} is split over {config.tp_size} GPUs, the native session runs on one;"
-            f" make it again with: {MADE_BY} --tp_size 1"
+        raise Blip2Error(
+            f"{directory} is split over {config.tp_size} GPUs, the native session runs on one",
+            f" make it again with: {CONVERT} --tp_size 1",
         )
     return config
 
@@ -199,7 +199,7 @@ def load_weights(
         dtype: the type that all must be finite in, if not their own.
 
     Raises:
-        UserError: a tensor cannot be read, or holds NaN or Inf.
+        Blip2Error: a tensor cannot be read, or holds NaN or Inf.
     """
     load, checks = Loader(device), FiniteChecks(dtype)
 
@@ -209,7 +209,7 @@ def load_weights(
     weights = _build(tensors.config, read, place, pack, place_embedding or place, load.threads)
     if (name := checks.first_not_finite()) is not None:
         kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
-        raise UserError(f"{tensors.where} has NaN or Inf in {name}{kind}; {tensors.mend}")
+        raise Blip2Error(f"{tensors.where} has NaN or Inf in {name}{kind}", f"{tensors.mend}")
     return weights
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from blip2.language.decoding import Strategy
 from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
@@ -19,6 +20,7 @@ from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
 from blip2.language.native.prompt import Prompt, is_captured, padded_length
+from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 _CACHE_MULTIPLE = 128  # a cache is made for such a number of tokens, so that few are prepared
@@ -38,8 +40,6 @@ class CudaModel(OPTModel):
 
     steps_ahead = 1  # one is enough for the GPU never to wait for the host
     has_kernels = True
-    greedy = CudaGreedy
-    beam_search = CudaBeamSearch
     max_batch_size = 64  # larger ones are hardly faster a request, and their cache is large
 
     @staticmethod
@@ -60,7 +60,7 @@ class CudaModel(OPTModel):
         """Read a checkpoint onto a GPU, to compute in float16 with float32 sums and residuals.
 
         Raises:
-            UserError: the checkpoint is damaged; see `load_weights`.
+            Blip2Error: the checkpoint is damaged; see `load_weights`.
         """
 
         def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> PackedLinear:
@@ -92,6 +92,21 @@ class CudaModel(OPTModel):
         cache = self._prepared[key].cache
         cache.reset(lengths, num_beams)
         return cache
+
+    def new_strategy(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        first_request: int,
+        device: torch.device,
+    ) -> Strategy:
+        """As in the base class; what is searched for, by kernels."""
+        vocab_size = self.config.vocab_size
+        if options.num_beams > 1:
+            return CudaBeamSearch(options, input_ids, vocab_size, device)
+        if not options.samples:
+            return CudaGreedy(options, input_ids, vocab_size, device)
+        return super().new_strategy(options, input_ids, first_request, device)
 
     def _make_step(self, cache: CudaCache) -> Callable[[torch.Tensor], torch.Tensor]:
         from blip2.language.native.fused_step import FusedStep, macros_for

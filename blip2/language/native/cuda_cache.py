@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
 from blip2.language.native import beam_kernels
 from blip2.language.trtllm_format import OPTCheckpointConfig
 

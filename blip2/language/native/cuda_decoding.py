@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from blip2.decoding import RULED_OUT, BeamSearch, Greedy
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
+from blip2.language.decoding import RULED_OUT, BeamSearch, Greedy
 from blip2.language.native import beam_kernels, kernels
 from blip2.language.session import GenerationOptions
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from blip2.gpu.compiled import CompiledKernel, load_kernel
 from blip2.language.native.checkpoint import Norm, OPTWeights
-from blip2.language.native.compiled import CompiledKernel, load_kernel
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.packing import PackedLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import triton
 
-from blip2.cuda_graphs import Graph
-from blip2.kernel_launch import launch
+from blip2.gpu.cuda_graphs import Graph
+from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
@@ -61,7 +61,7 @@ class LayeredStep:
         cache = self._cache
         keys, values = cache.keys[layer], cache.values[layer]
         heads, head_size = keys.shape[1], keys.shape[3]
-        from blip2.language.native.compiled import load_kernel
+        from blip2.gpu.compiled import load_kernel
 
         warps = 1 if cache.rows * heads >= _MANY_HEADS else _FEW_HEADS_WARPS
         macros = (("HEAD_SIZE", head_size), ("WARPS", warps))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import triton
 
-from blip2.kernel_launch import launch
+from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
@@ -145,7 +145,7 @@ class Layers:
         relu: bool = False,
         residual: bool = False,
     ) -> None:
-        from blip2.language.native.compiled import load_kernel
+        from blip2.gpu.compiled import load_kernel
 
         channels, inputs = linear.shape
         macros = {

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
 
-from blip2.decoding import BeamSearch, Greedy
+from blip2.language.decoding import Strategy, make_strategy
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTTensors, OPTWeights, load_weights
 from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
 from blip2.language.native.nbits import NBitsLinear, torch_on_one_thread
+from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -30,14 +31,12 @@ class OPTModel:
 
     `steps_ahead` is how many steps to queue before reading whether every answer had ended by then:
     none where host and device are the same. `has_kernels` says that it is compiled when it is first
-    used. `greedy` and `beam_search` are what searches so.
+    used.
     """
 
     steps_ahead = 0
     has_kernels = False
     max_batch_size: int | None = None
-    greedy: type[Greedy] = Greedy
-    beam_search: type[BeamSearch] = BeamSearch
 
     def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights) -> None:
         self.config = config
@@ -51,7 +50,7 @@ class OPTModel:
         On a CPU weights stay in 16, 8 and 4 bits; those of 8 and 4 are multiplied with inputs of 8.
 
         Raises:
-            UserError: the checkpoint is damaged; see `load_weights`.
+            Blip2Error: the checkpoint is damaged; see `load_weights`.
         """
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,6 +78,16 @@ class OPTModel:
         head_size = self.config.hidden_size // heads
         layers = self.config.num_hidden_layers
         return KVCache(layers, heads, head_size, lengths, num_beams, max_new_tokens)
+
+    def new_strategy(
+        self,
+        options: GenerationOptions,
+        input_ids: Sequence[torch.Tensor],
+        first_request: int,
+        device: torch.device,
+    ) -> Strategy:
+        """What chooses the tokens of these requests: see `make_strategy`."""
+        return make_strategy(options, input_ids, self.config.vocab_size, first_request, device)
 
     def prefill(
         self,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from blip2 import memory
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from blip2.language.native.linear import Linear, quantize
 
 _BLOCKS = (128, 64, 32)  # inputs that share a scale; the channel's scale is repeated for each
@@ -39,15 +39,15 @@ class NBitsLinear(Linear):
         """As the base class.
 
         Raises:
-            UserError: onnx or ONNX Runtime is not installed.
+            Blip2Error: onnx or ONNX Runtime is not installed.
         """
         try:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
         except ImportError as error:
-            raise UserError(
-                f"INT8 and INT4 on a CPU need {error.name}; install it with: pip install -r"
-                " requirements.txt"
+            raise Blip2Error(
+                f"INT8 and INT4 on a CPU need {error.name}",
+                "install it with: pip install -r requirements.txt",
             ) from None
         parts = (quantize(rows, bits) for rows in weight.split(_ROWS))
         values, scales = (torch.cat(part) for part in zip(*parts, strict=True))

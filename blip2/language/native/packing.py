@@ -51,7 +51,7 @@ class PackedLinear(Linear):
         """The float16 weight, N x K, that the stored one stands for."""
         if self.scales is None:
             return self.weight
-        from blip2.language.native.compiled import load_kernel
+        from blip2.gpu.compiled import load_kernel
 
         weight = torch.empty(self.shape, dtype=torch.float16, device=self.weight.device)
         kernel = load_kernel(SOURCE, "unpack_weight", (("BITS", self.bits),))

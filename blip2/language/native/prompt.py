@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 import triton
 
-from blip2.cuda_graphs import Graph
-from blip2.kernel_launch import launch
+from blip2.gpu.cuda_graphs import Graph
+from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2 import decoding
-from blip2.artifacts import UserError
 from blip2.devices import best_device
-from blip2.kernel_launch import compile_ahead
+from blip2.errors import Blip2Error
+from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
 from blip2.language.native.model import ACTIVATIONS, OPTModel
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
@@ -31,14 +30,14 @@ class NativeSession(LanguageSession):
         """Open the checkpoint in `directory`, of which only descriptions are read yet.
 
         Raises:
-            UserError: missing, damaged, or split over several GPUs.
+            Blip2Error: missing, damaged, or split over several GPUs.
         """
         self._tensors = open_tensors(directory)
         config = self._tensors.config
         if config.hidden_act not in ACTIVATIONS:
-            raise UserError(
-                f"{directory} uses the activation {config.hidden_act}; the native session knows"
-                f" {', '.join(ACTIVATIONS)}"
+            raise Blip2Error(
+                f"{directory} uses the activation {config.hidden_act}",
+                f"the native session knows {', '.join(ACTIVATIONS)}",
             )
         self.device = best_device()
         self.vocab_size = config.vocab_size
@@ -56,7 +55,7 @@ class NativeSession(LanguageSession):
         """Read the weights; a second call does nothing.
 
         Raises:
-            UserError: they are damaged.
+            Blip2Error: they are damaged.
         """
         if self._model is None:
             self._model = self._model_class.load(self._tensors, self.device)
@@ -79,10 +78,10 @@ class NativeSession(LanguageSession):
             logits = requests.read_prompts(table).zero_()
             requests.append(*requests.strategy.advance(logits))
 
-    def limit_batch(self, size: int) -> None:
-        super().limit_batch(size)
+    def halve_batch(self, size: int) -> int:
         if self._model is not None:
             self._model.release()
+        return super().halve_batch(size)
 
     @torch.inference_mode()
     def _generate(
@@ -116,8 +115,8 @@ class NativeSession(LanguageSession):
                 break
             logits = requests.append(*chosen)
         if not strategy.finite():
-            raise UserError(
-                "the OPT yields NaN or Inf; make its checkpoint again from the original"
+            raise Blip2Error(
+                "the OPT yields NaN or Inf", "make its checkpoint again from the original"
             )
         return strategy.results()
 
@@ -137,15 +136,7 @@ class _Requests:
         self._lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
         self._input_ids = pad_sequence(list(input_ids), batch_first=True).long().to(device)
         self._cache = model.new_cache(self._lengths, options.num_beams, options.max_output_len)
-        self.strategy = decoding.make_strategy(
-            options,
-            input_ids,
-            model.config.vocab_size,
-            first_request,
-            device,
-            model.greedy,
-            model.beam_search,
-        )
+        self.strategy = model.new_strategy(options, input_ids, first_request, device)
 
     def read_prompts(self, prompt_table: torch.Tensor) -> torch.Tensor:
         """Logits after the prompts, rows x vocab_size."""
@@ -181,9 +172,9 @@ def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTM
         try:
             from blip2.language.native.cuda import CudaModel
         except ImportError as error:
-            raise UserError(
-                f"on a GPU the native OPT session needs {error.name}; install it with: pip install -r"
-                " requirements-gpu.txt"
+            raise Blip2Error(
+                f"on a GPU the native OPT session needs {error.name}",
+                "install it with: pip install -r requirements-gpu.txt",
             ) from None
 
         if CudaModel.runs(config):

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from blip2.artifacts import UserError, first_line
+from blip2.errors import Blip2Error, first_line
 from blip2.images import MAX_FILE_BYTES, SUFFIXES
 
 _URLS = ("http://", "https://")
@@ -89,7 +89,7 @@ def list_entries(sources: Sequence[str]) -> list[str]:
     """The pictures and shards that the sources of a command line stand for, in order.
 
     Raises:
-        UserError: a source that does not exist, or holds no picture.
+        Blip2Error: a source that does not exist, or holds no picture.
     """
     return [entry for source in sources for name in expand(source) for entry in _entries_of(name)]
 
@@ -106,7 +106,7 @@ def expand(source: str) -> list[str]:
         padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
         width = max(len(first), len(last)) if padded else 0
         if abs(int(last) - int(first)) > _MOST_NAMES:
-            raise UserError(f"{source} stands for more than {_MOST_NAMES} names; give fewer")
+            raise Blip2Error(f"{source} stands for more than {_MOST_NAMES} names", "give fewer")
         step = 1 if int(first) <= int(last) else -1
         values = [f"{n:0{width}}" for n in range(int(first), int(last) + step, step)]
     before, after = source[: found.start()], source[found.end() :]
@@ -123,7 +123,7 @@ def _entries_of(source: str) -> list[str]:
         entries = _listed_in(path)
     elif path.is_file():
         if source.endswith(".pt"):
-            raise UserError(f"{source} is a tensor; with --output give --input_dir the pictures")
+            raise Blip2Error(f"{source} is a tensor", "give input_dir the pictures")
         return [source]
     elif glob.has_magic(source):
         matches = sorted(glob.glob(source, recursive=True))
@@ -132,17 +132,17 @@ def _entries_of(source: str) -> list[str]:
         nested = {entry for folder in folders for entry in _entries_in(folder)}
         entries = sorted(nested | {m for m in matches if is_picture(m) or is_shard(m)})
     else:
-        raise UserError(f"{source} does not exist; check --input_dir")
+        raise Blip2Error(f"{source} does not exist", "check input_dir")
     if not entries:
-        raise UserError(
-            f"{source} holds no picture ({', '.join(SUFFIXES)}) and no .tar; check --input_dir"
+        raise Blip2Error(
+            f"{source} holds no picture ({', '.join(SUFFIXES)}) and no .tar", "check input_dir"
         )
     return entries
 
 
 def _entries_in(folder: str) -> list[str]:
     def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions")
+        raise Blip2Error(f"cannot read {error.filename}: {error.strerror}", "check its permissions")
 
     paths = []
     for directory, below, names in os.walk(folder, onerror=refuse):
@@ -157,19 +157,19 @@ def _listed_in(path: Path) -> list[str]:
     Those that begin with "#" are comments, unless a file has that name.
 
     Raises:
-        UserError: it cannot be read.
+        Blip2Error: it cannot be read.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+        raise Blip2Error(f"cannot read {path}: {error.strerror}", "check its permissions") from None
     mark = next((mark for mark in _ENCODINGS if content.startswith(mark)), b"")
     encoding = _ENCODINGS.get(mark, sys.getfilesystemencoding())
     try:
         # Names need not be valid in it: their bytes are kept, as the system's own names are.
         text = content[len(mark) :].decode(encoding, "surrogateescape")
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
+        raise Blip2Error(f"cannot read {path}: {error}", "save it as UTF-8") from None
     lines = [_without_blanks(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     return [line for line in lines if not line.startswith("#") or os.path.lexists(line)]
 

@@ -8,7 +8,7 @@ One task reads the input, tasks on any machine decode its batches, actors answer
 process gets the answers in the input's order. Ray Data schedules, holds back what is ahead, starts
 killed workers again and repeats the batches that they had.
 
-A row is one batch, pickled: Arrow has no type for file names that are no UTF-8. A UserError travels
+A row is one batch, pickled: Arrow has no type for file names that are no UTF-8. A Blip2Error travels
 as a row too; raised in a worker, Ray would turn it into a traceback.
 """
 
@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import blip2
-from blip2.artifacts import UserError, first_line
-from blip2.batch import (
+from blip2.errors import Blip2Error, first_line
+from blip2.images import Preprocessing
+from blip2.language import GenerationOptions
+from blip2.many.batch import (
     WAIT,
     Answered,
     Batch,
@@ -41,9 +43,7 @@ from blip2.batch import (
     answer_batch,
     stack_pictures,
 )
-from blip2.decoders import decode_picture
-from blip2.images import Preprocessing
-from blip2.language import GenerationOptions
+from blip2.many.decoders import decode_picture
 from blip2.pipeline import Pipeline, Stopwatch
 
 # Ray reads it when it is imported.
@@ -53,8 +53,8 @@ try:
     import ray
     import ray.data
 except ImportError:
-    raise UserError(
-        "--ray needs Ray; install it with: pip install -r requirements-ray.txt"
+    raise Blip2Error(
+        "a cluster needs Ray", "install it with: pip install -r requirements-ray.txt"
     ) from None
 
 Row = dict[str, Any]
@@ -85,7 +85,7 @@ class Cluster:
             decoders: the most batches decoded at once; None is as many as there are processors.
 
         Raises:
-            UserError: there is no cluster at the address, or it has no room for so many actors.
+            Blip2Error: there is no cluster at the address, or it has no room for so many actors.
         """
         self._open_pipeline, self._decoders = open_pipeline, decoders
         self._directory = os.getcwd()
@@ -95,9 +95,10 @@ class Cluster:
         self.count = actors or gpus or sum(node["Alive"] for node in ray.nodes())
         if self.count > (room := gpus or int(cpus)):
             ray.shutdown()
-            raise UserError(
-                f"--ray_actors {self.count} is more than the cluster's {room}"
-                f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}; give at most as many"
+            raise Blip2Error(
+                f"ray_actors is {self.count}, more than the cluster's {room}"
+                f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}",
+                "give at most as many",
             )
         # Without GPUs half of the processors compute, in so many threads; the others decode. One for
         # each actor would be what decoding asks for: Ray fuses equal stages, and nothing goes ahead.
@@ -118,7 +119,7 @@ class Cluster:
         """Open the engines on one of the machines, and read off what a run must know of them.
 
         Raises:
-            UserError: they cannot be opened there, or cannot take a question, or decode so.
+            Blip2Error: they cannot be opened there, or cannot take a question, or decode so.
         """
         # max_calls: the process ends, and leaves its GPU to an actor.
         task = ray.remote(max_calls=1, max_retries=0, **self._per_actor)(_facts)
@@ -130,7 +131,7 @@ class Cluster:
         """Do the work, batch by batch in the input's order.
 
         Raises:
-            UserError: a batch's worker was killed again and again, or its engines cannot take a
+            Blip2Error: a batch's worker was killed again and again, or its engines cannot take a
                 question.
         """
         if work.start.entry == len(work.entries):
@@ -180,9 +181,9 @@ def _connect(address: str) -> None:
                 log_to_driver=False,
             )
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot join a Ray cluster at {address} ({first_line(error)}); check the address given to"
-            " --ray, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token"
+        raise Blip2Error(
+            f"cannot join a Ray cluster at {address} ({first_line(error)})",
+            "check the address, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token",
         ) from None
     # Ray's own handler would end this process before it has said what was done.
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -219,9 +220,10 @@ def _killed_workers() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        raise UserError(
+        raise Blip2Error(
             f"a process of the cluster was killed, perhaps because memory ran out"
-            f" ({first_line(error)}); give the same command again to go on"
+            f" ({first_line(error)})",
+            "give the same command again to go on",
         ) from None
 
 
@@ -236,10 +238,10 @@ def _unpacked(row: Row) -> Any:
     """What was packed.
 
     Raises:
-        UserError: that was one.
+        Blip2Error: that was one.
     """
     content = pickle.loads(row["content"])
-    if isinstance(content, UserError):
+    if isinstance(content, Blip2Error):
         raise content
     return content
 
@@ -249,9 +251,9 @@ def _enter(directory: str) -> None:
     try:
         os.chdir(directory)
     except OSError as error:
-        raise UserError(
-            f"{socket.gethostname()} cannot enter {directory} ({error.strerror}); start the run in a"
-            " directory that all machines of the cluster share"
+        raise Blip2Error(
+            f"{socket.gethostname()} cannot enter {directory} ({error.strerror})",
+            "start the run in a directory that all machines of the cluster share",
         ) from None
 
 
@@ -264,7 +266,7 @@ def _facts(
     try:
         _enter(directory)
         return _packed(Facts.of(open_pipeline(), questions, decoding))
-    except UserError as error:
+    except Blip2Error as error:
         return _packed(error)
 
 
@@ -274,7 +276,7 @@ def _read(rows: dict[str, Sequence[bytes]], directory: str) -> Iterator[dict[str
         _enter(directory)
         for batch in pickle.loads(rows["content"][0]).batches():
             yield {"content": [pickle.dumps(batch)]}
-    except UserError as error:
+    except Blip2Error as error:
         yield {"content": [pickle.dumps(error)]}
 
 
@@ -282,7 +284,7 @@ def _decode(row: Row, directory: str, preprocessing: Preprocessing) -> Row:
     try:
         _enter(directory)
         batch = _unpacked(row)
-    except UserError as error:
+    except Blip2Error as error:
         return _packed(error)
     decoded = [decode_picture(picture, preprocessing) for picture in batch.pictures]
     # From here on the names are enough.
@@ -301,11 +303,11 @@ class _Answerer:
         options: GenerationOptions,
     ) -> None:
         self._questions, self._options = questions, options
-        self._opened: Pipeline | UserError
+        self._opened: Pipeline | Blip2Error
         try:
             _enter(directory)
             self._opened = open_pipeline()
-        except UserError as error:
+        except Blip2Error as error:
             self._opened = error
         self._idle_since = time.perf_counter()
 
@@ -314,13 +316,13 @@ class _Answerer:
         watch.seconds[WAIT] = time.perf_counter() - self._idle_since
         try:
             batch = _unpacked(row)
-            if isinstance(self._opened, UserError):
+            if isinstance(self._opened, Blip2Error):
                 raise self._opened
             values = stack_pictures(batch, self._opened.vision)
             answered = answer_batch(
                 self._opened, batch, values, self._questions, self._options, watch
             )
-        except UserError as error:
+        except Blip2Error as error:
             return _packed(error)
         self._idle_since = time.perf_counter()
         return _packed(answered)

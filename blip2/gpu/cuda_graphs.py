@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from blip2 import memory
-from blip2.kernel_launch import is_ahead
+from blip2.gpu.kernel_launch import is_ahead
 
 
 class Graph:

@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from blip2 import images
-from blip2.artifacts import UserError
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
-from blip2.inputs import Picture
+from blip2.many.inputs import Picture
 
 # Batches in flight: one being taken, and enough behind it that the workers never wait for it.
 AHEAD = 3
@@ -76,7 +76,7 @@ class Decoders:
             for _ in range(workers):
                 self._submit(int)
         except BaseException:
-            self.__exit__(UserError)
+            self.__exit__(Blip2Error)
             raise
 
     def __enter__(self) -> Decoders:
@@ -97,7 +97,7 @@ class Decoders:
         """Each batch with, for each picture, its 3 x S x S float32 values or what is wrong with it.
 
         Raises:
-            UserError: a worker was killed.
+            Blip2Error: a worker was killed.
         """
         return self._map(batches, decode_picture, preprocessing)
 
@@ -107,7 +107,7 @@ class Decoders:
         """Each batch with a small JPEG of each picture as a data URL; None where it has none.
 
         Raises:
-            UserError: a worker was killed.
+            Blip2Error: a worker was killed.
         """
         return self._map(batches, _thumbnail)
 
@@ -132,9 +132,9 @@ class Decoders:
         except BrokenProcessPool:
             raise _worker_killed() from None
         except OSError as error:
-            raise UserError(
-                f"cannot start a process that decodes pictures: {error.strerror or error}; end other"
-                " programs, or give fewer --workers"
+            raise Blip2Error(
+                f"cannot start a process that decodes pictures: {error.strerror or error}",
+                "end other programs, or give fewer workers",
             ) from None
 
     @staticmethod
@@ -162,10 +162,10 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _worker_killed() -> UserError:
-    return UserError(
-        "a process that decodes pictures was killed, perhaps because memory ran out; give the same"
-        " command again to go on, with fewer --workers"
+def _worker_killed() -> Blip2Error:
+    return Blip2Error(
+        "a process that decodes pictures was killed, perhaps because memory ran out",
+        "give the same command again to go on, with fewer workers",
     )
 
 
@@ -183,12 +183,12 @@ def _end_with(ended: Connection) -> None:
 
 def _load(picture: Picture) -> Image.Image:
     if picture.error:
-        raise UserError(picture.error)
+        raise Blip2Error(picture.error)
     if picture.content is None:
         return images.load_image(picture.path)
     name = f"{picture.path}/{picture.key}"
     if not picture.content:
-        raise UserError(f"{name} is empty; replace the file")
+        raise Blip2Error(f"{name} is empty", "replace the file")
     return images.decode_image(picture.content, name)
 
 
@@ -196,14 +196,14 @@ def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray
     """A picture's 3 x S x S float32 values, or what is wrong with it."""
     try:
         return images.pixel_array(_load(picture), preprocessing)
-    except (UserError, MemoryError) as error:
+    except (Blip2Error, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 
 
 def _thumbnail(picture: Picture) -> str | None:
     try:
         image = _load(picture)
-    except (UserError, MemoryError):
+    except (Blip2Error, MemoryError):
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()

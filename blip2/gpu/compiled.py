@@ -16,7 +16,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 from blip2 import cache
-from blip2.kernel_launch import is_ahead, submit
+from blip2.gpu.kernel_launch import is_ahead, submit
 
 _POINTER = ctypes.c_void_p
 

@@ -35,8 +35,6 @@ def make_strategy(
     vocab_size: int,
     first_request: int = 0,
     device: torch.device | str = "cpu",
-    greedy: type[Greedy] | None = None,
-    beam_search: type[BeamSearch] | None = None,
 ) -> Strategy:
     """Choose the strategy that the options ask for.
 
@@ -46,14 +44,12 @@ def make_strategy(
         vocab_size: columns of the logits.
         first_request: index of input_ids[0] among all requests; sampling seeds depend on it.
         device: where the logits will be.
-        greedy: what to search greedily with, if something faster than `Greedy`.
-        beam_search: what to search with beams with, if something faster than `BeamSearch`.
     """
     if options.num_beams > 1:
-        return (beam_search or BeamSearch)(options, input_ids, vocab_size, device)
+        return BeamSearch(options, input_ids, vocab_size, device)
     if options.samples:
         return Sampling(options, input_ids, vocab_size, device, first_request)
-    return (greedy or Greedy)(options, input_ids, vocab_size, device)
+    return Greedy(options, input_ids, vocab_size, device)
 
 
 class Strategy(abc.ABC):

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2 import artifacts, inputs
-from blip2.decoders import Decoders
+from blip2 import artifacts
+from blip2.many import inputs
+from blip2.many.decoders import Decoders
 
 MAX_PICTURES = 2000  # about 20 KB each: more than a phone can open
 _BATCH = 16
@@ -54,7 +55,7 @@ def write_report(
         entries: the pictures of the output, in its order.
 
     Raises:
-        UserError: the page cannot be written.
+        Blip2Error: the page cannot be written.
     """
     pictures = itertools.islice(inputs.read_pictures(entries), MAX_PICTURES)
     batches = iter(lambda: list(itertools.islice(pictures, _BATCH)), [])
@@ -77,7 +78,7 @@ def check_place(path: Path) -> None:
     """See, before there is anything to show, that the page may be written.
 
     Raises:
-        UserError: there is a file that is no such page.
+        Blip2Error: there is a file that is no such page.
     """
     artifacts.refuse_foreign(path, _is_ours)
 

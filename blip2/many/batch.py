@@ -2,9 +2,9 @@
 
     start = find_start(entries, journal, batch_size)
     work = Work(entries, start, batch_size, facts.preprocessing, questions, options)
-    summary = write_answers(workers.answer(work), workers.count, total, journal)
+    summary = record(workers.answer(work), workers.count, total, journal)
 
-`workers` are this process (`LocalWorkers`) or the machines of a Ray cluster (`blip2.cluster`).
+`workers` are this process (`LocalWorkers`) or the machines of a Ray cluster (`blip2.many.cluster`).
 
 Batches are windows of the input: batch k holds pictures k * size … (k + 1) * size - 1 of it, those
 that cannot be read left out. So a run that goes on, or has many workers, computes the batches that
@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blip2 import inputs
-from blip2.artifacts import UserError
-from blip2.decoders import Decoders
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
-from blip2.inputs import Picture
-from blip2.journal import Journal, StandardOutput
 from blip2.language import GenerationOptions
+from blip2.many import inputs
+from blip2.many.decoders import Decoders
+from blip2.many.inputs import Picture
+from blip2.many.journal import Journal, StandardOutput
 from blip2.pipeline import Answer, Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
 
@@ -68,7 +68,7 @@ class Facts:
             decoding: fields of GenerationOptions, for `Pipeline.options`.
 
         Raises:
-            UserError: the engines cannot take a question, or decode so.
+            Blip2Error: the engines cannot take a question, or decode so.
         """
         prompts, options = [question.prompt for question in questions], pipeline.options(decoding)
         pipeline.check(prompts, options)
@@ -168,7 +168,7 @@ class Workers(Protocol):
         """Do the work, batch by batch in the input's order; close what you do not take to its end.
 
         Raises:
-            UserError: a worker was killed, or its engines cannot take a question.
+            Blip2Error: a worker was killed, or its engines cannot take a question.
         """
 
 
@@ -176,7 +176,8 @@ class Workers(Protocol):
 class Summary:
     """What a run did: pictures in the output, those of this run, and seconds by stage.
 
-    The seconds are sums over all workers. `wall_seconds` are those in which there were answers.
+    The seconds are sums over all workers. `wall_seconds` are those in which there were answers;
+    `before` and `after` those of this process before the workers could begin and when they had ended.
     """
 
     done: int
@@ -185,21 +186,20 @@ class Summary:
     wall_seconds: float
     seconds: dict[str, float]
     workers: int = 1
+    before: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    after: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def after(self, earlier: Summary) -> Summary:
+    def following(self, earlier: Summary) -> Summary:
         """Of two parts of a run, the later of which is this one."""
         seconds = collections.Counter(earlier.seconds)
         seconds.update(self.seconds)
         new, wall = self.new + earlier.new, self.wall_seconds + earlier.wall_seconds
         return dataclasses.replace(self, new=new, wall_seconds=wall, seconds=dict(seconds))
 
-    def table(self, before: Mapping[str, float], after: Mapping[str, float], total: float) -> str:
+    def table(self, total: float) -> str:
         """What was done, and a line for each stage.
 
-        Args:
-            before: seconds of what this process did before the workers could begin, by stage.
-            after: the same, when they had ended.
-            total: seconds of the whole run, as a clock beside it would say.
+        `total` are the seconds of the whole run, as a clock beside it would say.
         """
         rate = self.new / self.wall_seconds if self.new else 0.0
         pictures = "picture" if self.done == 1 else "pictures"
@@ -209,7 +209,7 @@ class Summary:
             f"{self.done} {pictures} done, {self.failed} of them failed;"
             f" {self.new} in this run{by_workers}, {rate:.1f} pictures/s"
         ]
-        stages = {**before, **self.seconds, **after}
+        stages = {**self.before, **self.seconds, **self.after}
         if summed:
             # Where one process starts the others wait: those seconds are in "other".
             name, stages = f"total, {self.workers} x {total:.1f} s", dict(self.seconds)
@@ -237,7 +237,7 @@ def find_start(entries: Sequence[str], journal: Journal | StandardOutput, batch_
     """Where the batch begins that holds the first picture which is not in the journal.
 
     Raises:
-        UserError: the input is another than that of the journal's pictures.
+        Blip2Error: the input is another than that of the journal's pictures.
     """
     position, number, names = journal.done // batch_size * batch_size, 0, journal.names()
     start = Start()
@@ -261,21 +261,23 @@ def _changed_input(
     name: dict[str, str],
     found: Picture | None = None,
     rest: Iterable[Picture] = (),
-) -> UserError:
+) -> Blip2Error:
     """What to say where the input has `found`, then `rest`, and the output `name`."""
     if found and any(picture.name == name for picture in rest):
-        return UserError(
+        return Blip2Error(
             f"{'/'.join(found.name.values())} is new in the input, or was elsewhere in it:"
-            f" {journal.path} has {'/'.join(name.values())} in its place; move it away until the"
-            " output is whole, give it behind the other pictures, or choose another --output"
+            f" {journal.path} has {'/'.join(name.values())} in its place",
+            "move it away until the"
+            " output is whole, give it behind the other pictures, or choose another output",
         )
-    return UserError(
+    return Blip2Error(
         f"{journal.path} has an answer for {'/'.join(name.values())}, which is no longer there in"
-        " the input's order; give the same pictures again, or choose another --output"
+        " the input's order",
+        "give the same pictures again, or choose another output",
     )
 
 
-def write_answers(
+def record(
     answers: Iterable[Answered], workers: int, total: int, journal: Journal | StandardOutput
 ) -> Summary:
     """Write the lines of every batch, those of pictures that are in the journal left out.
@@ -286,7 +288,7 @@ def write_answers(
         total: pictures of the input, for the progress bar.
 
     Raises:
-        UserError: the journal cannot be written, or `answers` raises it. What was written stays.
+        Blip2Error: the journal cannot be written, or `answers` raises it. What was written stays.
     """
     begun, done, failed = time.perf_counter(), journal.done, journal.failed
     seconds: collections.Counter[str] = collections.Counter()
@@ -317,7 +319,7 @@ def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
         journal: what was done so far.
 
     Raises:
-        UserError: the journal cannot be written, or the workers raise it. What was answered is
+        Blip2Error: the journal cannot be written, or the workers raise it. What was answered is
             kept, for a run that goes on.
     """
     begun, size = time.perf_counter(), work.batch_size
@@ -365,7 +367,7 @@ class LocalWorkers:
         """Do the work, batch by batch.
 
         Raises:
-            UserError: a decoding process was killed, or the engines cannot take a question.
+            Blip2Error: a decoding process was killed, or the engines cannot take a question.
         """
         batches = (batch.pictures for batch in work.batches())
         decoded = zip(
@@ -427,7 +429,7 @@ def answer_batch(
     `pixel_values` is what `stack_pictures` makes of it.
 
     Raises:
-        UserError: the engines cannot take a question.
+        Blip2Error: the engines cannot take a question.
     """
     outcomes = _outcomes(pipeline, batch, pixel_values, questions, options, watch)
     lines = [

@@ -9,7 +9,6 @@ While it runs, `captions.jsonl.lock` keeps others away. While errors are asked a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -20,12 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from blip2 import artifacts, checkpoints
-from blip2.artifacts import UserError
-
-_SUFFIXES = {".json", ".plan", ".onnx", ".data", ".safetensors", ".engine", ".pt"}
-_READ_WHOLE = 1 << 20  # bytes: descriptions are smaller, weights larger
-_BLOCKS, _BLOCK_BYTES = 256, 4096
+from blip2 import artifacts
+from blip2.errors import Blip2Error
 
 
 class Journal:
@@ -39,7 +34,7 @@ class Journal:
         """Open or make the file.
 
         Raises:
-            UserError: it cannot be written, another process writes it, or it was made with other
+            Blip2Error: it cannot be written, another process writes it, or it was made with other
                 options.
         """
         self.path, self.done, self.failed = path, 0, 0
@@ -52,8 +47,8 @@ class Journal:
                 stack.enter_context(artifacts.locked(lock, wait=False))
                 self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - until __exit__
             except BlockingIOError:
-                raise UserError(
-                    f"another run is writing {path}; wait for it, or choose another --output"
+                raise Blip2Error(
+                    f"another run is writing {path}", "wait for it, or choose another output"
                 ) from None
             except OSError as error:
                 raise _cannot_write(path, error) from None
@@ -83,16 +78,17 @@ class Journal:
             _retry_path(self.path).unlink(missing_ok=True)  # of what was here before
             return
         if not sidecar.is_file():
-            raise UserError(
+            raise Blip2Error(
                 f"{self.path} exists and has no {sidecar.name} beside it, so no run can go on with"
-                " it; remove it, or choose another --output"
+                " it",
+                "remove it, or choose another output",
             )
         before = artifacts.read_json(sidecar, "removing it and the output, and running again")
         for name in {**before, **options}:
             if before.get(name) != options.get(name):
-                raise UserError(
-                    f"{self.path} was begun with another {name}; give the same again, remove the"
-                    " file, or choose another --output"
+                raise Blip2Error(
+                    f"{self.path} was begun with another {name}",
+                    "give the same again, remove the file, or choose another output",
                 )
 
     def _drop_torn(self) -> None:
@@ -111,7 +107,7 @@ class Journal:
         """Within, pictures with an error can be given other lines, which then take their place.
 
         Raises:
-            UserError: the file for them cannot be written.
+            Blip2Error: the file for them cannot be written.
         """
         with Retry(self.path, self._questions, self.done) as retry:
             yield retry
@@ -127,7 +123,7 @@ class Journal:
         """Write lines and wait until they are on disk.
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            Blip2Error: the disk is full, or cannot be written.
         """
         try:
             _write(self._file, _encoded(lines))
@@ -172,7 +168,7 @@ class Retry:
         for picture in list_pictures(self.path, questions):
             other = next(self._pictures, None)
             if other is None or other.name != picture.name:
-                raise UserError(f"{self.path} is of another {self._journal}; remove it")
+                raise Blip2Error(f"{self.path} is of another {self._journal}", "remove it")
             self._copied, self.done, end = other.end, self.done + 1, picture.end
         os.truncate(self.path, end)
 
@@ -180,7 +176,7 @@ class Retry:
         """Write the pictures before the `number`-th as they are, then these lines in its place.
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            Blip2Error: the disk is full, or cannot be written.
         """
         try:
             self._copy(number - self.done)
@@ -199,7 +195,7 @@ class Retry:
         """Wait until all is on disk.
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            Blip2Error: the disk is full, or cannot be written.
         """
         try:
             self._file.flush()
@@ -211,7 +207,7 @@ class Retry:
         """Write the pictures that are left as they are, and put the file in the journal's place.
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            Blip2Error: the disk is full, or cannot be written.
         """
         try:
             self._copy(None)
@@ -265,7 +261,7 @@ def list_pictures(path: Path, questions: int) -> Iterator[Lines]:
     """Every picture of a file all of whose lines are whole.
 
     Raises:
-        UserError: a line is damaged.
+        Blip2Error: a line is damaged.
     """
     with open(path, "rb") as file:
         lines, end = 0, 0
@@ -277,9 +273,9 @@ def list_pictures(path: Path, questions: int) -> Iterator[Lines]:
                 fields = json.loads(line)
                 name = {key: fields[key] for key in ("path", "key") if key in fields}
             except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{path} has a damaged line before its end (byte {end - len(line)});"
-                    " cut it there, or choose another --output"
+                raise Blip2Error(
+                    f"{path} has a damaged line before its end (byte {end - len(line)})",
+                    " cut it there, or choose another output",
                 ) from None
             lines += 1
             failed = "error" in fields
@@ -312,19 +308,20 @@ def check_place(path: Path) -> None:
     """See, before anything is opened, that lines may be appended to `path` and read again.
 
     Raises:
-        UserError: it is a folder, a pipe or a device, or where this program's own output goes.
+        Blip2Error: it is a folder, a pipe or a device, or where this program's own output goes.
     """
     try:
         status = os.stat(path)
     except OSError:
         return  # not there yet, or for the journal to say
     if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{path} is a directory; name a file in it")
+        raise Blip2Error(f"{path} is a directory", "name a file in it")
     streams = [os.fstat(descriptor) for descriptor in (1, 2)]
     if not stat.S_ISREG(status.st_mode) or any(os.path.samestat(status, s) for s in streams):
-        raise UserError(
+        raise Blip2Error(
             f"{path} is a pipe, a device or where this program prints, and no run could go on with"
-            " it; name a file, or print the lines with: --output -"
+            " it",
+            "name a file, or - to print the lines",
         )
 
 
@@ -357,39 +354,8 @@ def _write(file: BinaryIO, content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path}: {error.strerror or error}; mend that and give the same command again"
-        " to go on, or choose another --output"
+def _cannot_write(path: Path, error: OSError) -> Blip2Error:
+    return Blip2Error(
+        f"cannot write {path}: {error.strerror or error}",
+        "mend that and give the same command again to go on, or choose another output",
     )
-
-
-def fingerprint(directory: Path) -> str:
-    """SHA-256 that changes with the engine in `directory`, or with the one file given.
-
-    Descriptions are read whole, and hold the hashes of what they describe; of large files, of which
-    not all have one, blocks spread over the file are read, and of a checkpoint's weights blocks of
-    every tensor: all of their gigabytes would take minutes.
-
-    Raises:
-        UserError: a checkpoint there cannot be read.
-    """
-    found = directory.rglob("*") if directory.is_dir() else [directory]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in found if path.suffix in _SUFFIXES and path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)} {size}\n".encode(errors="replace"))
-        with path.open("rb") as file:
-            for start, count in _blocks(size):
-                file.seek(start)
-                digest.update(file.read(count))
-    if checkpoints.is_checkpoint(directory):
-        digest.update(checkpoints.open_checkpoint(directory).fingerprint.encode())
-    return digest.hexdigest()
-
-
-def _blocks(size: int) -> list[tuple[int, int]]:
-    """Where to read a file of that size, and how much: all of it, or blocks from begin to end."""
-    if size <= _READ_WHOLE:
-        return [(0, size)]
-    return [(i * (size - _BLOCK_BYTES) // (_BLOCKS - 1), _BLOCK_BYTES) for i in range(_BLOCKS)]

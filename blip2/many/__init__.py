@@ -1,0 +1,1 @@
+"""Many pictures: inputs, decoding processes, batches, the output that a run can go on with."""

@@ -1,0 +1,151 @@
+"""One run over many pictures: what is asked of which, by which engines, and where it is written.
+
+job = Job(["photos/"], [Question("", "")], Places.of(), {"max_output_len": 20}, Path("out.jsonl"))
+summary = job.run()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2 import artifacts
+from blip2.engines import Places
+from blip2.errors import Blip2Error
+from blip2.many import batch, inputs, journal, report
+from blip2.many.batch import Facts, Question, Summary, Workers
+from blip2.many.decoders import Decoders, default_workers
+from blip2.many.journal import Journal, StandardOutput
+from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
+from blip2.prompts import check_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Many pictures, the questions about each, and the file that gets a line for every answer.
+
+    Attributes:
+        sources: files, URLs, folders, patterns, lists and shards of pictures.
+        questions: each is asked of every picture.
+        places: the engines.
+        decoding: fields of GenerationOptions.
+        output: a file of JSON lines, which a later run goes on with; None is standard output.
+        page: an HTML page of the output to make afterwards.
+        batch_size: pictures at once; None is what suits the engines.
+        workers: processes that decode pictures; None is half of the processors, or in a cluster all
+            that are free.
+        cluster: address of a Ray cluster to work on; "local" is one of this machine.
+        ray_actors: copies of the engines in it; None is one a GPU.
+        max_txt_len: tokens that a prompt may have.
+        retry_errors: ask again about pictures of which the output has an error.
+        verify: compare the engines' large files with their hashes.
+    """
+
+    sources: Sequence[str]
+    questions: Sequence[Question]
+    places: Places
+    decoding: dict[str, Any]
+    output: Path | None
+    page: Path | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    cluster: str | None = None
+    ray_actors: int | None = None
+    max_txt_len: int = 32
+    retry_errors: bool = False
+    verify: bool = True
+
+    def run(self, watch: Stopwatch | None = None) -> Summary:
+        """Answer what is not in the output yet.
+
+        Args:
+            watch: what was done before; gets the stages before the first answer.
+
+        Raises:
+            Blip2Error: something to mend; the output has what was answered.
+        """
+        watch = watch or Stopwatch()
+        self._check_places()
+        entries = inputs.list_entries(self.sources)
+        with self._workers(watch) as (facts, workers):
+            summary = self._answer(entries, facts, workers)
+        afterwards = Stopwatch()
+        if self.page:
+            with Decoders(self._decoding_processes) as decoders, afterwards.time("page"):
+                report.write_report(self.page, self.output, entries, decoders, len(self.questions))
+        return dataclasses.replace(summary, before=watch.seconds, after=afterwards.seconds)
+
+    @property
+    def _decoding_processes(self) -> int:
+        return self.workers or default_workers()
+
+    @property
+    def _open(self) -> Callable[[], Pipeline]:
+        """What opens the engines, on whatever machine."""
+        return functools.partial(open_pipeline, self.places, self.verify)
+
+    def _check_places(self) -> None:
+        """See that what will be written has places of its own, before anything is opened.
+
+        Raises:
+            Blip2Error: names the output, and what is wrong with its place.
+        """
+        if self.output is None:
+            return
+        journal.check_place(self.output)
+        outputs = {"the output": self.output}
+        companions = journal.companions(self.output)
+        outputs |= {f"the output with {what}": path for what, path in companions.items()}
+        if self.page:
+            report.check_place(self.page)
+            outputs["the page"] = self.page
+        artifacts.refuse_same(outputs, {"input_dir": self.sources})
+
+    @contextlib.contextmanager
+    def _workers(self, watch: Stopwatch) -> Iterator[tuple[Facts, Workers]]:
+        """Who answers, until the end of the context, and what a run must know of their engines."""
+        if self.cluster:
+            from blip2.many.cluster import Cluster  # Ray is an extra
+
+            with Cluster(self.cluster, self._open, self.ray_actors, self.workers) as cluster:
+                yield cluster.facts(self.questions, self.decoding), cluster
+            return
+        with Decoders(self._decoding_processes) as decoders:
+            with watch.time("load engines"):
+                pipeline = self._open()
+            if pipeline.language.is_in_step:
+                raise Blip2Error(
+                    "many pictures cannot be answered by several processes in step",
+                    "leave out mpirun, and use an engine for one GPU",
+                )
+            facts = Facts.of(pipeline, self.questions, self.decoding)
+            yield facts, batch.LocalWorkers(pipeline, decoders)
+
+    def _answer(self, entries: Sequence[str], facts: Facts, workers: Workers) -> Summary:
+        """Have the workers answer, and write it."""
+        for question, ids in zip(self.questions, facts.prompts, strict=True):
+            check_length(question.prompt, ids, self.max_txt_len)
+        size = self.batch_size or facts.batch_size
+        with self._open_output(facts, size) as lines:
+            start = batch.find_start(entries, lines, size)
+            work = batch.Work(
+                entries, start, size, facts.preprocessing, self.questions, facts.options
+            )
+            again = batch.retry_errors(workers, work, lines) if self.retry_errors else None
+            total = inputs.count_pictures(entries)
+            with contextlib.closing(workers.answer(work)) as answers:
+                summary = batch.record(answers, workers.count, total, lines)
+            return summary.following(again) if again else summary
+
+    def _open_output(self, facts: Facts, batch_size: int) -> Journal | StandardOutput:
+        """The output; what must be the same to go on with it is kept by the programs' flags."""
+        if self.output is None:
+            return StandardOutput()
+        parts = {f"--{name}": value for name, value in self.places.fingerprints().items()}
+        made_with = {"--input_dir": self.sources, **parts}
+        made_with |= batch.describe(facts, self.questions, batch_size)
+        return Journal(self.output, len(self.questions), made_with)
