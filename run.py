@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2 import cli
 from blip2.errors import Blip2Error
+from blip2.templates import TEMPLATE
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 STANDARD_OUTPUT = Path("-")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
-TEMPLATE = "Question: {} Answer:"
+SAMPLING = ("top_k", "top_p", "temperature")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -190,7 +191,8 @@ def answer_one(args: argparse.Namespace) -> None:
     # Imported after the arguments are parsed, so that --help does not wait for torch.
     from blip2.many import inputs
     from blip2.pipeline import Stopwatch, open_pipeline
-    from blip2.prompts import check_length, fill_template
+    from blip2.prompts import check_length
+    from blip2.templates import fill_template
 
     [text] = args.input_text
     question = Asked(text, fill_template(args.prompt_template, text))
@@ -266,7 +268,7 @@ def answer_many(args: argparse.Namespace) -> int:
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
-    from blip2.prompts import fill_template
+    from blip2.templates import fill_template
 
     printed = args.output == STANDARD_OUTPUT
     job = Job(
@@ -330,19 +332,9 @@ def load_saved_picture(path: Path) -> torch.Tensor:
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """GenerationOptions without the tokenizer's ids; any of top_k, top_p, temperature: sampling."""
-    sampling = {"top_k": args.top_k, "top_p": args.top_p, "temperature": args.temperature}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if sampling:
-        sampling.setdefault("top_k", 0)
-    return {
-        "max_output_len": args.max_output_len,
-        "num_beams": args.num_beams,
-        "length_penalty": args.length_penalty,
-        "repetition_penalty": args.repetition_penalty,
-        "seed": args.seed,
-        **sampling,
-    }
+    """For `Pipeline.options`."""
+    search = ("max_output_len", "num_beams", "length_penalty", "repetition_penalty")
+    return {name: getattr(args, name) for name in (*search, *SAMPLING, "seed")}
 
 
 def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:

@@ -1,6 +1,22 @@
-"""BLIP-2 in stages: checkpoints, images, prompts, decoding, and the sessions that run each part."""
+"""BLIP-2: ask questions about pictures, or caption them.
+
+import blip2
+
+model = blip2.load("Salesforce/blip2-opt-2.7b")
+print(model.ask("photo.jpg", "which city is this?"))
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
+
+from blip2.errors import Blip2Error
+
+if TYPE_CHECKING:
+    from blip2.api import Answer, Features, Model, load
+
+__all__ = ["Answer", "Blip2Error", "Features", "Model", "load"]
 
 # Nothing is sent anywhere: each library reads its switch when it is imported, which is after this.
 for _switch, _off in {
@@ -9,3 +25,12 @@ for _switch, _off in {
     "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ.setdefault(_switch, _off)
+
+
+def __getattr__(name: str) -> Any:
+    """What needs PyTorch, when it is asked for: the programs say --help without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from blip2 import api
+
+    return getattr(api, name)

@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
+
+from blip2.errors import Blip2Error
 
 _OLDEST = 8  # compute capability: Ampere, which the kernels are written for
 
+_chosen: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
 
 def best_device() -> torch.device:
-    """The current GPU where its kernels run on it, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= _OLDEST:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """The device of `chosen`; else the current GPU where the kernels run on it; else the CPU."""
+    device = _chosen.get()
+    if device is None and _runs_kernels(None):
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device or torch.device("cpu")
+
+
+def _runs_kernels(gpu: int | None) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(gpu)[0] >= _OLDEST
+
+
+@contextlib.contextmanager
+def chosen(device: str | torch.device | None) -> Iterator[None]:
+    """Within, engines are opened on `device`: "cpu", "cuda", "cuda:1"; None is the best there is.
+
+    Raises:
+        Blip2Error: there is no such device, or the kernels do not run on it.
+    """
+    token = _chosen.set(None if device is None else _checked(device))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _checked(device: str | torch.device) -> torch.device:
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        wanted = torch.device("meta")
+    if wanted.type not in ("cpu", "cuda"):
+        raise Blip2Error(f"device is {device!r}", "give 'cpu', 'cuda' or 'cuda:N'")
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not count or (wanted.index or 0) >= count:
+        raise Blip2Error(
+            f"device is {device!r}, and there are {count} NVIDIA GPUs here",
+            "give another, or leave it out",
+        )
+    number = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if not _runs_kernels(number):
+        raise Blip2Error(
+            f"device is {device!r}, which is older than Ampere", "give 'cpu', or leave it out"
+        )
+    return torch.device("cuda", number)

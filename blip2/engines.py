@@ -52,8 +52,8 @@ class Engine:
     is_in: Callable[[Path], bool]
     is_checkpoint: bool = False
 
-    def open(self, *arguments: Path) -> Any:
-        """The session on these files; `load` reads the weights.
+    def open(self, *arguments: Any) -> Any:
+        """The session on these files; its `load` reads the weights.
 
         Raises:
             Blip2Error: they cannot be used.
@@ -156,8 +156,13 @@ def _commands_for(engine_dir: Path) -> str:
     return " && ".join(map(shlex.join, commands))
 
 
-def open_language_session(directory: Path) -> LanguageSession:
+def open_language_session(directory: Path, precision: str | None = None) -> LanguageSession:
     """Open the OPT in `directory` with the engine that its artifact is for; `load` reads weights.
+
+    Args:
+        directory: of an engine or a checkpoint.
+        precision: "float16", "int8" or "int4", to which a checkpoint of Hugging Face's is brought;
+            None is what the artifact has, float16 of such a checkpoint.
 
     Raises:
         Blip2Error: no such directory, no artifact in it, or one that its engine cannot take.
@@ -171,7 +176,7 @@ def open_language_session(directory: Path) -> LanguageSession:
         artifacts = " or ".join(engine.artifact for engine in LANGUAGE)
         command = shlex.join([*layout.CONVERT.split(), *place])
         raise Blip2Error(f"{directory} {what} ({artifacts})", f"make one with: {command}")
-    return engine.open(directory)
+    return engine.open(directory, precision)
 
 
 @dataclasses.dataclass(frozen=True)

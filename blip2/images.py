@@ -130,10 +130,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
             image.load()
             if _has_more_frames(content):
                 print(f"note: {source} is animated; only its first frame is used", file=sys.stderr)
-            image = _upper_bytes_to_full_scale(image, source) if halved else image
-            turn = _TURNS.get(_orientation(image))
-            rgb = to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+            return _upright(_upper_bytes_to_full_scale(image, source) if halved else image)
     except Blip2Error:
         raise
     except Image.DecompressionBombError:  # of twice as many, before we can look
@@ -147,6 +144,31 @@ def decode_image(content: bytes, source: str) -> Image.Image:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         raise Blip2Error(f"{source} is damaged: {first_line(error)}", "replace the file") from None
+
+
+def normalise(image: Image.Image) -> Image.Image:
+    """A picture of Pillow's as `load_image` would have given its file.
+
+    Raises:
+        Blip2Error: too large, or it cannot be read.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise Blip2Error(f"the picture has more than {MAX_PIXELS} pixels", "scale it down first")
+    try:
+        with memory.needed("for the picture", "scale it down first"):
+            image.load()
+            return _upright(image)
+    except Blip2Error:
+        raise
+    except Exception as error:  # whatever its file's decoder raises
+        raise Blip2Error(f"the picture is damaged: {first_line(error)}", "replace it") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """RGB, turned as its metadata asks."""
+    turn = _TURNS.get(_orientation(image))
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _read(path: Path) -> bytes:

@@ -81,12 +81,14 @@ def _synchronize() -> None:
 class Look:
     """What the ViT and the Q-Former made of pictures.
 
-    `query_output` is B x n x H_lm. `finite` has a flag for each of STAGES, on the device: reading
-    them makes the host wait, so that is done when it waits for an answer anyway.
+    `image_embeds` is B x T x H_v, `query_output` B x n x H_lm; both may lie in memory that the next
+    look overwrites. `finite` has a flag for each of STAGES, on the device: reading them makes the
+    host wait, so that is done when it waits for an answer anyway.
     """
 
     query_output: torch.Tensor
     finite: torch.Tensor
+    image_embeds: torch.Tensor | None = None
 
 
 STAGES = ("ViT", "Q-Former")
@@ -125,11 +127,17 @@ class Pipeline:
     def options(self, decoding: dict[str, Any]) -> GenerationOptions:
         """How to decode: fields of GenerationOptions, and the ids that this tokenizer has for it.
 
+        With any of top_k, top_p and temperature tokens are sampled; without top_k among all.
+
         Raises:
             Blip2Error: a field has a value that it cannot have.
         """
         ids = {"end_id": self.tokenizer.end_id, "pad_id": self.tokenizer.pad_id}
-        return GenerationOptions(**ids, **decoding)
+        sampling = ("top_k", "top_p", "temperature")
+        if any(decoding.get(name) is not None for name in sampling):
+            decoding = {**decoding, "top_k": decoding.get("top_k") or 0}
+        given = {name: value for name, value in decoding.items() if value is not None}
+        return GenerationOptions(**ids, **given)
 
     def check(self, texts: Sequence[str], options: GenerationOptions) -> None:
         """See that the engine can take such questions, before any work.
@@ -139,6 +147,13 @@ class Pipeline:
         """
         rows = (self.vision.num_query_tokens, self.language.hidden_size)
         self.language.check(self.encode(texts), torch.empty(len(texts), *rows), options)
+
+    @property
+    def default_batch_size(self) -> int:
+        """64 on a GPU, 16 on a CPU, and no more than either engine takes at once."""
+        limits = (self.vision.max_batch_size, self.language.limits.max_batch_size)
+        wanted = 64 if self.vision.device.type == "cuda" else 16
+        return min([wanted, *(limit for limit in limits if limit)])
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """input_ids of each text behind its picture's ids; an empty text asks for a caption."""
@@ -184,7 +199,7 @@ class Pipeline:
             return self.ask(look, texts, options)
 
     def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
-        """What OPT reads of the pictures, pixel_values B x 3 x S x S.
+        """What the ViT and the Q-Former make of pictures, pixel_values B x 3 x S x S.
 
         A batch for which memory does not suffice is halved, once, for good.
 
@@ -192,16 +207,17 @@ class Pipeline:
             Blip2Error: pictures of another size, or too little memory.
         """
 
-        def stages() -> tuple[torch.Tensor, torch.Tensor]:
+        def stages() -> Look:
             with stopwatch.time("ViT"):
                 image_embeds = self.vision.vit(pixel_values)
             with stopwatch.time("Q-Former"):
                 query_output = self.vision.qformer(image_embeds)
             outputs = (image_embeds, query_output)
-            return query_output, torch.stack([torch.isfinite(output).all() for output in outputs])
+            finite = torch.stack([torch.isfinite(output).all() for output in outputs])
+            return Look(query_output, finite, image_embeds)
 
         halve = self.vision.halve_batch
-        return Look(*_halving("ViT and Q-Former", len(pixel_values), stages, halve))
+        return _halving("ViT and Q-Former", len(pixel_values), stages, halve)
 
     def ask(
         self, look: Look, texts: Sequence[str], options: GenerationOptions
@@ -219,16 +235,30 @@ class Pipeline:
         try:
             generations = _halving("OPT", len(texts), generate, self.language.halve_batch)
         except Blip2Error:
-            self._check_before(look)  # what went wrong before is the better explanation
+            self.check_look(look)  # what went wrong before is the better explanation
             raise
-        self._check_before(look)
+        self.check_look(look)
         return [[self._answer(beam) for beam in generation.beams] for generation in generations]
+
+    def stream(self, look: Look, text: str, options: GenerationOptions) -> Iterator[int]:
+        """The tokens of the answer about the one picture of a look, each as soon as it is known.
+
+        Raises:
+            Blip2Error: as `ask`.
+        """
+        tokens = self.language.stream(*self.encode([text]), look.query_output, options)
+        self.check_look(look)
+        yield from tokens
 
     def _answer(self, beam: Beam) -> Answer:
         return Answer(self.tokenizer.decode(beam.token_ids), beam.score, beam.finished)
 
-    def _check_before(self, look: Look) -> None:
-        """See that the files behind the engines are sound, and what the ViT and Q-Former made."""
+    def check_look(self, look: Look) -> None:
+        """See that the files behind the engines are sound, and what the ViT and Q-Former made.
+
+        Raises:
+            Blip2Error: they are not, or that is NaN or Inf.
+        """
         if self.verification is not None:
             self.verification.finish()
         for stage, finite in zip(STAGES, look.finite.tolist(), strict=True):
@@ -275,12 +305,13 @@ def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[
         return run()
 
 
-def open_pipeline(places: Places, verify: bool = True) -> Pipeline:
+def open_pipeline(places: Places, verify: bool = True, precision: str | None = None) -> Pipeline:
     """Open the engines that the artifacts in some places call for, and the tokenizer beside them.
 
     Args:
         places: where they are.
         verify: compare large files too with their hashes; small ones always are.
+        precision: of OPT's weights; None is its artifact's: see `open_language_session`.
 
     Raises:
         Blip2Error: an artifact is missing, damaged, or does not fit the others.
@@ -289,7 +320,7 @@ def open_pipeline(places: Places, verify: bool = True) -> Pipeline:
     here = places.fetched()
     engine_dir, opt_engine_dir = Path(here.engine_dir), Path(here.opt_engine_dir)
     # Descriptions first: what does not fit is refused before gigabytes are read.
-    opt = open_language_session(opt_engine_dir)
+    opt = open_language_session(opt_engine_dir, precision)
     if not opt.takes_requests:
         with memory.needed(f"to load {opt_engine_dir}", _LESS_OPT):
             opt.lend()

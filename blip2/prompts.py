@@ -8,7 +8,6 @@ a checkpoint may say otherwise.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -180,21 +179,3 @@ def check_length(prompt: str, token_ids: Sequence[int], max_txt_len: int) -> Non
             f"the prompt {prompt!r} has {len(token_ids)} tokens, max_txt_len allows {max_txt_len}",
             "shorten input_text or raise max_txt_len",
         )
-
-
-def fill_template(template: str, text: str) -> str:
-    """The prompt for a text: put in place of the template's {}, without the blanks around it.
-
-    A text that has the template's form already, however it is spaced, gets the template's spacing;
-    one of blanks alone is empty, which asks for a caption.
-    """
-    before, after = template.split("{}")
-    form = re.fullmatch(rf"{_words(before)}(.*){_words(after)}", text.strip(), re.DOTALL)
-    inner = (form[1] if form else text).strip()
-    return f"{before}{inner}{after}" if form or inner else ""
-
-
-def _words(text: str) -> str:
-    """A pattern for the same words, with any blanks between; it ends and begins no longer word."""
-    words = r"\s+".join(map(re.escape, text.split()))
-    return rf"(?!(?<=\w)\w){words}(?!(?<=\w)\w)" if words else ""

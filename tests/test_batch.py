@@ -53,7 +53,7 @@ from blip2.many.batch import (
 from blip2.many.decoders import Decoders, decode_picture
 from blip2.many.journal import Journal
 from blip2.pipeline import Answer
-from blip2.prompts import fill_template
+from blip2.templates import fill_template
 from demo import scenes
 
 COUNT = "How many objects are there?"

@@ -92,9 +92,13 @@ class Strategy(abc.ABC):
     def ended(self) -> torch.Tensor:
         """Flags on the device: once all are set, no further step can change a result."""
 
+    def finite_rows(self) -> torch.Tensor:
+        """Flags on the device: of each row, whether no logits were NaN or Inf."""
+        return torch.isfinite(self._sums)
+
     def finite(self) -> bool:
-        """Whether no logits were NaN or Inf. Waits for the device."""
-        return bool(torch.isfinite(self._sums).all())
+        """Whether that holds of all. Waits for the device."""
+        return bool(self.finite_rows().all())
 
     @abc.abstractmethod
     def results(self) -> list[Generation]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -105,6 +105,7 @@ class LanguageSession(abc.ABC):
     all of them must call it alike.
     """
 
+    device: torch.device
     vocab_size: int
     hidden_size: int
     limits: Limits
@@ -180,6 +181,29 @@ class LanguageSession(abc.ABC):
             batch = slice(start, start + size)
             generations += self._generate(input_ids[batch], prompt_table[batch], options, start)
         return generations
+
+    def stream(
+        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
+    ) -> Iterator[int]:
+        """The new tokens of one request, without the end token, each as soon as it is known.
+
+        Args:
+            input_ids: as one of `generate`.
+            prompt_table: 1 x n x hidden_size.
+            options: how to decode; one beam.
+
+        Raises:
+            Blip2Error: as `generate`, at the first token.
+        """
+        self.check([input_ids], prompt_table, options)
+        yield from self._stream(input_ids, prompt_table, options)
+
+    def _stream(
+        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
+    ) -> Iterator[int]:
+        """As `stream`; here of an engine that says nothing before it has ended."""
+        [generation] = self._generate([input_ids], prompt_table, options, 0)
+        yield from generation.beams[0].token_ids
 
     @abc.abstractmethod
     def _generate(

@@ -22,6 +22,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.
 # Far above every model there is: what a damaged file says must not decide how long we compute.
 _LARGEST_SIZE, _MOST_LAYERS = 1 << 24, 1000
 QUANT_BITS = {None: None, "W8A16": 8, "W4A16": 4}
+PRECISIONS = {"float16": None, "int8": "W8A16", "int4": "W4A16"}  # of weights, as Python calls them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,15 +76,8 @@ class Facts:
             [pipeline.tokenizer.encode(prompt) for prompt in prompts],
             options,
             pipeline.vision.preprocessing,
-            _default_batch_size(pipeline),
+            pipeline.default_batch_size,
         )
-
-
-def _default_batch_size(pipeline: Pipeline) -> int:
-    """64 on a GPU, 16 on a CPU, and no more than either engine takes at once."""
-    limits = (pipeline.vision.max_batch_size, pipeline.language.limits.max_batch_size)
-    wanted = 64 if pipeline.vision.device.type == "cuda" else 16
-    return min([wanted, *(limit for limit in limits if limit)])
 
 
 @dataclasses.dataclass(frozen=True)

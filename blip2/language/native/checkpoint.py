@@ -17,7 +17,7 @@ from blip2.checkpoints import OPTConfig, open_checkpoint
 from blip2.errors import Blip2Error
 from blip2.language.conversion import ConversionOptions, Source, target_config
 from blip2.language.native.linear import Linear
-from blip2.language.trtllm_format import QUANT_BITS, OPTCheckpointConfig, tensor_specs
+from blip2.language.trtllm_format import PRECISIONS, QUANT_BITS, OPTCheckpointConfig, tensor_specs
 from blip2.layout import CONVERT, OPT_WEIGHTS
 
 _HEAD_BITS = 8
@@ -132,16 +132,16 @@ class TRTLLMTensors:
 
 
 class CheckpointTensors:
-    """Those of a BLIP-2 or OPT as Hugging Face has it, as a conversion to float16 would write them."""
+    """Those of a BLIP-2 or OPT as Hugging Face has it, as a conversion would write them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quant_algo: str | None = None) -> None:
         """Read the configuration, and which tensors there are.
 
         Raises:
             Blip2Error: as `open_checkpoint` and `target_config`.
         """
         checkpoint = open_checkpoint(directory)
-        self.config = target_config(checkpoint, ConversionOptions())
+        self.config = target_config(checkpoint, ConversionOptions(quant_algo=quant_algo))
         self.where, self.mend = checkpoint.path, checkpoint.mend
         self._source = Source(checkpoint, OPTConfig.of(checkpoint))
 
@@ -150,14 +150,28 @@ class CheckpointTensors:
         return torch.cat(parts).to(self.config.torch_dtype)
 
 
-def open_tensors(directory: Path) -> OPTTensors:
+def open_tensors(directory: Path, precision: str | None = None) -> OPTTensors:
     """The OPT in a directory: of a TensorRT-LLM checkpoint, or of Hugging Face's.
 
+    Args:
+        directory: of the checkpoint.
+        precision: one of PRECISIONS; None is what the checkpoint has, float16 of Hugging Face's.
+
     Raises:
-        Blip2Error: as the two classes.
+        Blip2Error: as the two classes; or a TensorRT-LLM checkpoint has another precision.
     """
-    converted = (directory / OPT_WEIGHTS).is_file()
-    return TRTLLMTensors(directory) if converted else CheckpointTensors(directory)
+    if precision is not None and precision not in PRECISIONS:
+        raise Blip2Error(f"precision is {precision!r}", f"give one of {', '.join(PRECISIONS)}")
+    quant_algo = None if precision is None else PRECISIONS[precision]
+    if not (directory / OPT_WEIGHTS).is_file():
+        return CheckpointTensors(directory, quant_algo)
+    tensors = TRTLLMTensors(directory)
+    if precision is not None and tensors.config.quant_algo != quant_algo:
+        raise Blip2Error(
+            f"{directory} was not converted to {precision}",
+            "leave out precision, or give the checkpoint that it was converted from",
+        )
+    return tensors
 
 
 def read_config(directory: Path) -> OPTCheckpointConfig:

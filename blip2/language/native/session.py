@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,13 +26,15 @@ class NativeSession(LanguageSession):
     PyTorch's, on the CPU or, for the few OPTs that the kernels do not take, on the GPU.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, precision: str | None = None) -> None:
         """Open the checkpoint in `directory`, of which only descriptions are read yet.
+
+        `precision` is as `open_tensors` takes it.
 
         Raises:
             Blip2Error: missing, damaged, or split over several GPUs.
         """
-        self._tensors = open_tensors(directory)
+        self._tensors = open_tensors(directory, precision)
         config = self._tensors.config
         if config.hidden_act not in ACTIVATIONS:
             raise Blip2Error(
@@ -95,6 +97,41 @@ class NativeSession(LanguageSession):
         with self._model.computing():
             return self._decode(input_ids, prompt_table, options, first_request)
 
+    def _stream(
+        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
+    ) -> Iterator[int]:
+        """A token is read while the next one is computed already: the GPU does not wait."""
+        self.load()
+        tokens = self._tokens(input_ids, prompt_table, options)
+        while True:
+            # Not held while the caller has its turn.
+            with torch.inference_mode(), self._model.computing():
+                token = next(tokens, None)
+            if token is None:
+                return
+            yield token
+
+    def _tokens(
+        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
+    ) -> Iterator[int]:
+        requests = _Requests(self._model, self.device, [input_ids], options, 0)
+        strategy = requests.strategy
+        logits = requests.read_prompts(prompt_table)
+        coming: collections.deque[_Copied] = collections.deque()
+        for step in range(options.max_output_len):
+            chosen, sources = strategy.advance(logits)
+            coming.append(_Copied(torch.stack([chosen, strategy.finite_rows().to(chosen)])))
+            is_last = step == options.max_output_len - 1
+            if not is_last:
+                logits = requests.append(chosen, sources)
+            while len(coming) > (0 if is_last else self._model.steps_ahead):
+                token, is_finite = coming.popleft().wait().flatten().tolist()
+                if not is_finite:
+                    raise _not_finite()
+                if token == options.end_id:
+                    return
+                yield token
+
     def _decode(
         self,
         input_ids: Sequence[torch.Tensor],
@@ -105,19 +142,17 @@ class NativeSession(LanguageSession):
         requests = _Requests(self._model, self.device, input_ids, options, first_request)
         strategy = requests.strategy
         logits = requests.read_prompts(prompt_table)
-        ends: collections.deque[_Flags] = collections.deque()
+        ends: collections.deque[_Copied] = collections.deque()
         for step in range(options.max_output_len):
             chosen = strategy.advance(logits)
             if step == options.max_output_len - 1:
                 break
-            ends.append(_Flags(strategy.ended()))
-            if len(ends) > self._model.steps_ahead and ends.popleft().all():
+            ends.append(_Copied(strategy.ended()))
+            if len(ends) > self._model.steps_ahead and ends.popleft().wait().all():
                 break
             logits = requests.append(*chosen)
         if not strategy.finite():
-            raise Blip2Error(
-                "the OPT yields NaN or Inf", "make its checkpoint again from the original"
-            )
+            raise _not_finite()
         return strategy.results()
 
 
@@ -151,20 +186,24 @@ class _Requests:
         return self._model.step(tokens, self._cache)
 
 
-class _Flags:
-    """Flags of the device, on their way to the host."""
+def _not_finite() -> Blip2Error:
+    return Blip2Error("the OPT yields NaN or Inf", "make its checkpoint again from the original")
 
-    def __init__(self, flags: torch.Tensor) -> None:
-        self._flags = flags.to("cpu", non_blocking=True, copy=True)  # a strategy updates its own
-        self._copied = torch.cuda.Event() if flags.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
 
-    def all(self) -> bool:
-        """Whether all are set. Waits until they are there."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._flags.all())
+class _Copied:
+    """A tensor of the device, on its way to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True, copy=True)  # a strategy updates its own
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> torch.Tensor:
+        """The copy, once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
 
 
 def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTModel]:

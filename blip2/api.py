@@ -1,0 +1,348 @@
+"""BLIP-2 from Python: `blip2.load`, and what it returns. docs/python.md has examples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+
+from blip2 import devices, images, pipeline
+from blip2.checkpoints import is_checkpoint, locate
+from blip2.engines import Places
+from blip2.errors import Blip2Error
+from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
+from blip2.templates import TEMPLATE, fill_template
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from blip2.language import GenerationOptions
+
+# A file's path or its content, an http(s) URL, a picture of Pillow's, or its pixels: height x width,
+# or height x width x 3 or 4, uint8; the fourth channel is opacity.
+Picture = str | Path | bytes | Image.Image | np.ndarray
+
+
+class Decoding(TypedDict, total=False):
+    """How to decode: fields of `GenerationOptions`. Any of the last three means sampling."""
+
+    max_output_len: int
+    num_beams: int
+    length_penalty: float
+    repetition_penalty: float
+    early_stopping: bool
+    seed: int
+    top_k: int
+    top_p: float
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer(pipeline.Answer):
+    """A text; `str` is that text.
+
+    `score` is its log probability over its length where beams were searched, else None; `finished`
+    is false of a text that was cut at max_output_len; `flags` names what is suspicious of it.
+    `beams` are those of a beam search, best first: the text is the first's.
+    """
+
+    beams: tuple[pipeline.Answer, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What BLIP-2 sees in B pictures, on the engines' device.
+
+    `image_embeds` are the ViT's, B x tokens x its width, in its dtype; `query_output` is what OPT
+    reads, B x query tokens x OPT's hidden size.
+    """
+
+    image_embeds: torch.Tensor
+    query_output: torch.Tensor
+
+
+def load(
+    engine_dir: str | Path,
+    opt_engine_dir: str | Path | None = None,
+    *,
+    query_tokens: str | Path | None = None,
+    hf_model_location: str | Path | None = None,
+    precision: str | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = True,
+) -> Model:
+    """Load a BLIP-2 checkpoint, or the engines made of one: what the directories hold decides.
+
+    Args:
+        engine_dir: a BLIP-2 checkpoint's directory or hub id ("Salesforce/blip2-opt-2.7b"), or the
+            ViT and Q-Former as the scripts export and build them (`onnx`, `plan`, or the directory
+            that has them).
+        opt_engine_dir: OPT: a TensorRT-LLM engine, a converted checkpoint, or a BLIP-2's or OPT's.
+            None is the checkpoint in `engine_dir`.
+        query_tokens: the export's query_tokens.pt; None is the one by `engine_dir`.
+        hf_model_location: the tokenizer, a directory or hub id; None is the engines' own.
+        precision: of OPT's weights: "float16", "int8" or "int4", of a checkpoint that is in none of
+            them yet; None is what it was converted to, or else float16.
+        device: "cpu", "cuda" or "cuda:N"; None is the current GPU, or without one the CPU.
+        verify: compare large files with the hashes that were written with them.
+
+    Raises:
+        Blip2Error: something is missing, damaged, or does not fit the rest.
+    """
+    if opt_engine_dir is None:
+        if not is_checkpoint(locate(engine_dir)):
+            raise Blip2Error(
+                f"{engine_dir} is no BLIP-2 checkpoint, and has no OPT", "give opt_engine_dir too"
+            )
+        opt_engine_dir = engine_dir
+    places = Places.of(engine_dir, opt_engine_dir, query_tokens, hf_model_location)
+    with devices.chosen(device):
+        opened = open_pipeline(places, verify, precision)
+    for session, place in ((opened.vision, engine_dir), (opened.language, opt_engine_dir)):
+        if device is not None and session.device.type != torch.device(device).type:
+            raise Blip2Error(
+                f"{place} runs on {session.device.type} alone", "leave out device, or give that"
+            )
+    return Model(opened)
+
+
+class Model:
+    """BLIP-2, loaded. Several threads may ask it; they are answered one after another.
+
+    Methods that take pictures take one or a list, and give one or a list. A list of pictures with
+    one question, or one picture with a list of questions, is every one of them with it; lists of
+    both go in pairs.
+    """
+
+    def __init__(self, opened: Pipeline) -> None:
+        """Of an open pipeline: see `load`."""
+        self._pipeline = opened
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the engines and their memory go."""
+        self._pipeline.language.close()
+        del self._pipeline
+
+    def caption(
+        self, pictures: Picture | Sequence[Picture], **decoding: Unpack[Decoding]
+    ) -> Answer | list[Answer]:
+        """Say what is in the pictures.
+
+        Raises:
+            Blip2Error: a picture cannot be read, or the engines cannot decode so.
+        """
+        return self.ask(pictures, "", **decoding)
+
+    def ask(
+        self,
+        pictures: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        *,
+        prompt_template: str = TEMPLATE,
+        **decoding: Unpack[Decoding],
+    ) -> Answer | list[Answer]:
+        """Answer questions about pictures.
+
+        Args:
+            pictures: one or a list.
+            questions: one or a list; an empty one asks for a caption.
+            prompt_template: what OPT reads, {} being the question; "{}" is the question as it is.
+            decoding: see `Decoding`.
+
+        Raises:
+            Blip2Error: a picture cannot be read, a question is too long, or the engines cannot
+                decode so; ValueError where two lists have different lengths.
+        """
+        are_many = _is_list(pictures) or _is_list(questions)
+        asked = _pairs(pictures, questions)
+        prompts = {text: fill_template(prompt_template, text) for _, text in asked}
+        options, size = self._pipeline.options(decoding), self._pipeline.default_batch_size
+        answers: list[Answer] = []
+        with self._computing():
+            self._pipeline.check(list(prompts.values()), options)
+            for start in range(0, len(asked), size):
+                batch = asked[start : start + size]
+                # Sampling counts its draws by the request's place among all.
+                how = dataclasses.replace(options, seed=options.seed + start)
+                answers += self._answer([(p, prompts[text]) for p, text in batch], how)
+        return answers if are_many else answers[0]
+
+    def _answer(
+        self, asked: Sequence[tuple[Picture, str]], options: GenerationOptions
+    ) -> list[Answer]:
+        """Of one batch; a picture is looked at once in it."""
+        pictures = {id(picture): picture for picture, _ in asked}
+        look = self._pipeline.look(self._stacked(list(pictures.values())), Stopwatch())
+        places = {key: row for row, key in enumerate(pictures)}
+        rows = [places[id(picture)] for picture, _ in asked]
+        look = dataclasses.replace(look, query_output=look.query_output[rows])
+        beams = self._pipeline.ask(look, [prompt for _, prompt in asked], options)
+        return [_answer(of_one) for of_one in beams]
+
+    def stream(
+        self,
+        picture: Picture,
+        question: str = "",
+        *,
+        prompt_template: str = TEMPLATE,
+        **decoding: Unpack[Decoding],
+    ) -> Iterator[str]:
+        """The answer about one picture, piece by piece as it is made; joined they are its text.
+
+        Engines that say nothing before they have ended give it in one piece.
+
+        Raises:
+            Blip2Error: as `ask`; beams cannot be streamed.
+        """
+        options = self._pipeline.options(decoding)
+        if options.num_beams > 1:
+            raise Blip2Error(
+                "the text of a beam search is known at its end", "leave out num_beams, or use ask"
+            )
+        prompt = fill_template(prompt_template, question)
+        self._pipeline.check([prompt], options)
+        values = self._stacked([picture])
+
+        def tokens() -> Iterator[int]:
+            with self._computing():
+                look = self._pipeline.look(values, Stopwatch())
+                yield from self._pipeline.stream(look, prompt, options)
+
+        return _pieces(_in_a_thread(tokens), self._pipeline.tokenizer.decode)
+
+    def features(self, pictures: Picture | Sequence[Picture]) -> Features:
+        """What the ViT and the Q-Former make of pictures, for other models to use.
+
+        Raises:
+            Blip2Error: a picture cannot be read, or the engines yield NaN or Inf.
+        """
+        pictures = pictures if _is_list(pictures) else [pictures]
+        with self._computing():
+            look = self._pipeline.look(self._stacked(pictures), Stopwatch())
+            self._pipeline.check_look(look)
+            return Features(look.image_embeds.clone(), look.query_output.clone())
+
+    def _stacked(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """B x 3 x S x S, float32."""
+        preprocessing = self._pipeline.vision.preprocessing
+        return torch.stack([images.pixel_values(_open(p), preprocessing) for p in pictures])
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        device = self._pipeline.vision.device
+        on_gpu = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with self._lock, on_gpu:
+            yield
+
+
+def _is_list(argument: object) -> bool:
+    return isinstance(argument, Sequence) and not isinstance(argument, str | bytes)
+
+
+def _pairs(
+    pictures: Picture | Sequence[Picture], questions: str | Sequence[str]
+) -> list[tuple[Picture, str]]:
+    """Each picture with its question, where both are lists; else the one with all of the other."""
+    if not _is_list(pictures):
+        return [(pictures, text) for text in (questions if _is_list(questions) else [questions])]
+    if not _is_list(questions):
+        return [(picture, questions) for picture in pictures]
+    if len(pictures) != len(questions):
+        raise ValueError(f"{len(pictures)} pictures and {len(questions)} questions are no pairs")
+    return list(zip(pictures, questions, strict=True))
+
+
+def _open(picture: Picture) -> Image.Image:
+    """8-bit RGB.
+
+    Raises:
+        Blip2Error: it cannot be read.
+    """
+    if isinstance(picture, np.ndarray):
+        layered = picture.ndim == 3 and picture.shape[2] in (3, 4)
+        if picture.dtype != np.uint8 or not (picture.ndim == 2 or layered) or not picture.size:
+            raise Blip2Error(
+                f"an array of {picture.dtype} of shape {picture.shape} is no picture",
+                "give height x width (x 3 or 4) of uint8",
+            )
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return images.normalise(picture)
+    if isinstance(picture, bytes):
+        return images.decode_image(picture, "the picture")
+    if not isinstance(picture, str | Path):
+        raise TypeError(f"{type(picture).__name__} is no picture")
+    return images.load_image(picture)
+
+
+def _answer(beams: Sequence[pipeline.Answer]) -> Answer:
+    best = beams[0]
+    return Answer(best.text, best.score, best.finished, tuple(beams) if len(beams) > 1 else ())
+
+
+def _pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of tokens, as far as no further token can change it."""
+    ids: list[int] = []
+    said = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        # A character may take several tokens, and reads as this until the last of them is there.
+        if len(text) > len(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(said) :]
+            said = text
+    if rest := decode(ids)[len(said) :]:
+        yield rest
+
+
+def _in_a_thread(make: Callable[[], Iterator[int]]) -> Iterator[int]:
+    """What an iterator gives, made ahead: it does not wait for whoever takes it."""
+    made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    is_wanted = threading.Event()
+    is_wanted.set()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            for item in make():
+                made.put((item, None))
+                if not is_wanted.is_set():
+                    break
+        except BaseException as raised:
+            error = raised
+        made.put((None, error))
+
+    def taken() -> Iterator[int]:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while True:
+                item, error = made.get()
+                if error is not None:
+                    raise error
+                if item is None:
+                    return
+                yield item
+        finally:
+            is_wanted.clear()
+            thread.join()
+
+    return taken()
