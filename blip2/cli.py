@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import io
 import math
 import os
@@ -18,11 +19,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from blip2 import memory
+from blip2 import layout, memory
 from blip2.errors import Blip2Error
 
 # What is wrong with a path, wherever in a program it shows.
@@ -130,7 +131,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def command(script: str, *arguments: object) -> str:
-    """A command for the shell that runs a program of this repository from the current directory."""
+    """A command for the shell that runs a program of this package from the current directory."""
+    if not (_ROOT / script).is_file():
+        return shlex.join([layout.command(script), *map(str, arguments)])
     python = sys.executable if shutil.which("python") != sys.executable else "python"
     words = [_short(python), _short(str(_ROOT / script))]
     words += [_short(str(a)) if isinstance(a, Path) else str(a) for a in arguments]
@@ -166,13 +169,24 @@ def _missing_package(error: ModuleNotFoundError) -> str | None:
     ):
         return None
     package = _PACKAGES.get(module, module)
-    for path in sorted(_ROOT.glob("requirements*.txt"), key=lambda path: len(path.name)):
+    for requirement, arguments in _requirements():
+        if re.match(rf"{re.escape(package)}(?![\w-])", requirement):
+            return _not_installed(package, arguments)
+    return _not_installed(package, [package])
+
+
+def _requirements() -> Iterator[tuple[str, list[str]]]:
+    """What this package needs, and what pip is given to install it."""
+    files = sorted(_ROOT.glob("requirements*.txt"), key=lambda path: len(path.name))
+    for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
             requirement = line.partition("#")[0].strip()
-            if re.match(rf"{re.escape(package)}(?![\w-])", requirement):
-                whole = ["-r", str(path)] if path.name == "requirements.txt" else [requirement]
-                return _not_installed(package, whole)
-    return _not_installed(package, [package])
+            is_whole = path.name == "requirements.txt"
+            yield requirement, ["-r", str(path)] if is_whole else [requirement]
+    if not files:  # installed by pip
+        for requirement in importlib.metadata.requires("blip2-suite") or []:
+            wanted = requirement.partition(";")[0].strip()
+            yield wanted, [wanted]
 
 
 def _not_installed(package: str, arguments: list[str]) -> str:

@@ -17,12 +17,11 @@ from blip2.checkpoints import TokenIds
 from blip2.engines import Places, open_language_session, open_vision_session
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation, GenerationOptions, LanguageSession
+from blip2.layout import CONVERT, EXPORT
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
 
-_LESS_OPT = (
-    "free some, or convert OPT to less with: python opt/convert_checkpoint.py --use_weight_only"
-)
+_LESS_OPT = f"free some, or convert OPT to less with: {CONVERT} --use_weight_only"
 _LESS_VISION = "free some, or use --dtype float16 and a smaller --max_batch_size for these engines"
 
 T = TypeVar("T")
@@ -268,7 +267,7 @@ class Pipeline:
                 raise Blip2Error(
                     f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is"
                     " damaged",
-                    "run it in float32: python onnx_export.py --dtype float32"
+                    f"run it in float32: {EXPORT} --dtype float32"
                     " --output_dir float32, then take float32/onnx as engine_dir",
                 )
             raise Blip2Error(

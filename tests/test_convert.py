@@ -21,6 +21,7 @@ from blip2.checkpoints import open_checkpoint
 from blip2.errors import Blip2Error
 from blip2.language import conversion
 from blip2.language.trtllm_format import OPTCheckpointConfig, Spec, tensor_specs
+from blip2.programs.convert_checkpoint import default_output_dir
 
 SCRIPT = "opt/convert_checkpoint.py"
 HIDDEN, FFN, VOCAB, POSITIONS, LAYERS = 64, 256, 97, 60, 2
@@ -474,12 +475,10 @@ def test_an_unknown_trtllm_version_is_refused_before_any_work(tmp_path):
 
 
 def test_default_output_directory_is_the_guides():
-    script = runpy.run_path(str(opt_models.ROOT / SCRIPT))
-
     def default(**fields):
         base = {"dtype": "float16", "num_hidden_layers": 32, "hidden_size": 2560}
         rest = {"num_attention_heads": 32, "vocab_size": 9, "max_position_embeddings": 9}
-        return str(script["default_output_dir"](OPTCheckpointConfig(**base | rest | fields)))
+        return str(default_output_dir(OPTCheckpointConfig(**base | rest | fields)))
 
     assert default() == "opt/2.7B/trt_ckpt/fp16/1-gpu"
     assert default(quant_algo="W8A16") == "opt/2.7B/trt_ckpt/int8_weightonly/1-gpu"

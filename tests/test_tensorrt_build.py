@@ -22,11 +22,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import build_vit_qformer
 from blip2 import artifacts
 from blip2.artifacts import staging
 from blip2.checkpoints import open_checkpoint
 from blip2.errors import Blip2Error
+from blip2.programs import build_vit_qformer
 from blip2.vision import export, modules, tensorrt_build, tensorrt_plans
 from blip2.vision.tensorrt_build import BuildOptions, build_plans
 from blip2.vision.tensorrt_plans import QFORMER, VIT, import_tensorrt, read_plan_sidecar

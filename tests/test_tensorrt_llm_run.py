@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from trtllm_engines import DOUBLES, forget_double, install_double, install_metadata, write_engine
 
-import run
 from blip2 import cli
+from blip2.programs import run
 
 QUESTION = "Question: what is it? Answer:"
 BEAMS = ("--num_beams", "3", "--length_penalty", "0.5", "--max_output_len", "12")

@@ -17,6 +17,7 @@ from typing import Any
 from blip2 import artifacts
 from blip2.checkpoints.reader import Checkpoint
 from blip2.errors import Blip2Error
+from blip2.layout import EXPORT
 
 _FILE = "generation_config.json"
 _OPT_DEFAULT = 2  # transformers' OPTConfig has </s> for both where a file leaves them out
@@ -92,7 +93,7 @@ class TokenIds:
         path = tokenizer / _FILE
         if not path.is_file():
             return cls()
-        made_by = "python onnx_export.py"
+        made_by = EXPORT
         fields = artifacts.read_json(path, made_by)
         values = [fields.get(f"{name}_token_id") for name in ("bos", "eos")]
         if not all(type(value) is int and value >= 0 for value in values):

@@ -33,6 +33,7 @@ import blip2
 from blip2.errors import Blip2Error, first_line
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
+from blip2.layout import install
 from blip2.many.batch import (
     WAIT,
     Answered,
@@ -53,9 +54,7 @@ try:
     import ray
     import ray.data
 except ImportError:
-    raise Blip2Error(
-        "a cluster needs Ray", "install it with: pip install -r requirements-ray.txt"
-    ) from None
+    raise Blip2Error("a cluster needs Ray", f"install it with: {install('ray')}") from None
 
 Row = dict[str, Any]
 OpenPipeline = Callable[[], Pipeline]

@@ -17,6 +17,7 @@ from blip2.language.native.checkpoint import open_tensors
 from blip2.language.native.model import ACTIVATIONS, OPTModel
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_format import OPTCheckpointConfig
+from blip2.layout import install
 
 
 class NativeSession(LanguageSession):
@@ -213,7 +214,7 @@ def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTM
         except ImportError as error:
             raise Blip2Error(
                 f"on a GPU the native OPT session needs {error.name}",
-                "install it with: pip install -r requirements-gpu.txt",
+                f"install it with: {install('gpu')}",
             ) from None
 
         if CudaModel.runs(config):

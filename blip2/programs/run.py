@@ -1,0 +1,370 @@
+"""Ask BLIP-2 a question about a picture: ViT → Q-Former → OPT, on whatever engines are there.
+
+    python run.py --input_text "Question: which city is this? Answer:"
+    python run.py --input_dir photo.jpg --input_text ""              # no text: a caption
+    python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
+    python run.py --input_dir photos/ --output captions.jsonl        # many pictures, resumable
+    python run.py --input_dir photos/ --output captions.jsonl --ray  # on every GPU here
+    mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
+
+What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans, ONNX files or a
+BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 or OPT checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from blip2 import cli
+from blip2.errors import Blip2Error
+from blip2.templates import TEMPLATE
+
+if TYPE_CHECKING:
+    import torch
+
+    from blip2.engines import Places
+    from blip2.language import GenerationOptions
+    from blip2.pipeline import Answer, Pipeline
+
+
+STANDARD_OUTPUT = Path("-")
+DEFAULT_TEXT = "Question: which city is this? Answer:"
+SAMPLING = ("top_k", "top_p", "temperature")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Ask BLIP-2 a question about a picture.")
+    add = parser.add_argument
+    add(
+        "--input_text",
+        action="append",
+        help=f"question; empty: caption (default: {DEFAULT_TEXT!r}; with --output: a caption, and"
+        " may be given several times)",
+    )
+    add(
+        "--prompt_template",
+        type=template,
+        metavar="TEMPLATE",
+        default=TEMPLATE,
+        help="replace the {} in it by each text that has not its form yet; '{}': the text as it is",
+    )
+    add(
+        "--input_dir",
+        nargs="+",
+        type=source,
+        metavar="PICTURE",
+        help="image.pt, or a picture: file or URL (default: image.pt); with --output any number of"
+        " pictures, folders, 'patterns*', lists.txt, shards.tar, 'shards-{000..009}.tar'",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="a line for each picture and question; -: print them, without going on later",
+    )
+    add(
+        "--retry_errors",
+        action="store_true",
+        help="with --output FILE: ask again about pictures of which there is an error in it",
+    )
+    add("--html", type=Path, metavar="FILE.html", help="with --output: a page to look through")
+    add(
+        "--batch_size",
+        type=cli.int_between(1, 4096),
+        help="with --output (default: by the engines)",
+    )
+    add(
+        "--workers",
+        type=cli.int_between(1, 256),
+        help="with --output: processes that decode pictures (default: half of the processors; with"
+        " --ray: as many as are free)",
+    )
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="with --output: all GPUs of a Ray cluster; without an address, of this machine",
+    )
+    add(
+        "--ray_actors",
+        type=cli.positive_int,
+        metavar="N",
+        help="with --ray: copies of the engines (default: one a GPU, or without any one a machine)",
+    )
+    add(
+        "--query_tokens",
+        help="saved by onnx_export.py (default: query_tokens.pt in or beside --engine_dir)",
+    )
+    add(
+        "--engine_dir",
+        help="ViT and Q-Former: a directory, with them or with plan/ or onnx/ in it, or a BLIP-2's hub"
+        " id (default: plan, else onnx)",
+    )
+    add(
+        "--opt_engine_dir",
+        help="OPT: a directory or a hub id (default: trt_engine/blip-2-opt-2.7b/fp16/1-gpu, else"
+        " opt/2.7B/trt_ckpt/fp16/1-gpu)",
+    )
+    add(
+        "--hf_model_location",
+        help="tokenizer: directory or hub id (default: the checkpoint's, or by the query tokens)",
+    )
+    add("--max_txt_len", type=cli.positive_int, default=32, help="longest prompt, in tokens")
+    add("--max_output_len", type=cli.positive_int, default=30, help="longest answer, in tokens")
+    add("--num_beams", type=cli.positive_int, default=1, help="beam search if above 1")
+    add("--length_penalty", type=cli.finite_float, default=1.0, help="above 1: longer beams win")
+    add("--repetition_penalty", type=cli.positive_float, default=1.0, help="above 1: fewer repeats")
+    add(
+        "--top_k",
+        type=cli.non_negative_int,
+        help="sample among k; 0: all",
+    )
+    add(
+        "--top_p",
+        type=cli.number_up_to(1),
+        help="sample among probability p",
+    )
+    add("--temperature", type=cli.positive_float, help="sample: flatten")
+    add("--seed", type=cli.int_between(0, 2**63 - 1), default=0, help="of the sampling")
+    add("--no_verify", action="store_true", help="do not compare large files with their hashes")
+    add("--benchmark", type=cli.positive_int, metavar="N", help="repeat N times, print medians")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args()
+    many, printed = args.output is not None, args.output == STANDARD_OUTPUT
+    for flag, value in {
+        "--html": args.html,
+        "--batch_size": args.batch_size,
+        "--workers": args.workers,
+        "--ray": args.ray,
+        "--retry_errors": args.retry_errors or None,
+    }.items():
+        if value is not None and not many:
+            parser.error(f"{flag} goes with --output")
+    if args.ray_actors and not args.ray:
+        parser.error("--ray_actors goes with --ray")
+    for flag, value in {"--html": args.html, "--retry_errors": args.retry_errors}.items():
+        if value and printed:
+            parser.error(f"{flag} needs --output FILE, which lines are read from")
+    if many and (args.json or args.benchmark):
+        parser.error("--output goes without --json and --benchmark")
+    if many and not args.input_dir:
+        parser.error("with --output give --input_dir the pictures")
+    if not many and len(args.input_text or []) > 1:
+        parser.error("several --input_text need --output")
+    if not many and len(args.input_dir or []) > 1:
+        parser.error("several pictures need --output")
+    args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
+    return args
+
+
+def source(text: str) -> str:
+    """argparse type: a path without what makes no difference, "photos" for "./photos/"; or a URL."""
+    return str(Path(text)) if text and "://" not in text else text
+
+
+def template(text: str) -> str:
+    """argparse type: a text with one {} in it."""
+    if text.count("{}") != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has not one {{}} for the text")
+    return text
+
+
+def main() -> int | None:
+    args = parse_arguments()
+    if args.output:
+        return answer_many(args)
+    answer_one(args)
+    return None
+
+
+def answer_one(args: argparse.Namespace) -> None:
+    """Print the answer about one picture, or those of one image.pt."""
+    # Imported after the arguments are parsed, so that --help does not wait for torch.
+    from blip2.many import inputs
+    from blip2.pipeline import Stopwatch, open_pipeline
+    from blip2.prompts import check_length
+    from blip2.templates import fill_template
+
+    [text] = args.input_text
+    question = Asked(text, fill_template(args.prompt_template, text))
+    places = places_of(args)
+    [source] = args.input_dir or [places.picture]
+    if inputs.is_collection(source):
+        raise Blip2Error(f"{source} stands for several pictures", "add --output answers.jsonl")
+    watch = Stopwatch({"start": cli.seconds_since_start()})
+    with watch.time("load engines"):
+        pipeline = open_pipeline(places, verify=not args.no_verify)
+    with watch.time("load picture"):
+        pixel_values = load_pixel_values(source, pipeline)
+    options = pipeline.options(decoding_options(args))
+    prompt_ids = pipeline.tokenizer.encode(question.prompt)
+    check_length(question.prompt, prompt_ids, args.max_txt_len)
+
+    texts = [question.prompt] * len(pixel_values)
+    if args.benchmark:
+        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark)
+    else:
+        answers = pipeline.answer(pixel_values, texts, options, watch)
+        times = Times(watch.seconds, cli.seconds_since_start())
+
+    if not pipeline.language.is_leader:
+        return
+    if args.json:
+        print(json.dumps(as_json(question, answers, times)))
+    else:
+        print(as_text(question, answers, times))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A text, and the prompt that OPT reads for it."""
+
+    text: str
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds by stage, and those of the whole as the clock has them; medians of `repeats` runs."""
+
+    stages: dict[str, float]
+    total: float
+    repeats: int | None = None
+
+
+def benchmark(
+    pipeline: Pipeline,
+    pixel_values: torch.Tensor,
+    texts: Sequence[str],
+    options: GenerationOptions,
+    repeats: int,
+) -> tuple[list[list[Answer]], Times]:
+    """The answers, and the medians of `repeats` runs behind one that warms up."""
+    from blip2.pipeline import Stopwatch
+
+    answers = pipeline.answer(pixel_values, texts, options)
+    runs, totals = [Stopwatch() for _ in range(repeats)], []
+    for run in runs:
+        begun = time.perf_counter()
+        answers = pipeline.answer(pixel_values, texts, options, run)
+        totals.append(time.perf_counter() - begun)
+    stages = {
+        stage: statistics.median(run.seconds[stage] for run in runs) for stage in runs[0].seconds
+    }
+    return answers, Times(stages, statistics.median(totals), repeats)
+
+
+def answer_many(args: argparse.Namespace) -> int:
+    """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    from blip2.many.batch import Question
+    from blip2.many.job import Job
+    from blip2.pipeline import Stopwatch
+    from blip2.templates import fill_template
+
+    printed = args.output == STANDARD_OUTPUT
+    job = Job(
+        sources=args.input_dir,
+        questions=[Question(t, fill_template(args.prompt_template, t)) for t in args.input_text],
+        places=places_of(args),
+        decoding=decoding_options(args),
+        output=None if printed else args.output,
+        page=args.html,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        cluster=args.ray,
+        ray_actors=args.ray_actors,
+        max_txt_len=args.max_txt_len,
+        retry_errors=args.retry_errors,
+        verify=not args.no_verify,
+    )
+    try:
+        summary = job.run(Stopwatch({"start": cli.seconds_since_start()}))
+    except KeyboardInterrupt:
+        if printed:
+            raise
+        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
+    table = summary.table(cli.seconds_since_start())
+    print(table, file=sys.stderr if printed else sys.stdout)
+    return 1 if summary.failed else 0
+
+
+def places_of(args: argparse.Namespace) -> Places:
+    """Where the engines are, and the tokenizer."""
+    from blip2.engines import Places
+
+    return Places.of(
+        args.engine_dir, args.opt_engine_dir, args.query_tokens, args.hf_model_location
+    )
+
+
+def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
+    """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+    from blip2 import images
+
+    if source.endswith(".pt"):
+        return load_saved_picture(Path(source))
+    picture = images.load_image(source)
+    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+
+
+def load_saved_picture(path: Path) -> torch.Tensor:
+    """image.pt; compared with its description where it has one, as those of the export do.
+
+    Raises:
+        Blip2Error: missing, damaged, or anything but a tensor.
+    """
+    from blip2 import artifacts
+
+    made_by = "python onnx_export.py --image PICTURE"
+    verification = artifacts.Verification({path: made_by})
+    pixel_values = artifacts.load_tensor(path, made_by)
+    verification.finish()
+    return pixel_values
+
+
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """For `Pipeline.options`."""
+    search = ("max_output_len", "num_beams", "length_penalty", "repetition_penalty")
+    return {name: getattr(args, name) for name in (*search, *SAMPLING, "seed")}
+
+
+def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:
+    """The result for programs: seconds by stage; with --benchmark they are medians."""
+    return {
+        "question": question.text,
+        "prompt": question.prompt,
+        "answers": [[beam.to_json() for beam in beams] for beams in answers],
+        "seconds": times.stages,
+        "total_seconds": times.total,
+        "benchmark": times.repeats,
+    }
+
+
+def as_text(question: Asked, answers: list[list[Answer]], times: Times) -> str:
+    """The result for people: prompt, answers, and a table of the stages."""
+    lines = [f"[Q] {question.prompt or '(caption)'}"]
+    for beams in answers:
+        for beam in beams:
+            score = [] if beam.score is None else [f"   ({beam.score:.4f})"]
+            flags = [f"({flag})" for flag in beam.flags]
+            lines.append(" ".join(["[A]", *filter(None, [beam.text]), *score, *flags]))
+    median = f", median of {times.repeats}" if times.repeats else ""
+    lines += ["", f"{'stage':<14}{'time' + median:>22}{'share':>8}"]
+    other = times.total - sum(times.stages.values())
+    for stage, seconds in [*times.stages.items(), ("other", other), ("total", times.total)]:
+        lines.append(f"{stage:<14}{seconds * 1e3:>19.1f} ms{seconds / times.total:>7.0%}")
+    return "\n".join(lines)
+
+
+def program() -> NoReturn:
+    """Start it, and exit."""
+    cli.run(main)
