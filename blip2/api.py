@@ -103,7 +103,7 @@ def load(
     if opt_engine_dir is None:
         if not is_checkpoint(locate(engine_dir)):
             raise Blip2Error(
-                f"{engine_dir} is no BLIP-2 checkpoint, and has no OPT", "give opt_engine_dir too"
+                f"{engine_dir} is no BLIP-2 checkpoint, and has no OPT", "give `opt_engine_dir` too"
             )
         opt_engine_dir = engine_dir
     places = Places.of(engine_dir, opt_engine_dir, query_tokens, hf_model_location)
@@ -112,7 +112,7 @@ def load(
     for session, place in ((opened.vision, engine_dir), (opened.language, opt_engine_dir)):
         if device is not None and session.device.type != torch.device(device).type:
             raise Blip2Error(
-                f"{place} runs on {session.device.type} alone", "leave out device, or give that"
+                f"{place} runs on {session.device.type} alone", "leave out `device`, or give that"
             )
     return Model(opened)
 
@@ -215,7 +215,7 @@ class Model:
         options = self._pipeline.options(decoding)
         if options.num_beams > 1:
             raise Blip2Error(
-                "the text of a beam search is known at its end", "leave out num_beams, or use ask"
+                "the text of a beam search is known at its end", "leave out `num_beams`, or use ask"
             )
         prompt = fill_template(prompt_template, question)
         self._pipeline.check([prompt], options)

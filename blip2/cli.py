@@ -70,7 +70,7 @@ class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without guessed abbreviations, whose errors are one line."""
 
-    _names: ClassVar[set[str]] = set()  # of this program's flags, as Python writes them
+    _names: ClassVar[set[str]] = set()  # of this program's flags, without their dashes
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -80,8 +80,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        # A name of one word may be any word.
-        self._names.update(name.removeprefix("--") for name in names if "_" in name)
+        self._names.update(name.removeprefix("--") for name in names)
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -89,9 +88,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @classmethod
     def with_flags(cls, message: str) -> str:
-        """The message of an error, its parameters called by the flags that set them here."""
-        names = "|".join(map(re.escape, cls._names)) or r"\b\B"
-        return re.sub(rf"(?<![\w./-])(?:{names})(?!\w|[./-]\w)", r"--\g<0>", message)
+        """The message of an error, whose parameters, in backticks, are called by their flags."""
+
+        def flag(parameter: re.Match[str]) -> str:
+            return f"--{parameter[1]}" if parameter[1] in cls._names else parameter[0]
+
+        return re.sub(r"`(\w+)`", flag, message)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -47,18 +47,18 @@ def _checked(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError):
         wanted = torch.device("meta")
     if wanted.type not in ("cpu", "cuda"):
-        raise Blip2Error(f"device is {device!r}", "give 'cpu', 'cuda' or 'cuda:N'")
+        raise Blip2Error(f"`device` is {device!r}", "give 'cpu', 'cuda' or 'cuda:N'")
     if wanted.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if not count or (wanted.index or 0) >= count:
         raise Blip2Error(
-            f"device is {device!r}, and there are {count} NVIDIA GPUs here",
+            f"`device` is {device!r}, and there are {count} NVIDIA GPUs here",
             "give another, or leave it out",
         )
     number = torch.cuda.current_device() if wanted.index is None else wanted.index
     if not _runs_kernels(number):
         raise Blip2Error(
-            f"device is {device!r}, which is older than Ampere", "give 'cpu', or leave it out"
+            f"`device` is {device!r}, which is older than Ampere", "give 'cpu', or leave it out"
         )
     return torch.device("cuda", number)

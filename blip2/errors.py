@@ -7,8 +7,8 @@ class Blip2Error(Exception):
     """Something the user can mend; `str` is both of its parts as one line.
 
     `problem` says what is wrong, and where; `remedy` what to do, where there is something to say.
-    Both call parameters as Python does (`num_beams`); a program calls them by its flags when it
-    shows the error (`error: …`, exit code 2).
+    Parameters stand in backticks (`num_beams`); a program puts its flags in their place when it shows
+    the error (`error: …`, exit code 2).
     """
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:

@@ -123,7 +123,7 @@ def decode_image(content: bytes, source: str) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise Blip2Error(
                     f"{source} has {image.width} x {image.height} pixels, more than {MAX_PIXELS}",
-                    " scale it down first",
+                    "scale it down first",
                 )
             # Pillow keeps the upper byte of such colours, and forgets that there was another.
             halved = any(";16" in str(tile) for tile in image.tile) and image.mode in _COLOURS
@@ -262,7 +262,7 @@ def _upper_bytes_to_full_scale(image: Image.Image, source: str) -> Image.Image:
     if highest == 0:
         raise Blip2Error(
             f"{source} uses at most the lowest 8 of its 16 bits a colour, and they cannot be read",
-            " save it with 8 bits a colour",
+            "save it with 8 bits a colour",
         )
     white = next(white for bits in _BITS if (white := (1 << bits >> 8) - 1) >= highest)
     brighter = image.point(lambda value: min(255, value * 255 // white))

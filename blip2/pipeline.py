@@ -268,7 +268,7 @@ class Pipeline:
                     f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is"
                     " damaged",
                     f"run it in float32: {EXPORT} --dtype float32"
-                    " --output_dir float32, then take float32/onnx as engine_dir",
+                    " --output_dir float32, then take float32/onnx as `engine_dir`",
                 )
             raise Blip2Error(
                 f"the {stage} yields NaN or Inf, in float32 too",
@@ -288,7 +288,7 @@ def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[
     Raises:
         OutOfMemory: the half is too much too.
     """
-    advice = "lower batch_size, num_beams or max_output_len, or free some memory"
+    advice = "lower `batch_size`, `num_beams` or `max_output_len`, or free some memory"
     try:
         with memory.needed(f"for the {stage} on a batch of {batch_size}", advice):
             return run()

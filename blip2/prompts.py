@@ -136,7 +136,7 @@ def load_tokenizer(location: str | Path, ids: TokenIds | None = None) -> Tokeniz
     if files is None:
         raise Blip2Error(
             f"{directory} holds no tokenizer.json",
-            f"make it with: {EXPORT}, or name another directory or hub id with hf_model_location",
+            f"make it with: {EXPORT}, or name another directory or hub id with `hf_model_location`",
         )
     if ids is None or not ids.are_stated:
         ids = TokenIds.beside(directory)
@@ -158,7 +158,7 @@ def _download_tokenizer(hub_id: str) -> Path:
     except Exception as error:  # hub, network and name errors share no base class
         raise Blip2Error(
             f"no tokenizer at {hub_id}: not a directory, and the hub says: {first_line(error)}",
-            f"make one with: {EXPORT}, or name a directory with hf_model_location",
+            f"make one with: {EXPORT}, or name a directory with `hf_model_location`",
         ) from None
 
 
@@ -176,6 +176,6 @@ def check_length(prompt: str, token_ids: Sequence[int], max_txt_len: int) -> Non
     """
     if len(token_ids) > max_txt_len:
         raise Blip2Error(
-            f"the prompt {prompt!r} has {len(token_ids)} tokens, max_txt_len allows {max_txt_len}",
-            "shorten input_text or raise max_txt_len",
+            f"the prompt {prompt!r} has {len(token_ids)} tokens, `max_txt_len` allows {max_txt_len}",
+            "shorten `input_text` or raise `max_txt_len`",
         )

@@ -205,7 +205,7 @@ def test_every_kind_of_picture_is_the_same(model, tmp_path):
         (
             lambda model: model.caption("demo/scene.png", num_beams=0),
             blip2.Blip2Error,
-            "num_beams is 0; ",
+            "`num_beams` is 0; ",
         ),
         (lambda model: model.caption("demo/scene.png", max_len=3), TypeError, "max_len"),
         (lambda model: model.ask("demo/scene.png", "x" * 5000), blip2.Blip2Error, "input length"),
@@ -220,7 +220,7 @@ def test_every_kind_of_picture_is_the_same(model, tmp_path):
         (
             lambda _: blip2.load("demo/checkpoint/nowhere"),
             blip2.Blip2Error,
-            "give opt_engine_dir too",
+            "give `opt_engine_dir` too",
         ),
     ],
 )

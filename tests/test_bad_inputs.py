@@ -155,7 +155,7 @@ PROMPTS = [
     row(
         "beyond the model",
         f"{SAY} {'x' * 80} --max_txt_len 105",
-        r"input length 103 \+ max_output_len 30 is 133, this OPT engine takes at most 96",
+        r"input length 103 \+ --max_output_len 30 is 133, this OPT engine takes at most 96",
     ),
     row("template without a place", f"{ASK} --prompt_template Q", "--prompt_template: 'Q' has not"),
 ]

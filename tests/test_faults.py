@@ -98,7 +98,7 @@ def test_a_batch_whose_half_is_too_much_is_one_line(pipeline, pictures, monkeypa
         Blip2Error, match=r"not enough GPU memory for the .* on a batch of 2; lower"
     ) as e:
         pipeline.answer(pictures, TEXTS, options(pipeline))
-    assert "batch_size, num_beams or max_output_len" in str(e.value)
+    assert "`batch_size`, `num_beams` or `max_output_len`" in str(e.value)
     assert sizes == [4, 2]
 
 

@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT
 
 from blip2 import artifacts
-from blip2.artifacts import staging
+from blip2.artifacts import stage
 from blip2.checkpoints import open_checkpoint
 from blip2.errors import Blip2Error
 from blip2.programs import build_vit_qformer
@@ -416,7 +416,7 @@ def test_a_new_plan_replaces_the_old_with_its_sidecar(tiny_plans, tmp_path):
 
 
 def test_a_build_says_what_it_built_though_another_replaces_it(tiny_plans, tmp_path, monkeypatch):
-    publish = staging._publish
+    publish = stage._publish
 
     def publish_and_lose(*arguments) -> None:
         publish(*arguments)
@@ -424,7 +424,7 @@ def test_a_build_says_what_it_built_though_another_replaces_it(tiny_plans, tmp_p
             b"another build's, its description still to come"
         )
 
-    monkeypatch.setattr(staging, "_publish", publish_and_lose)
+    monkeypatch.setattr(stage, "_publish", publish_and_lose)
     facts, _ = build_plan(trt, QFORMER, tiny_plans.onnx, tmp_path, options("8.9"))
     assert facts.path == tmp_path / QFORMER.plan_file
     assert facts.compute_capabilities == ("8.9",)

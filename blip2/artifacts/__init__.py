@@ -25,7 +25,7 @@ from blip2.artifacts.sidecars import (
     sidecar_path,
     write_sidecar,
 )
-from blip2.artifacts.staging import staging
+from blip2.artifacts.stage import staging
 from blip2.artifacts.tensors import is_plain, load_tensor, save_tensor
 from blip2.artifacts.verification import Verification
 

@@ -80,7 +80,7 @@ def reading_sidecar(path: Path, made_by: str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Blip2Error(
             f"{sidecar_path(path)} does not describe {path.name} ({type(error).__name__}: {error})",
-            f" make both again with: {made_by}",
+            f"make both again with: {made_by}",
         ) from None
 
 

@@ -82,14 +82,16 @@ def load_state_dict(model_type: str) -> dict[str, torch.Tensor]:
                 "run this in its own environment, made from requirements-lavis.txt",
             ) from None
         try:
-            with memory.needed(f"to build LAVIS's {model_type}", "give model_dir its .pth instead"):
+            with memory.needed(
+                f"to build LAVIS's {model_type}", "give `model_dir` its .pth instead"
+            ):
                 model, _, _ = load_model_and_preprocess("blip2_opt", model_type, is_eval=True)
         except Blip2Error:
             raise
         except Exception as error:  # downloads and damaged files raise nearly anything
             raise Blip2Error(
                 f"LAVIS cannot load {model_type}: {first_line(error)}",
-                "if it cannot download, bring its files here and give model_dir the .pth",
+                "if it cannot download, bring its files here and give `model_dir` the .pth",
             ) from None
     state = model.state_dict()
     return {name: state[name] for name in state if not name.startswith("opt_model.")}
@@ -184,7 +186,7 @@ def hugging_face_config(
         if size % head_size:
             raise Blip2Error(
                 f"{path}: {name} has width {size}, no multiple of LAVIS's head size {head_size}",
-                " download the checkpoint again",
+                "download the checkpoint again",
             )
     if image_size not in (None, side * patch_size):
         raise Blip2Error(

@@ -287,7 +287,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise Blip2Error(
             f"{file} is damaged, or holds more than weights, which is not read as it could run code",
-            " download the checkpoint again",
+            "download the checkpoint again",
         ) from None
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise _unreadable(file, error) from None

@@ -90,7 +90,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles | None:
         if config.get(name):
             raise Blip2Error(
                 f"{directory / 'tokenizer_config.json'} sets {name}, which this suite does not know",
-                " remove it if the checkpoint was not trained with it",
+                "remove it if the checkpoint was not trained with it",
             )
     special = _add_tokens(directory, backend, fields, config)
     bos = _bos(directory, backend, fields, config)
@@ -187,7 +187,7 @@ def _bos(
     if says_none or adds is False:
         raise Blip2Error(
             f"the tokenizer in {directory} puts nothing before a text, BLIP-2 wants a </s> there",
-            " load it with add_bos_token=True and save it again with save_pretrained()",
+            "load it with add_bos_token=True and save it again with save_pretrained()",
         )
     if not adds or not config.get("bos_token"):
         return None

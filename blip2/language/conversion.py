@@ -145,7 +145,7 @@ def _write(
     except ValueError as error:
         raise Blip2Error(
             f"cannot convert {checkpoint.path}: {error}",
-            "check the checkpoint, or try another --dtype",
+            "check the checkpoint, or try another `dtype`",
         ) from None
 
 
@@ -267,24 +267,24 @@ def _check_splits(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
     for name, size in sizes.items():
         if size % ranks:
             raise Blip2Error(
-                f"--tp_size {ranks} does not divide this model's {name} of {size}",
+                f"`tp_size` {ranks} does not divide this model's {name} of {size}",
                 "choose one that does",
             )
     if config.use_parallel_embedding and opt.word_embed_proj_dim != opt.hidden_size:
         raise Blip2Error(
             "this model projects its embeddings, which TensorRT-LLM cannot split",
-            "leave out --use_parallel_embedding",
+            "leave out `use_parallel_embedding`",
         )
     if config.quant_algo is None:
         return
     if config.dtype == "float32":
         raise Blip2Error(
-            "--use_weight_only needs --dtype float16 or bfloat16: TensorRT-LLM quantises no float32"
+            "`use_weight_only` needs a `dtype` of float16 or bfloat16: TensorRT-LLM quantises no float32"
         )
     for name in ("hidden_size", "ffn_dim"):
         if sizes[name] % (64 * ranks):
             raise Blip2Error(
-                f"--use_weight_only needs a {name} that is a multiple of 64 x tp_size ="
+                f"`use_weight_only` needs a {name} that is a multiple of 64 x tp_size ="
                 f" {64 * ranks}, this model's is {sizes[name]}",
-                "leave it out or lower --tp_size",
+                "leave it out or lower `tp_size`",
             )

@@ -53,11 +53,11 @@ class GenerationOptions:
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
         }.items():
             if not valid:
-                raise Blip2Error(f"{name} is {getattr(self, name)}", f"give one that is {wanted}")
+                raise Blip2Error(f"`{name}` is {getattr(self, name)}", f"give one that is {wanted}")
         if self.num_beams > 1 and self.top_k != 1:
             raise Blip2Error(
                 "beam search and sampling exclude each other",
-                "leave out num_beams, or top_k, top_p and temperature",
+                "leave out `num_beams`, or `top_k`, `top_p` and `temperature`",
             )
 
     @property
@@ -241,11 +241,11 @@ class LanguageSession(abc.ABC):
             )
         longest = max((len(ids) for ids in input_ids), default=0)
         for what, value, limit in (
-            ("num_beams", options.num_beams, limits.max_num_beams),
+            ("`num_beams`", options.num_beams, limits.max_num_beams),
             ("query tokens an image", rows, limits.max_table_rows),
             ("input length", longest, limits.max_input_len),
             (
-                f"input length {longest} + max_output_len {options.max_output_len}",
+                f"input length {longest} + `max_output_len` {options.max_output_len}",
                 longest + options.max_output_len,
                 limits.max_total_len,
             ),

@@ -250,14 +250,14 @@ def _check_installation(engine_dir: Path, engine_version: str) -> None:
         raise Blip2Error(
             f"{engine_dir} holds a TensorRT-LLM engine, and tensorrt_llm is not installed",
             "install"
-            " requirements-tensorrt.txt, or let the native session run OPT: give --opt_engine_dir"
+            " requirements-tensorrt.txt, or let the native session run OPT: give `opt_engine_dir`"
             " the output of opt/convert_checkpoint.py",
         ) from None
     check_version(installed, "installed is")
     if installed != engine_version:
         raise Blip2Error(
             f"{engine_dir} was built by TensorRT-LLM {engine_version}, installed is {installed}",
-            f" install that version, or build the engine again with {BUILD_ENGINE}",
+            f"install that version, or build the engine again with {BUILD_ENGINE}",
         )
 
 

@@ -120,7 +120,7 @@ def check_version(version: str, whose: str) -> None:
         raise Blip2Error(
             f"{whose} TensorRT-LLM {version}, which no longer runs TensorRT engines (1.2.1 was the"
             " last to)",
-            "install 1.2.1, or let the native session run OPT: give --opt_engine_dir the"
+            "install 1.2.1, or let the native session run OPT: give `opt_engine_dir` the"
             " output of opt/convert_checkpoint.py",
         )
     if release < OLDEST:

@@ -261,12 +261,12 @@ def _changed_input(
             f"{'/'.join(found.name.values())} is new in the input, or was elsewhere in it:"
             f" {journal.path} has {'/'.join(name.values())} in its place",
             "move it away until the"
-            " output is whole, give it behind the other pictures, or choose another output",
+            " output is whole, give it behind the other pictures, or choose another `output`",
         )
     return Blip2Error(
         f"{journal.path} has an answer for {'/'.join(name.values())}, which is no longer there in"
         " the input's order",
-        "give the same pictures again, or choose another output",
+        "give the same pictures again, or choose another `output`",
     )
 
 

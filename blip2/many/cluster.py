@@ -95,7 +95,7 @@ class Cluster:
         if self.count > (room := gpus or int(cpus)):
             ray.shutdown()
             raise Blip2Error(
-                f"ray_actors is {self.count}, more than the cluster's {room}"
+                f"`ray_actors` is {self.count}, more than the cluster's {room}"
                 f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}",
                 "give at most as many",
             )

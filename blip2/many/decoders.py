@@ -134,7 +134,7 @@ class Decoders:
         except OSError as error:
             raise Blip2Error(
                 f"cannot start a process that decodes pictures: {error.strerror or error}",
-                "end other programs, or give fewer workers",
+                "end other programs, or give fewer `workers`",
             ) from None
 
     @staticmethod
@@ -165,7 +165,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _worker_killed() -> Blip2Error:
     return Blip2Error(
         "a process that decodes pictures was killed, perhaps because memory ran out",
-        "give the same command again to go on, with fewer workers",
+        "give the same command again to go on, with fewer `workers`",
     )
 
 

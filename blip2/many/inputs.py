@@ -123,7 +123,7 @@ def _entries_of(source: str) -> list[str]:
         entries = _listed_in(path)
     elif path.is_file():
         if source.endswith(".pt"):
-            raise Blip2Error(f"{source} is a tensor", "give input_dir the pictures")
+            raise Blip2Error(f"{source} is a tensor", "give `input_dir` the pictures")
         return [source]
     elif glob.has_magic(source):
         matches = sorted(glob.glob(source, recursive=True))
@@ -132,10 +132,10 @@ def _entries_of(source: str) -> list[str]:
         nested = {entry for folder in folders for entry in _entries_in(folder)}
         entries = sorted(nested | {m for m in matches if is_picture(m) or is_shard(m)})
     else:
-        raise Blip2Error(f"{source} does not exist", "check input_dir")
+        raise Blip2Error(f"{source} does not exist", "check `input_dir`")
     if not entries:
         raise Blip2Error(
-            f"{source} holds no picture ({', '.join(SUFFIXES)}) and no .tar", "check input_dir"
+            f"{source} holds no picture ({', '.join(SUFFIXES)}) and no .tar", "check `input_dir`"
         )
     return entries
 

@@ -34,7 +34,7 @@ class Job:
         places: the engines.
         decoding: fields of GenerationOptions.
         output: a file of JSON lines, which a later run goes on with; None is standard output.
-        page: an HTML page of the output to make afterwards.
+        html: a page of the output to make afterwards.
         batch_size: pictures at once; None is what suits the engines.
         workers: processes that decode pictures; None is half of the processors, or in a cluster all
             that are free.
@@ -50,7 +50,7 @@ class Job:
     places: Places
     decoding: dict[str, Any]
     output: Path | None
-    page: Path | None = None
+    html: Path | None = None
     batch_size: int | None = None
     workers: int | None = None
     cluster: str | None = None
@@ -74,9 +74,9 @@ class Job:
         with self._workers(watch) as (facts, workers):
             summary = self._answer(entries, facts, workers)
         afterwards = Stopwatch()
-        if self.page:
+        if self.html:
             with Decoders(self._decoding_processes) as decoders, afterwards.time("page"):
-                report.write_report(self.page, self.output, entries, decoders, len(self.questions))
+                report.write_report(self.html, self.output, entries, decoders, len(self.questions))
         return dataclasses.replace(summary, before=watch.seconds, after=afterwards.seconds)
 
     @property
@@ -97,13 +97,13 @@ class Job:
         if self.output is None:
             return
         journal.check_place(self.output)
-        outputs = {"the output": self.output}
+        outputs = {"`output`": self.output}
         companions = journal.companions(self.output)
-        outputs |= {f"the output with {what}": path for what, path in companions.items()}
-        if self.page:
-            report.check_place(self.page)
-            outputs["the page"] = self.page
-        artifacts.refuse_same(outputs, {"input_dir": self.sources})
+        outputs |= {f"`output` with {what}": path for what, path in companions.items()}
+        if self.html:
+            report.check_place(self.html)
+            outputs["`html`"] = self.html
+        artifacts.refuse_same(outputs, {"`input_dir`": self.sources})
 
     @contextlib.contextmanager
     def _workers(self, watch: Stopwatch) -> Iterator[tuple[Facts, Workers]]:
@@ -119,7 +119,7 @@ class Job:
                 pipeline = self._open()
             if pipeline.language.is_in_step:
                 raise Blip2Error(
-                    "many pictures cannot be answered by several processes in step",
+                    "`output` cannot be written by several processes",
                     "leave out mpirun, and use an engine for one GPU",
                 )
             facts = Facts.of(pipeline, self.questions, self.decoding)

@@ -48,7 +48,7 @@ class Journal:
                 self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - until __exit__
             except BlockingIOError:
                 raise Blip2Error(
-                    f"another run is writing {path}", "wait for it, or choose another output"
+                    f"another run is writing {path}", "wait for it, or choose another `output`"
                 ) from None
             except OSError as error:
                 raise _cannot_write(path, error) from None
@@ -81,14 +81,14 @@ class Journal:
             raise Blip2Error(
                 f"{self.path} exists and has no {sidecar.name} beside it, so no run can go on with"
                 " it",
-                "remove it, or choose another output",
+                "remove it, or choose another `output`",
             )
         before = artifacts.read_json(sidecar, "removing it and the output, and running again")
         for name in {**before, **options}:
             if before.get(name) != options.get(name):
                 raise Blip2Error(
                     f"{self.path} was begun with another {name}",
-                    "give the same again, remove the file, or choose another output",
+                    "give the same again, remove the file, or choose another `output`",
                 )
 
     def _drop_torn(self) -> None:
@@ -275,7 +275,7 @@ def list_pictures(path: Path, questions: int) -> Iterator[Lines]:
             except (ValueError, TypeError, KeyError):
                 raise Blip2Error(
                     f"{path} has a damaged line before its end (byte {end - len(line)})",
-                    " cut it there, or choose another output",
+                    "cut it there, or choose another `output`",
                 ) from None
             lines += 1
             failed = "error" in fields
@@ -321,7 +321,7 @@ def check_place(path: Path) -> None:
         raise Blip2Error(
             f"{path} is a pipe, a device or where this program prints, and no run could go on with"
             " it",
-            "name a file, or - to print the lines",
+            "name a file, or print the lines with: `output` -",
         )
 
 
@@ -357,5 +357,5 @@ def _write(file: BinaryIO, content: bytes) -> None:
 def _cannot_write(path: Path, error: OSError) -> Blip2Error:
     return Blip2Error(
         f"cannot write {path}: {error.strerror or error}",
-        "mend that and give the same command again to go on, or choose another output",
+        "mend that and give the same command again to go on, or choose another `output`",
     )

@@ -277,7 +277,7 @@ def answer_many(args: argparse.Namespace) -> int:
         places=places_of(args),
         decoding=decoding_options(args),
         output=None if printed else args.output,
-        page=args.html,
+        html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
         cluster=args.ray,

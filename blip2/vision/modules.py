@@ -255,7 +255,7 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) 
         if stored != shape:
             raise Blip2Error(
                 f"{checkpoint.path}: {name} has shape {stored}, config.json asks for {shape}",
-                f" {checkpoint.mend}",
+                f"{checkpoint.mend}",
             )
 
 
@@ -279,7 +279,7 @@ def _filled(
     if (name := checks.first_not_finite()) is not None:
         raise Blip2Error(
             f"{checkpoint.path}: {name} holds NaN or Inf in {str(dtype).removeprefix('torch.')}",
-            f" {checkpoint.mend}, or use --dtype float32",
+            f"{checkpoint.mend}, or use --dtype float32",
         )
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

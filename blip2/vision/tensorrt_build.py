@@ -146,12 +146,12 @@ def _check_flavour(trt: ModuleType, options: BuildOptions) -> None:
     if flavour_of(trt) != RTX and options.compute_capabilities:
         raise Blip2Error(
             "--compute_capability builds for GPUs that are not here, which only TensorRT-RTX can",
-            f" leave it out, or install TensorRT-RTX with: {INSTALL[RTX]}",
+            f"leave it out, or install TensorRT-RTX with: {INSTALL[RTX]}",
         )
     if flavour_of(trt) == RTX and options.timing_cache:
         raise Blip2Error(
             "--timing_cache: TensorRT-RTX measures nothing while building and keeps no such cache",
-            " leave the flag out",
+            "leave the flag out",
         )
 
 
@@ -169,7 +169,7 @@ def _targets(trt: ModuleType, wanted: Sequence[str]) -> dict[str, Any]:
         if here is None:
             raise Blip2Error(
                 "TensorRT builds on the GPU that will run the plan, and this machine has none",
-                f" TensorRT-RTX builds without: {INSTALL[RTX]}",
+                f"TensorRT-RTX builds without: {INSTALL[RTX]}",
             )
         return {"compute_capabilities": [here], "name": torch.cuda.get_device_name()}
 

@@ -113,7 +113,7 @@ class TRTLLMTensors:
                 wants = f"shape {list(expected[name])}" if name in expected else "no such tensor"
                 raise Blip2Error(
                     f"{self.where} has {has} as {name}, its config.json calls for {wants}",
-                    f" {self.mend}",
+                    f"{self.mend}",
                 )
 
     def read(self, name: str, load: Loader) -> torch.Tensor:
@@ -161,7 +161,7 @@ def open_tensors(directory: Path, precision: str | None = None) -> OPTTensors:
         Blip2Error: as the two classes; or a TensorRT-LLM checkpoint has another precision.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise Blip2Error(f"precision is {precision!r}", f"give one of {', '.join(PRECISIONS)}")
+        raise Blip2Error(f"`precision` is {precision!r}", f"give one of {', '.join(PRECISIONS)}")
     quant_algo = None if precision is None else PRECISIONS[precision]
     if not (directory / OPT_WEIGHTS).is_file():
         return CheckpointTensors(directory, quant_algo)
@@ -169,7 +169,7 @@ def open_tensors(directory: Path, precision: str | None = None) -> OPTTensors:
     if precision is not None and tensors.config.quant_algo != quant_algo:
         raise Blip2Error(
             f"{directory} was not converted to {precision}",
-            "leave out precision, or give the checkpoint that it was converted from",
+            "leave out `precision`, or give the checkpoint that it was converted from",
         )
     return tensors
 
@@ -185,7 +185,7 @@ def read_config(directory: Path) -> OPTCheckpointConfig:
     if config.tp_size != 1:
         raise Blip2Error(
             f"{directory} is split over {config.tp_size} GPUs, the native session runs on one",
-            f" make it again with: {CONVERT} --tp_size 1",
+            f"make it again with: {CONVERT} --tp_size 1",
         )
     return config
 
