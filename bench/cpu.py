@@ -34,7 +34,8 @@ from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.engines import Places
 from blip2.errors import Blip2Error
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
-from blip2.language.native.model import OPTModel, linear_class
+from blip2.language.native.linear import Linear
+from blip2.language.native.model import OPTModel, packing
 from blip2.language.trtllm_format import OPTCheckpointConfig
 from blip2.pipeline import Pipeline, open_pipeline
 
@@ -332,31 +333,31 @@ def native_step(layers: int, dtype: torch.dtype, bits: int | None, head_bits: in
     def draw(*shape: int) -> torch.Tensor:
         return fill(torch.empty(shape, dtype=dtype))
 
-    def packed(channels: int, inputs: int):
-        weight, bias = draw(channels, inputs), draw(channels)
-        return linear_class(dtype, bits, device).pack(weight, bias, bits)
+    def linear(channels: int, inputs: int) -> Linear:
+        return pack(draw(channels, inputs), draw(channels), bits)
 
     def norm() -> Norm:
         return Norm(1 + draw(WIDTH).float(), draw(WIDTH).float())
 
     embedding = draw(VOCABULARY, WIDTH)
-    weights = OPTWeights(
-        embedding=embedding,
-        positions=draw(POSITIONS, WIDTH).float(),
-        layers=tuple(
-            Layer(
-                input_norm=norm(),
-                qkv=packed(3 * WIDTH, WIDTH),
-                dense=packed(WIDTH, WIDTH),
-                post_norm=norm(),
-                fc=packed(4 * WIDTH, WIDTH),
-                proj=packed(WIDTH, 4 * WIDTH),
-            )
-            for _ in range(layers)
-        ),
-        final_norm=norm(),
-        head=linear_class(dtype, head_bits, device).pack(embedding, None, head_bits),
-    )
+    with packing(config, device) as pack:
+        weights = OPTWeights(
+            embedding=embedding,
+            positions=draw(POSITIONS, WIDTH).float(),
+            layers=tuple(
+                Layer(
+                    input_norm=norm(),
+                    qkv=linear(3 * WIDTH, WIDTH),
+                    dense=linear(WIDTH, WIDTH),
+                    post_norm=norm(),
+                    fc=linear(4 * WIDTH, WIDTH),
+                    proj=linear(WIDTH, 4 * WIDTH),
+                )
+                for _ in range(layers)
+            ),
+            final_norm=norm(),
+            head=pack(embedding, None, head_bits),
+        )
     model = OPTModel(config, weights)
 
     def start(rows: int) -> Run:

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import opt_models
@@ -405,6 +406,19 @@ def test_weight_only_logits_are_those_of_rounded_weights_and_inputs(tmp_path, qu
     # An input within float32's error of a half goes to either side, and takes others with it.
     assert errors.median() <= 1e-5
     assert errors.max() <= 0.02
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
+@pytest.mark.parametrize("quant_algo", ["W8A16", "W4A16"])
+def test_threads_do_not_grow_with_the_layers(tmp_path, monkeypatch, quant_algo):
+    """As on 16 cores, where 15 threads for each of its 49 linears would be 735."""
+    model = opt_models.opt(num_hidden_layers=12)
+    session = convert(model, tmp_path, dtype="float16", quant_algo=quant_algo)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    before = len(list(Path("/proc/self/task").iterdir()))
+    session.load()
+    started = len(list(Path("/proc/self/task").iterdir())) - before
+    assert 15 <= started <= 8 * 15
 
 
 @pytest.fixture(scope="module")

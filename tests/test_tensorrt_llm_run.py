@@ -130,7 +130,8 @@ def test_many_pictures_are_refused_where_every_process_would_write_them(
     forget_double()
     assert stopped.value.code == 2
     assert (
-        "--output cannot be written by several processes; leave out mpirun" in capsys.readouterr().err
+        "--output cannot be written by several processes; leave out mpirun"
+        in capsys.readouterr().err
     )
     assert not output.exists()
 

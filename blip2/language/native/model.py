@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional
 
 from blip2.language.decoding import Strategy, make_strategy
 from blip2.language.native.cache import KVCache
-from blip2.language.native.checkpoint import Layer, Norm, OPTTensors, OPTWeights, load_weights
+from blip2.language.native.checkpoint import (
+    Layer,
+    Norm,
+    OPTTensors,
+    OPTWeights,
+    Packer,
+    load_weights,
+)
 from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
-from blip2.language.native.nbits import NBitsLinear, torch_on_one_thread
+from blip2.language.native.nbits import NBitsLinear, NBitsPacker, torch_on_one_thread
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
@@ -56,13 +63,11 @@ class OPTModel:
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.float()
 
-        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
-            return linear_class(weight.dtype, bits, device).pack(weight, bias, bits)
-
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             return tensor
 
-        return cls(tensors.config, load_weights(tensors, device, place, pack, keep))
+        with packing(tensors.config, device) as pack:
+            return cls(tensors.config, load_weights(tensors, device, place, pack, keep))
 
     def release(self) -> None:
         """Let go what is kept for batches of the sizes that came."""
@@ -174,13 +179,20 @@ class OPTModel:
         return self.weights.head(x)
 
 
-def linear_class(dtype: torch.dtype, bits: int | None, device: torch.device) -> type[Linear]:
-    """What multiplies weights of a checkpoint's type, rounded to `bits` unless None, on a device."""
-    if device.type == "cpu" and bits is not None:
-        return NBitsLinear
-    if device.type == "cpu" and Float16Linear.takes(dtype):
-        return Float16Linear
-    return FloatLinear
+@contextlib.contextmanager
+def packing(config: OPTCheckpointConfig, device: torch.device) -> Iterator[Packer]:
+    """Within, what packs the linears of an OPT for a device; leaving it makes them ready for use."""
+    nbits = NBitsPacker(4 * config.num_hidden_layers + 1)  # a layer's, and the head
+
+    def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
+        if device.type == "cpu" and bits is not None:
+            return nbits.pack(weight, bias, bits)
+        if device.type == "cpu" and Float16Linear.takes(weight.dtype):
+            return Float16Linear.pack(weight, bias, bits)
+        return FloatLinear.pack(weight, bias, bits)
+
+    yield pack
+    nbits.finish()
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
