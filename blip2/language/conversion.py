@@ -279,7 +279,8 @@ def _check_splits(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
         return
     if config.dtype == "float32":
         raise Blip2Error(
-            "`use_weight_only` needs a `dtype` of float16 or bfloat16: TensorRT-LLM quantises no float32"
+            "`use_weight_only` goes with float16 and bfloat16: TensorRT-LLM quantises no float32",
+            "give another `dtype`",
         )
     for name in ("hidden_size", "ffn_dim"):
         if sizes[name] % (64 * ranks):

@@ -54,13 +54,18 @@ class TensorRTLLMSession(LanguageSession):
     included: those need no pictures and wait until rank 0 is done.
     """
 
-    def __init__(self, engine_dir: Path) -> None:
+    def __init__(self, engine_dir: Path, precision: str | None = None) -> None:
         """Check the engine's description and choose this process's GPU; loads no weights yet.
 
         Raises:
             Blip2Error: TensorRT-LLM or the engine is missing, damaged, of a version that cannot be
                 used or not of each other's, or built for another number of processes.
         """
+        if precision is not None:
+            raise Blip2Error(
+                f"{engine_dir} is an engine, whose precision was chosen when it was built",
+                "leave out `precision`",
+            )
         config = EngineConfig.read(engine_dir)
         _check_installation(engine_dir, config.version)
         self._tensorrt_llm = _import_tensorrt_llm()
@@ -74,6 +79,7 @@ class TensorRTLLMSession(LanguageSession):
         if torch.cuda.is_available():
             # Now, as the ViT and the Q-Former go to the GPU that is current when they are opened.
             torch.cuda.set_device(self._rank % torch.cuda.device_count())
+        self.device = torch.device("cuda")
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
         self.limits = Limits(
