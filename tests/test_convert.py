@@ -561,7 +561,7 @@ def test_checkpoints_that_do_not_fit_their_config(source, tmp_path, changes, mes
 def test_parallel_embedding_of_350m_is_refused(tmp_path):
     opt_models.opt(**opt_models.POST_LN).save_pretrained(tmp_path)
     options = conversion.ConversionOptions(tp_size=2, use_parallel_embedding=True)
-    with pytest.raises(Blip2Error, match="--use_parallel_embedding"):
+    with pytest.raises(Blip2Error, match="use_parallel_embedding"):
         conversion.target_config(open_checkpoint(tmp_path), options)
 
 
