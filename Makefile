@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 OUT := demo/out
 # Real bindings, whose libraries only NVIDIA's own index has: enough to check every name we use.
-TENSORRT_BINDINGS := 10.16.1.11 11.4.0.106
+# 10.14.1 is the one that requirements-tensorrt.txt installs.
+TENSORRT_BINDINGS := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Each asks for older releases of the others and of torch than it needs, hence --no-deps.
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 

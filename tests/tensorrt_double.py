@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import math
 import types
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
-from blip2.vision.tensorrt_plans import PlanFacts
+from blip2.checkpoints import open_checkpoint
+from blip2.vision import modules
+from blip2.vision.tensorrt_plans import QFORMER, VIT, PlanFacts, Stage
 
 
 class CpuGpu:
@@ -30,8 +33,11 @@ class CpuGpu:
         self.recording: list[Callable[[], None]] | None = None
         self.captures = self.replays = 0
 
+    recording_stream = 222
+
     def stream(self) -> int:
-        return 222 if self.recording is not None else 111
+        """The default stream is 0, as CUDA's."""
+        return self.recording_stream if self.recording is not None else 0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         self.recording = recorded = []
@@ -55,6 +61,26 @@ class DataType(enum.Enum):
     INT64 = torch.int64
 
 
+class Wide(torch.nn.Module):
+    """A ViT that computes in float32, as its kernels accumulate: float16 on a CPU would say less."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.module(pixel_values.float()).half()
+
+
+def stage_modules(checkpoint: Path) -> dict[Stage, torch.nn.Module]:
+    """What the plans of a checkpoint compute."""
+    opened = open_checkpoint(checkpoint)
+    return {
+        VIT: Wide(modules.load_vision_transformer(opened, torch.float32)),
+        QFORMER: modules.load_qformer(opened, torch.float32),
+    }
+
+
 def runtime_double(
     name: str, version: str, gpu: Any, plans: dict[Path, tuple[PlanFacts, torch.nn.Module]]
 ) -> types.ModuleType:
@@ -76,6 +102,7 @@ def runtime_double(
     known = {path.read_bytes(): plan for path, plan in plans.items()}
     trt.Runtime = lambda log: Runtime(trt, log, gpu, known)
     trt.contexts = []
+    trt.compiled = []  # (plan, rows) that RTX had to compile for
     return trt
 
 
@@ -109,23 +136,57 @@ class Engine:
     def create_runtime_config(self) -> Any:
         config = types.SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
         config.set_execution_context_allocation_strategy = lambda s: setattr(config, "memory", s)
+        config.create_runtime_cache = lambda: RuntimeCache(self)
+        config.kernels = RuntimeCache(self)  # an empty one that nobody sees
+
+        def set_runtime_cache(kernels: RuntimeCache) -> bool:
+            config.kernels = kernels
+            return True
+
+        config.set_runtime_cache = set_runtime_cache
         return config
 
     def create_execution_context(self, how: Any) -> Context:
+        kernels = getattr(how, "kernels", None)
         if self.trt.__name__ == "tensorrt_rtx":
             strategies = self.trt.DynamicShapesKernelSpecializationStrategy
             _rule(how.dynamic_shapes_kernel_specialization_strategy is strategies.EAGER, "lazy")
             how = how.memory
         _rule(how is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED, "wastes memory")
-        self.trt.contexts.append(Context(self))
+        self.trt.contexts.append(Context(self, kernels))
         return self.trt.contexts[-1]
 
 
-class Context:
-    """Enforces: memory, then shapes within the profile, then addresses, then execution, then graph."""
+class RuntimeCache:
+    """Which batch sizes RTX has compiled for; it takes over nothing of another version or GPU."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.rows: set[int] = set()
+
+    def _environment(self) -> list[str]:
+        return [self.engine.trt.__version__, self.engine.gpu.name, self.engine.facts.path.name]
+
+    def serialize(self) -> bytes:
+        return json.dumps([*self._environment(), sorted(self.rows)]).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        *environment, rows = json.loads(blob) if blob.startswith(b"[") else [[]]
+        if environment != self._environment():
+            log, severity = self.engine.log, self.engine.trt.ILogger.Severity
+            log.log(severity.ERROR, "runtime cache: environment mismatch")
+            return False
+        self.rows.update(rows)
+        return True
+
+
+class Context:
+    """Enforces: memory, profile, then shapes within it, then addresses, then execution, then graph."""
+
+    def __init__(self, engine: Engine, kernels: RuntimeCache | None) -> None:
+        self.engine, self.kernels = engine, kernels
+        self.profile: int | None = None
+        self.capturable: set[int] = set()  # streams of which that was asked, and is so
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.workspace = 0
@@ -137,8 +198,17 @@ class Context:
         _rule(size >= self.engine.device_memory_size_v2 and memory, "workspace is too small")
         self.workspace = memory
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        _rule(not self.captured, "a captured context is changed")
+        _rule(stream_handle == self.engine.gpu.stream(), "not torch's current stream")
+        _rule(profile_index == 0, "there is one profile")
+        self.profile = profile_index
+        self.shapes.clear()
+        return True
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         _rule(not self.captured, "a captured context is changed")
+        _rule(self.profile is not None, "shapes before a profile is selected")
         facts = self.engine.facts
         low, _, high = facts.profile
         if not (low <= shape[0] <= high and shape[1:] == facts.shapes[name]):
@@ -157,7 +227,9 @@ class Context:
         return True
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return bool(stream or self.engine.gpu.device.type == "cuda")
+        if stream:  # the default one never is
+            self.capturable.add(stream)
+        return bool(stream)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         gpu = self.engine.gpu
@@ -166,6 +238,9 @@ class Context:
         _rule(set(self.addresses) == set(self.engine.facts.dtypes), "a tensor has no address")
         capturing = self._capturing()
         _rule(self.executions or not capturing, "captured before its first run")
+        if self.kernels is not None:
+            _rule(not capturing or stream_handle in self.capturable, "may not be captured")
+            self._compile()
         self.executions += 1
         self.captured = self.captured or capturing
         if isinstance(gpu, CpuGpu) and capturing:
@@ -173,6 +248,12 @@ class Context:
         else:
             self._compute()
         return True
+
+    def _compile(self) -> None:
+        rows = self.shapes[self.engine.inputs[0]][0]
+        if rows not in self.kernels.rows:
+            self.kernels.rows.add(rows)
+            self.engine.trt.compiled.append((self.engine.facts.path.name, rows))
 
     def _capturing(self) -> bool:
         gpu = self.engine.gpu

@@ -447,7 +447,7 @@ def test_command_line(tmp_path):
     [
         (
             (),
-            ["--max_seq_len 64", "--kv_cache_type paged", "max_prompt_embedding_table_size 256\n"],
+            ["--max_seq_len 64", "--remove_input_padding", "prompt_embedding_table_size 256\n"],
         ),
         (("--trtllm_version", "0.9.0"), ["--max_output_len 32", "run.py cannot run that one"]),
         (("--tp_size", "2"), ["--workers 2", "mpirun -n 2 ", " --opt_engine_dir trt_eng"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ PROGRAMS = [
     *("run.py --input_dir a.png", "onnx_export.py --image a.png", "opt/convert_checkpoint.py"),
     *("build_vit_qformer.py all", "demo/evaluate.py", "demo/train.py", "-m demo.train"),
     *("-m demo.draw pictures 2", "-m bench.captions", "-m bench.cpu demo", "-m bench.gpu"),
+    "-m bench.tensorrt_check",
 ]
 
 
@@ -38,6 +40,19 @@ def test_without_the_packages_one_line_says_what_to_install(program, tmp_path):
     assert done.stderr.count("\n") == 1
     command = shlex.split(done.stderr.partition("install it with: ")[2])
     assert command == [sys.executable, *("-m", "pip", "install", "-r"), f"{ROOT}/requirements.txt"]
+
+
+def test_the_readme_installs_tensorrt_llm_as_its_requirements_say():
+    """torch and torchvision are a pair, from one index: else importing tensorrt_llm fails."""
+    lines = [
+        re.findall(r"pip install (torch==.*)", (ROOT / name).read_text())
+        for name in ("README.md", "requirements-tensorrt.txt")
+    ]
+    assert (
+        lines[0]
+        == lines[1]
+        == ["torch==2.9.1 torchvision==0.24.1 --index-url https://download.pytorch.org/whl/cu130"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-STANDARD = ["10.16.1.11", "11.4.0.106"]
+STANDARD = ["10.14.1.48.post1", "10.16.1.11", "11.4.0.106"]
 BINDINGS = (
     Path(sys.prefix) / "tensorrt_bindings"
 )  # a folder a version, as `make test` installs them
@@ -46,6 +46,8 @@ SOURCES = {
         "engine": "ICudaEngine",
         "context": "IExecutionContext",
         "config": "IRuntimeConfig",
+        "self._config": "IRuntimeConfig",
+        "self.runtime_cache": "IRuntimeCache",
     },
 }
 # Used through subclasses, strings and getattr, where no expression shows it.
@@ -62,13 +64,18 @@ HIDDEN = {
 }
 NOT_TENSORRT = {"ILayer.__class__", "ILayer.attention", "ITensor.data_ptr", "__name__"}
 ONLY_RTX = {
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
     "IExecutionContext.is_stream_capturable",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
 }
 
 

@@ -140,6 +140,20 @@ def test_builds_are_deterministic(tiny_plans, tmp_path, stage):
         assert (tmp_path / file).read_bytes() == (tiny_plans.plan / file).read_bytes()
 
 
+@pytest.mark.parametrize("stage", [VIT, QFORMER], ids=["vit", "qformer"])
+def test_rtx_plans_leave_all_memory_to_the_session(tiny_plans, tmp_path, monkeypatch, stage):
+    """RTX allows no other to be captured in a CUDA graph."""
+    configs, run_builder = [], tensorrt_build._run_builder
+
+    def watch(trt, builder, network, config, report):
+        configs.append(config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION))
+        return run_builder(trt, builder, network, config, report)
+
+    monkeypatch.setattr(tensorrt_build, "_run_builder", watch)
+    build_plan(trt, stage, tiny_plans.onnx, tmp_path, options())
+    assert configs == [True]
+
+
 def test_profile_and_limits(tiny_plans, tmp_path):
     wanted = options(batch_sizes=(2, 2, 5), workspace_gb=0.5)
     facts, seconds = build_plan(trt, QFORMER, tiny_plans.onnx, tmp_path, wanted)
@@ -356,11 +370,17 @@ def test_which_tensorrt_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.16.1.11"))
     assert import_tensorrt(*both).__version__ == "10.16.1.11"
     assert import_tensorrt(*both[::-1]) is trt
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("8.6.1"))
-    with pytest.raises(Blip2Error, match=r"8\.6\.1 is too old.*pip install tensorrt"):
-        import_tensorrt(*both)
+    for version in ("8.6.1", "10.0.1"):  # 10.0 lacks two of the calls that sessions make
+        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(version))
+        with pytest.raises(Blip2Error, match=r"TensorRT .* is too old, 10\.1 is the first"):
+            import_tensorrt(*both)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.1.0.27"))
+    assert import_tensorrt(*both).__version__ == "10.1.0.27"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert import_tensorrt(*both) is trt
+    monkeypatch.setattr(trt, "__version__", "1.1.1.26")  # without stream capture
+    with pytest.raises(Blip2Error, match=r"TensorRT-RTX 1\.1\.1\.26 is too old, 1\.2 is the first"):
+        import_tensorrt(*both)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(Blip2Error) as error:
         import_tensorrt(*both)

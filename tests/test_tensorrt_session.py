@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorrt_double import CpuGpu, runtime_double
+from tensorrt_double import CpuGpu, runtime_double, stage_modules
 
-from blip2.checkpoints import open_checkpoint
+from blip2 import artifacts, cache
 from blip2.engines import VISION, engine_for, open_vision_session
 from blip2.errors import Blip2Error
-from blip2.vision import modules
 from blip2.vision.tensorrt_plans import QFORMER, VIT, read_plan_sidecar
 from blip2.vision.tensorrt_session import TensorRTSession
 
@@ -34,14 +33,12 @@ class Setup:
             directory / "query_tokens.pt",
             gpu,
         )
-        checkpoint = open_checkpoint(tiny_plans.checkpoint)
-        # float32 inside, as the ViT's kernels accumulate: float16 on a CPU would say less.
-        self.vit = _Wide(modules.load_vision_transformer(checkpoint, torch.float32))
-        self.qformer = modules.load_qformer(checkpoint, torch.float32)
+        self.modules = stage_modules(tiny_plans.checkpoint)
+        self.vit, self.qformer = self.modules.values()
 
     def double(self, name: str = "tensorrt_rtx", version: str = "1.7.1.116"):
         plans = {}
-        for stage, module in ((VIT, self.vit), (QFORMER, self.qformer)):
+        for stage, module in self.modules.items():
             facts = read_plan_sidecar(self.plan, stage)
             plans[facts.path] = (facts, module.to(self.gpu.device))
         return runtime_double(name, version, self.gpu, plans)
@@ -62,15 +59,6 @@ class Setup:
             return image_embeds, self.qformer(
                 tokens.expand(len(pixel_values), -1, -1), image_embeds, ones
             )
-
-
-class _Wide(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.module(pixel_values.float()).half()
 
 
 @pytest.fixture
@@ -167,7 +155,50 @@ def test_plans_of_different_profiles(setup, monkeypatch, vit, qformer):
         assert not written & {context.addresses.get("image_embeds") for context in trt.contexts}
 
 
-@pytest.mark.parametrize("version", ["10.16.1.11", "11.4.0.106"])
+def test_kernels_that_rtx_compiled_are_kept_for_the_next_process(setup, monkeypatch):
+    def compiled(batch: int) -> int:
+        """How many plans the first run of a batch size, in a new process, compiles for."""
+        trt = setup.double()
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+        session, expected = setup.open(), setup.expected(pictures(batch))[1]
+        for _ in range(2):
+            close(session.qformer(session.vit(pictures(batch))), expected)
+        return len(trt.compiled)
+
+    def rebuild(stage, build: int) -> None:
+        plan = setup.plan / stage.plan_file
+        plan.write_text(f"{stage.label}, build {build}, with other kernels")
+        setup.edit(stage, **artifacts.describe_file(plan))
+
+    for build in (1, 2):  # nor has it what the plans of before were compiled for
+        for stage in (VIT, QFORMER):
+            rebuild(stage, build)
+        assert [compiled(batch) for batch in (2, 2, 3, 2, 3)] == [2, 0, 2, 0, 0]
+    folder = cache.directory() / "tensorrt_rtx"
+    for file in folder.iterdir():
+        file.write_bytes(b"damaged")
+    assert [compiled(2), compiled(2)] == [2, 0]
+    monkeypatch.setattr("tensorrt_double.RuntimeCache._environment", lambda _: ["another driver"])
+    assert [compiled(2), compiled(2)] == [2, 0]
+
+
+def test_kernels_of_another_driver_are_no_reason_for_what_fails_later(setup, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", setup.double())
+    session = setup.open()
+    session.qformer(session.vit(pictures(2)))
+    monkeypatch.setattr("tensorrt_double.RuntimeCache._environment", lambda _: ["another driver"])
+    monkeypatch.setattr("tensorrt_double.Context.execute_async_v3", lambda *_: False)
+    with pytest.raises(Blip2Error, match="on a batch of 2: it does not say why"):
+        setup.open().vit(pictures(2))
+
+
+def test_without_a_place_for_compiled_kernels_it_runs(session, setup, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    close(session.vit(pictures(2)), setup.expected(pictures(2))[0])
+
+
+@pytest.mark.parametrize("version", ["10.14.1.48.post1", "10.16.1.11", "11.4.0.106"])
 def test_session_on_standard_tensorrt(setup, monkeypatch, version):
     for stage in (VIT, QFORMER):
         setup.edit(stage, tensorrt={"flavour": "tensorrt", "version": version})
@@ -308,7 +339,12 @@ def test_plan_whose_tensors_are_not_its_sidecars(faulty, monkeypatch):
 
 
 def test_refusal_while_running_gives_tensorrts_reason(session, monkeypatch):
-    for method in ("set_input_shape", "set_tensor_address", "execute_async_v3"):
+    for method in (
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "set_tensor_address",
+        "execute_async_v3",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(f"tensorrt_double.Context.{method}", lambda *_: False)
             with pytest.raises(

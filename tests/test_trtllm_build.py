@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shlex
+import subprocess
 
 import pytest
+from conftest import ROOT
+from trtllm_engines import DOUBLES, install_metadata
 
 from blip2.errors import Blip2Error
 from blip2.language.trtllm_build import EngineLimits, build_command
+from blip2.language.trtllm_engine import CONTINUOUS, PAGED, EngineConfig
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 OPT_2_7B = OPTCheckpointConfig(
@@ -44,7 +50,8 @@ def flags(config=OPT_2_7B, query_tokens=32, **named) -> dict[str, str]:
 
 @pytest.mark.parametrize("version", ["0.13.0", "0.14", "0.21.0", "1.0.0", "1.2.1"])
 def test_the_flags_of_0_13_to_1_2(version):
-    assert flags(version=version) == {**COMMON, "max_seq_len": "1024", "kv_cache_type": "paged"}
+    """A paged cache is what they build unasked, and some refuse to be asked."""
+    assert flags(version=version) == {**COMMON, "max_seq_len": "1024"}
 
 
 def test_the_newest_version_is_the_default():
@@ -61,10 +68,36 @@ def test_the_flags_of_0_11_and_0_12(version):
     assert flags(version=version) == {**COMMON, "max_seq_len": "1024", "paged_kv_cache": "enable"}
 
 
+@pytest.mark.parametrize(
+    "version, expected",
+    [
+        ("0.12.0", {"paged_kv_cache": "disable"}),
+        ("0.13.0", {"paged_kv_cache": "disable"}),
+        ("0.20.0", {"paged_kv_cache": "disable"}),
+        ("1.0.0", {"paged_kv_cache": "disable", "use_paged_context_fmha": "disable"}),
+        ("1.2.1", {"kv_cache_type": "continuous", "use_paged_context_fmha": "disable"}),
+    ],
+)
+def test_the_flags_of_a_continuous_cache(version, expected):
+    found = flags(version=version, kv_cache_type=CONTINUOUS)
+    assert found == {**COMMON, "max_seq_len": "1024", **expected}
+
+
 @pytest.mark.parametrize("version", ["0.8.0", "1.3.0", "2.0", "newest", "", "1.2.1; rm"])
 def test_versions_without_the_command_are_refused(version):
     with pytest.raises(Blip2Error, match=r"name a release from 0.9 to 1.2.1"):
         flags(version=version)
+
+
+def test_the_readmes_command_is_the_one_that_is_printed():
+    readme = (ROOT / "README.md").read_text()
+    command = readme[readme.index("trtllm-build --checkpoint_dir") :].partition("\npython run.py")[
+        0
+    ]
+    _, *words = shlex.split(command.replace("\\\n", ""))
+    found = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
+    directories = {name: found[name] for name in ("checkpoint_dir", "output_dir")}
+    assert found == {**flags(), **directories}
 
 
 def test_the_table_has_a_row_for_each_query_token_of_each_request():
@@ -83,6 +116,35 @@ def test_lengths_stay_within_the_models_positions(positions, expected):
 
 def test_an_engine_for_several_gpus_is_built_for_all_of_them_at_once():
     assert flags(dataclasses.replace(OPT_2_7B, tp_size=2))["workers"] == "2"
+
+
+@pytest.mark.parametrize("kv_cache_type", [PAGED, CONTINUOUS])
+@pytest.mark.parametrize("version", ["0.13.0", "0.20.0", "1.0.0", "1.2.1"])
+def test_the_builder_takes_the_command_and_makes_what_is_asked_for(
+    tmp_path, version, kv_cache_type
+):
+    """The builder is a double, with the flags that each release has, and the values it refuses."""
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(OPT_2_7B.to_json()))
+    (checkpoint / "rank0.safetensors").touch()
+    named = {"version": version, "kv_cache_type": kv_cache_type}
+    command = build_command(checkpoint, engine, OPT_2_7B, 32, **named)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": f"{DOUBLES / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(install_metadata(tmp_path / "site", version)),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    config = EngineConfig.read(engine)
+    assert (config.version, config.kv_cache_type) == (version, kv_cache_type)
+    assert config.runs_in_executor == (kv_cache_type == PAGED)
+    assert (config.rows_per_request, config.max_beam_width) == (32, 5)
 
 
 def test_a_directory_with_spaces_survives_the_shell():

@@ -18,7 +18,7 @@ def write_engine(
     truth: Path,
     *,
     version: str = "1.2.1",
-    kv_cache_type: str = "PAGED",
+    kv_cache_type: str | None = "PAGED",
     world_size: int = 1,
     num_query_tokens: int = 4,
     dtype: str = "float32",

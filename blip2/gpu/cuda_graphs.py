@@ -47,17 +47,20 @@ def _capture_if_it_fits(launch: Callable[[], None], pool: Any) -> Callable[[], N
     return None
 
 
-def capture(launch: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+def capture(
+    launch: Callable[[], None], pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Callable[[], None]:
     """Record what `launch` queues, without executing it; return what replays it.
 
     Args:
         launch: has run before, and queues nothing that allocates or waits.
         pool: memory of `torch.cuda.graph_pool_handle()` that several graphs may share of which no
             two run at the same time. None is memory of its own.
+        stream: on which to record, which the default one does not allow; None is torch's for that.
     """
     graph = torch.cuda.CUDAGraph()
     # Of this thread alone: others may be pinning memory for the next batch, which CUDA forbids
     # while a thread captures for all.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         launch()
     return graph.replay

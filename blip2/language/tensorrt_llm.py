@@ -10,7 +10,9 @@ Without prompt_tasks every request would see the first picture.
 
 Where TensorRT-LLM decodes otherwise than the native session (which is Hugging Face's):
 - Sampling draws from its own generator, seeded with `seed` for every request alike: equal requests
-  get equal answers, and the answers are not those that the native session draws.
+  get equal answers, and the answers are not those that the native session draws. The executor of
+  0.13 and 0.14 may drop the seed: answers differ from run to run there, and one that is asked for
+  is refused.
 - repetition_penalty acts on the logits, after the temperature; Hugging Face applies it before
   the temperature, and in a beam search to the log probabilities.
 - A float16 engine rounds otherwise than float32: near ties may fall differently.
@@ -43,6 +45,8 @@ _MOST_OF_FREE_MEMORY = 0.5
 _KV_CACHE_MARGIN = 1.2
 # TensorRT-LLM cuts a larger top_k to this one, with no more than a line in its log.
 _MAX_TOP_K = 1024
+# The first release whose executor, as we read its source, takes a seed.
+_FIRST_WITH_SEEDS = (0, 15)
 
 
 class TensorRTLLMSession(LanguageSession):
@@ -144,8 +148,22 @@ class TensorRTLLMSession(LanguageSession):
         super().check(input_ids, prompt_table, options)
         if options.top_k > _MAX_TOP_K:
             raise Blip2Error(
-                f"top_k is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}",
+                f"`top_k` is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}",
                 "lower it, or give 0 for the whole vocabulary",
+            )
+        if not self._config.runs_in_executor:
+            return
+        if options.num_beams > 1 and options.length_penalty < 0:
+            raise Blip2Error(
+                f"`length_penalty` is {options.length_penalty}, TensorRT-LLM's executor takes none"
+                " below 0",
+                "raise it, or use an engine with a continuous KV cache",
+            )
+        if options.samples and options.seed and self._config.release < _FIRST_WITH_SEEDS:
+            raise Blip2Error(
+                f"`seed` is {options.seed}, and the executor of TensorRT-LLM {self._config.version} draws"
+                " without one",
+                "leave it out, or use 0.15 to 1.2.1",
             )
 
     def _generate(
@@ -255,9 +273,8 @@ def _check_installation(engine_dir: Path, engine_version: str) -> None:
     except importlib.metadata.PackageNotFoundError:
         raise Blip2Error(
             f"{engine_dir} holds a TensorRT-LLM engine, and tensorrt_llm is not installed",
-            "install"
-            " requirements-tensorrt.txt, or let the native session run OPT: give `opt_engine_dir`"
-            " the output of opt/convert_checkpoint.py",
+            "install requirements-tensorrt.txt, or let the native session run OPT: give"
+            " `opt_engine_dir` the output of opt/convert_checkpoint.py",
         ) from None
     check_version(installed, "installed is")
     if installed != engine_version:
@@ -274,9 +291,10 @@ def _import_tensorrt_llm() -> ModuleType:
         with contextlib.redirect_stdout(sys.stderr):
             import tensorrt_llm
             import tensorrt_llm.runtime
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever is wrong with it or below it, such as another torchvision
         raise Blip2Error(
             f"tensorrt_llm cannot be imported ({first_line(error)})",
-            "it needs an NVIDIA GPU, its driver and the environment of requirements-tensorrt.txt",
-        ) from None
+            "it needs an NVIDIA GPU, its driver and the environment of requirements-tensorrt.txt, with"
+            " torch and torchvision from the same index, as that file says",
+        ) from error
     return tensorrt_llm

@@ -3,7 +3,9 @@
     print(build_command("opt/…/fp16/1-gpu", "trt_engine/…/fp16/1-gpu", config, num_query_tokens=32))
 
 Sources: tensorrt_llm/commands/build.py of 0.9 to 1.2. What changed between them: 0.11 and 0.12
-replaced --max_output_len by --max_seq_len, 0.13 --paged_kv_cache by --kv_cache_type.
+replaced --max_output_len by --max_seq_len, 0.13 --paged_kv_cache by --kv_cache_type, whose values
+some releases before 1.2 all refuse: there the old flag, which they still take, asks for the other
+cache. From 1.0 on the attention of prompts wants a paged cache, if it is not told otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from blip2.checkpoints import Checkpoint, QFormerConfig
 from blip2.errors import Blip2Error
-from blip2.language.trtllm_engine import OLDEST
+from blip2.language.trtllm_engine import CONTINUOUS, OLDEST, PAGED
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 NEWEST = "1.2.1"
@@ -58,6 +60,7 @@ def build_command(
     num_query_tokens: int,
     version: str = NEWEST,
     limits: EngineLimits | None = None,
+    kv_cache_type: str = PAGED,
 ) -> str:
     """The command, on several lines, that builds `checkpoint_dir`'s engine into `engine_dir`.
 
@@ -68,6 +71,7 @@ def build_command(
         num_query_tokens: rows of the Q-Former's output, for one picture.
         version: of TensorRT-LLM, 0.9 to 1.2.1.
         limits: what the engine shall take; None is the guide's, as far as the model goes.
+        kv_cache_type: PAGED, for the executor, or CONTINUOUS, for the Python session.
 
     Raises:
         Blip2Error: a version that has no such command.
@@ -80,7 +84,7 @@ def build_command(
         "gpt_attention_plugin": config.dtype,
         "gemm_plugin": config.dtype,
         "remove_input_padding": "enable",
-        **_cache_flags(release),
+        **_cache_flags(release, kv_cache_type),
         "max_batch_size": limits.max_batch_size,
         "max_beam_width": limits.max_beam_width,
         "max_input_len": limits.max_input_len,
@@ -119,8 +123,14 @@ def query_tokens(checkpoint: Checkpoint) -> int:
     return QFormerConfig.of(checkpoint).num_query_tokens
 
 
-def _cache_flags(release: tuple[int, int]) -> dict[str, str]:
-    return {"kv_cache_type": "paged"} if release >= (0, 13) else {"paged_kv_cache": "enable"}
+def _cache_flags(release: tuple[int, int], kv_cache_type: str) -> dict[str, str]:
+    if release < (0, 13):
+        return {"paged_kv_cache": "enable" if kv_cache_type == PAGED else "disable"}
+    if kv_cache_type == PAGED:  # what they build unasked
+        return {}
+    old_flag = {"paged_kv_cache": "disable"}
+    flags = {"kv_cache_type": CONTINUOUS} if release >= (1, 2) else old_flag
+    return flags | ({"use_paged_context_fmha": "disable"} if release >= (1, 0) else {})
 
 
 def _length_flags(release: tuple[int, int], limits: EngineLimits) -> dict[str, int]:

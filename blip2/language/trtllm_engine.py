@@ -14,6 +14,7 @@ from blip2.layout import BUILD_ENGINE
 
 # The releases that build and run TensorRT engines and take the arguments used here.
 OLDEST, FIRST_WITHOUT_ENGINES = (0, 13), (1, 3)
+PAGED, CONTINUOUS = "paged", "continuous"
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -88,6 +89,11 @@ class EngineConfig:
         return config
 
     @property
+    def release(self) -> tuple[int, int]:
+        """The first two numbers of `version`."""
+        return _release_of(self.version)
+
+    @property
     def rows_per_request(self) -> int:
         """Rows of the prompt table that each request may have.
 
@@ -102,7 +108,7 @@ class EngineConfig:
 
         The executor needs the attention plugin, packed input and a paged cache.
         """
-        return self.kv_cache_type == "paged" and self.attention_plugin and self.packed_input
+        return self.kv_cache_type == PAGED and self.attention_plugin and self.packed_input
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -114,8 +120,7 @@ class EngineConfig:
 
 def check_version(version: str, whose: str) -> None:
     """Refuse releases of TensorRT-LLM that cannot run OPT engines; `whose` begins the message."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    release = tuple(map(int, found.groups())) if found else (0, 0)
+    release = _release_of(version)
     if release >= FIRST_WITHOUT_ENGINES:
         raise Blip2Error(
             f"{whose} TensorRT-LLM {version}, which no longer runs TensorRT engines (1.2.1 was the"
@@ -131,6 +136,11 @@ def check_version(version: str, whose: str) -> None:
         )
 
 
+def _release_of(version: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
     pretrained, build = content["pretrained_config"], content["build_config"]
     plugins = build["plugin_config"]
@@ -141,8 +151,8 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         **{name: pretrained[name] for name in copied},
         "world_size": pretrained["mapping"]["world_size"],
         **{name: build[name] for name in limits},
-        # "PAGED", "paged" or "KVCacheType.PAGED", depending on the version.
-        "kv_cache_type": str(build["kv_cache_type"]).rpartition(".")[2].lower(),
+        # "PAGED", "paged" or "KVCacheType.PAGED", depending on the version; null is paged too.
+        "kv_cache_type": str(build["kv_cache_type"] or PAGED).rpartition(".")[2].lower(),
         "attention_plugin": bool(plugins["gpt_attention_plugin"]),
         "packed_input": bool(plugins["remove_input_padding"]),
     }

@@ -220,6 +220,8 @@ def _build(
         for index, target in enumerate(targets):
             name = f"SM{target.replace('.', '')}"
             config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
+        # The session captures CUDA graphs, in which a plan must not allocate memory of its own.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.timing_cache:
         _load_timing_cache(config, options.timing_cache)
 

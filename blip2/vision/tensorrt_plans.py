@@ -24,7 +24,9 @@ STANDARD, RTX = "tensorrt", "tensorrt_rtx"
 PRODUCTS = {STANDARD: "TensorRT", RTX: "TensorRT-RTX"}
 INSTALL = {STANDARD: "pip install tensorrt", RTX: "pip install tensorrt-rtx"}
 DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64"}  # by trt.DataType's names
-OLDEST_MAJOR = 10  # the first in which the precision comes from the ONNX file
+# The precision comes from the ONNX file from TensorRT 10 on, and 10.1 has all the names used here;
+# of RTX, 1.2 is the first whose plans can be captured in a CUDA graph.
+OLDEST = {STANDARD: (10, 1), RTX: (1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ def import_tensorrt(*flavours: str) -> ModuleType:
     """Import the first of `flavours` ("tensorrt", "tensorrt_rtx") that is installed.
 
     Raises:
-        Blip2Error: none can be imported, or it is older than TensorRT 10.
+        Blip2Error: none can be imported, or it is older than TensorRT 10.1 or TensorRT-RTX 1.2.
     """
     reasons = []
     for flavour in flavours:
@@ -79,11 +81,12 @@ def import_tensorrt(*flavours: str) -> ModuleType:
 
 
 def _check_release(flavour: str, trt: ModuleType) -> None:
-    if flavour == STANDARD and int(trt.__version__.split(".")[0]) < OLDEST_MAJOR:
+    release = tuple(int(number) for number in re.findall(r"\d+", trt.__version__)[:2])
+    if release < OLDEST[flavour]:
+        oldest = ".".join(map(str, OLDEST[flavour]))
         raise Blip2Error(
-            f"TensorRT {trt.__version__} is too old: from {OLDEST_MAJOR} on the precision comes from"
-            " the ONNX file",
-            f"upgrade with: {INSTALL[flavour]}",
+            f"{PRODUCTS[flavour]} {trt.__version__} is too old, {oldest} is the first that will do",
+            f"upgrade with: {INSTALL[flavour]} --upgrade",
         )
 
 

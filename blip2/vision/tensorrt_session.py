@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from blip2 import artifacts
+from blip2 import artifacts, cache
 from blip2.errors import Blip2Error
 from blip2.gpu.cuda_graphs import capture
 from blip2.images import Preprocessing
@@ -36,6 +36,8 @@ from blip2.vision.tensorrt_plans import (
     read_plan_sidecar,
 )
 
+_KERNELS = "tensorrt_rtx"  # the cache's folder for what RTX compiles
+
 
 class Gpu:
     """The GPU that plans run on, through torch."""
@@ -51,14 +53,20 @@ class Gpu:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
         self.compute_capability = "{}.{}".format(*torch.cuda.get_device_capability(self.device))
+        self._recording = torch.cuda.Stream(self.device)
 
     def stream(self) -> int:
         """The handle of torch's current stream."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
+    @property
+    def recording_stream(self) -> int:
+        """The handle of the stream on which `capture` records."""
+        return self._recording.cuda_stream
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` enqueues, without executing it; return what replays it."""
-        return capture(run)
+        return capture(run, stream=self._recording)
 
 
 class TensorRTSession(VisionSession):
@@ -199,6 +207,28 @@ class _Execution:
     launch: Callable[[], None]
 
 
+class _CompiledKernels:
+    """What RTX compiles for a plan on this GPU, kept between processes; each would do it again."""
+
+    def __init__(self, trt: ModuleType, engine: Any, facts: PlanFacts, gpu: Gpu) -> None:
+        self._key = cache.key_of(
+            facts.sidecar["sha256"], facts.product, gpu.name, gpu.compute_capability
+        )
+        self._stored = cache.read(_KERNELS, self._key) or b""
+        self._config = engine.create_runtime_config()
+        self.runtime_cache = self._config.create_runtime_cache()
+        if self._stored and not self.runtime_cache.deserialize(self._stored):
+            # Of another driver: no reason for anything that fails later.
+            log_of(trt).errors.clear()
+
+    def save(self) -> None:
+        """Keep what has been compiled since the last time."""
+        content = bytes(memoryview(self.runtime_cache.serialize()))
+        if content != self._stored:
+            cache.write(_KERNELS, self._key, content)
+            self._stored = content
+
+
 class Plan:
     """One deserialised plan, its buffers for the largest batch, and its executions.
 
@@ -222,6 +252,8 @@ class Plan:
                 f"make it again with: {BUILD_PLANS}",
             )
         self._check_tensors()
+        is_rtx = flavour_of(trt) == RTX
+        self._kernels = _CompiledKernels(trt, self._engine, facts, gpu) if is_rtx else None
         self.buffers = {
             name: torch.zeros(
                 facts.profile[2],
@@ -272,7 +304,7 @@ class Plan:
 
     def _prepare(self, rows: int, tensors: dict[str, torch.Tensor]) -> _Execution:
         """Set up a context for `rows` rows of `tensors` and capture its CUDA graph."""
-        context = self._new_context()
+        context = self._new_context(rows)
         for name in self._stage.inputs:
             if not context.set_input_shape(name, (rows, *self._facts.shapes[name])):
                 raise self._failure(rows)
@@ -285,16 +317,19 @@ class Plan:
                 raise self._failure(rows)
 
         execute()  # the first run allocates and compiles, which a capture cannot
+        if self._kernels:
+            self._kernels.save()
         if not self._capturable(context):
             return _Execution(context, execute)
         return _Execution(context, self._gpu.capture(execute))
 
-    def _new_context(self) -> Any:
-        """An execution context that works in this plan's workspace."""
+    def _new_context(self, rows: int) -> Any:
+        """An execution context of the plan's one profile that works in this plan's workspace."""
         trt = self._trt
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if flavour_of(trt) == RTX:
+        if self._kernels:
             config = self._engine.create_runtime_config()
+            config.set_runtime_cache(self._kernels.runtime_cache)
             config.set_execution_context_allocation_strategy(user_managed)
             # RTX would start on generic kernels and swap in those for the batch size when they are
             # compiled; a graph would keep the generic ones.
@@ -304,14 +339,17 @@ class Plan:
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(user_managed)
-        if context is None:
-            raise self._failure(self._facts.profile[2])
+        # Only an engine's first context has a profile that nobody has selected.
+        if context is None or not context.set_optimization_profile_async(0, self._gpu.stream()):
+            raise self._failure(rows)
         context.set_device_memory(self.workspace.data_ptr(), self.workspace.numel())
         return context
 
     def _capturable(self, context: Any) -> bool:
         """RTX can say no; TensorRT's plans of these networks can always be captured."""
-        return flavour_of(self._trt) != RTX or context.is_stream_capturable(self._gpu.stream())
+        if flavour_of(self._trt) != RTX:
+            return True
+        return context.is_stream_capturable(self._gpu.recording_stream)
 
     def _check_tensors(self) -> None:
         """The engine has the tensors that the sidecar promises, in number, name and dtype."""

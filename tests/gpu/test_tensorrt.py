@@ -18,6 +18,8 @@ from test_tensorrt_session import (  # noqa: F401
     session,
     test_batches_of_all_sizes_in_turn,
     test_buffers_are_allocated_once,
+    test_kernels_of_another_driver_are_no_reason_for_what_fails_later,
+    test_kernels_that_rtx_compiled_are_kept_for_the_next_process,
     test_one_context_and_graph_a_batch_size_and_no_copy_between_the_stages,
     test_plan_that_cannot_be_captured_still_runs,
     test_plans_of_different_profiles,
@@ -96,6 +98,23 @@ def setup(empty_plans, tmp_path):
     # In TF32 the convolution of patches would depend on the batch's size.
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield Setup(empty_plans, tmp_path, Gpu())
+
+
+def test_it_records_on_the_stream_that_it_names():
+    """RTX is asked about that one: the default stream can never be captured."""
+    gpu, seen = Gpu(), []
+    number = torch.zeros(1, device=gpu.device).add_(1)
+
+    def work() -> None:
+        seen.append(gpu.stream())
+        number.add_(1)
+
+    replay = gpu.capture(work)
+    assert seen == [gpu.recording_stream]
+    assert gpu.recording_stream != torch.cuda.default_stream().cuda_stream
+    assert number.item() == 1
+    replay()
+    assert number.item() == 2
 
 
 def test_work_of_other_streams_is_none_of_its_own(session, setup):  # noqa: F811

@@ -70,7 +70,10 @@ class _Runner:
                 "early_stopping": bool(arguments["early_stopping"]),
             }
         elif arguments["top_k"] != 1:
-            torch.manual_seed(arguments["random_seed"])
+            if arguments["random_seed"] is None:
+                torch.seed()
+            else:
+                torch.manual_seed(arguments["random_seed"])
             names = ("top_k", "top_p", "temperature")
             options |= {"do_sample": True, **{name: arguments[name] for name in names}}
         embeds = self._embed(ids, rows)[None]
@@ -124,7 +127,7 @@ class ModelRunnerCpp(_Runner):
 
     def __init__(self, engine_dir, rank):
         super().__init__(engine_dir, rank)
-        if "paged" not in str(self.build["kv_cache_type"]).lower():
+        if "paged" not in str(self.build["kv_cache_type"] or "PAGED").lower():
             raise RuntimeError("requires GPT attention plugin with packed input and paged KV cache")
 
     def _generate(self, requests, arguments):
@@ -136,8 +139,14 @@ class ModelRunnerCpp(_Runner):
         if table.shape[1] > share:
             raise RuntimeError("prompt table exceeds the share of a request")
         tasks = _tasks(arguments["prompt_tasks"], requests) or [0] * len(requests)
+        if importlib.metadata.version("tensorrt_llm").startswith(("0.13", "0.14")):
+            arguments["random_seed"] = None
         # The executor's own defaults where nothing is said.
         arguments["length_penalty"] = arguments["length_penalty"] or 0.0
+        if arguments["length_penalty"] < 0:
+            raise RuntimeError(
+                "[TensorRT-LLM][ERROR] Assertion failed: lengthPenalty.value() >= 0.f"
+            )
         if arguments["early_stopping"] is None:
             arguments["early_stopping"] = 1
         old = importlib.metadata.version("tensorrt_llm").startswith("0.")
