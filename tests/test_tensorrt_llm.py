@@ -428,7 +428,7 @@ def test_damaged_engines_are_refused_before_loading(install, tmp_path, truth, da
 @pytest.mark.parametrize(
     "named, message",
     [
-        ({"num_beams": 6}, "num_beams is 6, this OPT engine takes at most 5"),
+        ({"num_beams": 6}, "num_beams` is 6, this OPT engine takes at most 5"),
         ({"max_output_len": 55}, "this OPT engine takes at most 60"),
         ({"top_k": 1025}, "TensorRT-LLM takes at most 1024"),
     ],

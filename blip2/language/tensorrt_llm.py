@@ -161,8 +161,8 @@ class TensorRTLLMSession(LanguageSession):
             )
         if options.samples and options.seed and self._config.release < _FIRST_WITH_SEEDS:
             raise Blip2Error(
-                f"`seed` is {options.seed}, and the executor of TensorRT-LLM {self._config.version} draws"
-                " without one",
+                f"`seed` is {options.seed}, and the executor of TensorRT-LLM {self._config.version}"
+                " draws without one",
                 "leave it out, or use 0.15 to 1.2.1",
             )
 
