@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 
-from blip2 import devices, images, pipeline
+from blip2 import devices, engine, images, pipeline
 from blip2.checkpoints import is_checkpoint, locate
+from blip2.engine import Engine
 from blip2.engines import Places
 from blip2.errors import Blip2Error
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
@@ -24,11 +23,12 @@ from blip2.templates import TEMPLATE, fill_template
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from blip2.language import GenerationOptions
-
 # A file's path or its content, an http(s) URL, a picture of Pillow's, or its pixels: height x width,
 # or height x width x 3 or 4, uint8; the fourth channel is opacity.
 Picture = str | Path | bytes | Image.Image | np.ndarray
+
+
+_AHEAD = 256  # requests of a list that wait or are under way, at most
 
 
 class Decoding(TypedDict, total=False):
@@ -118,7 +118,7 @@ def load(
 
 
 class Model:
-    """BLIP-2, loaded. Several threads may ask it; they are answered one after another.
+    """BLIP-2, loaded. Any number of threads may ask it at the same time; they share its steps.
 
     Methods that take pictures take one or a list, and give one or a list. A list of pictures with
     one question, or one picture with a list of questions, is every one of them with it; lists of
@@ -127,8 +127,9 @@ class Model:
 
     def __init__(self, opened: Pipeline) -> None:
         """Of an open pipeline: see `load`."""
-        self._pipeline = opened
-        self._lock = threading.Lock()
+        self._pipeline, self._engine = opened, Engine(opened)
+        # Its thread would keep the engines in memory.
+        weakref.finalize(self, self._engine.close)
 
     def __enter__(self) -> Model:
         return self
@@ -137,9 +138,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Let the engines and their memory go."""
+        """End what is under way, and let the engines and their memory go."""
+        self._engine.close()
         self._pipeline.language.close()
-        del self._pipeline
 
     def caption(
         self, pictures: Picture | Sequence[Picture], **decoding: Unpack[Decoding]
@@ -159,7 +160,7 @@ class Model:
         prompt_template: str = TEMPLATE,
         **decoding: Unpack[Decoding],
     ) -> Answer | list[Answer]:
-        """Answer questions about pictures.
+        """Answer questions about pictures. A list may be long: it is read as it is answered.
 
         Args:
             pictures: one or a list.
@@ -169,33 +170,26 @@ class Model:
 
         Raises:
             Blip2Error: a picture cannot be read, a question is too long, or the engines cannot
-                decode so; ValueError where two lists have different lengths.
+                decode so.
+            ValueError: two lists have different lengths.
         """
-        are_many = _is_list(pictures) or _is_list(questions)
         asked = _pairs(pictures, questions)
-        prompts = {text: fill_template(prompt_template, text) for _, text in asked}
-        options, size = self._pipeline.options(decoding), self._pipeline.default_batch_size
-        answers: list[Answer] = []
-        with self._computing():
-            self._pipeline.check(list(prompts.values()), options)
-            for start in range(0, len(asked), size):
-                batch = asked[start : start + size]
-                # Sampling counts its draws by the request's place among all.
-                how = dataclasses.replace(options, seed=options.seed + start)
-                answers += self._answer([(p, prompts[text]) for p, text in batch], how)
-        return answers if are_many else answers[0]
-
-    def _answer(
-        self, asked: Sequence[tuple[Picture, str]], options: GenerationOptions
-    ) -> list[Answer]:
-        """Of one batch; a picture is looked at once in it."""
-        pictures = {id(picture): picture for picture, _ in asked}
-        look = self._pipeline.look(self._stacked(list(pictures.values())), Stopwatch())
-        places = {key: row for row, key in enumerate(pictures)}
-        rows = [places[id(picture)] for picture, _ in asked]
-        look = dataclasses.replace(look, query_output=look.query_output[rows])
-        beams = self._pipeline.ask(look, [prompt for _, prompt in asked], options)
-        return [_answer(of_one) for of_one in beams]
+        options = self._pipeline.options(decoding)
+        opened: dict[int, engine.Picture] = {}  # each is looked at once
+        requests: list[engine.Request] = []
+        try:
+            for number, (picture, question) in enumerate(asked):
+                if id(picture) not in opened:
+                    opened[id(picture)] = self._open(picture)
+                prompt = fill_template(prompt_template, question)
+                requests.append(self._engine.submit(opened[id(picture)], prompt, options, number))
+                if number >= _AHEAD:
+                    requests[number - _AHEAD].answers()
+            answers = [_answer(request.answers()) for request in requests]
+        finally:
+            for request in requests:
+                request.cancel()  # where an error came up; of what is over nothing changes
+        return answers if _is_list(pictures) or _is_list(questions) else answers[0]
 
     def stream(
         self,
@@ -207,7 +201,8 @@ class Model:
     ) -> Iterator[str]:
         """The answer about one picture, piece by piece as it is made; joined they are its text.
 
-        Engines that say nothing before they have ended give it in one piece.
+        Engines that say nothing before they have ended give it in one piece. Leaving the iterator
+        ends the request.
 
         Raises:
             Blip2Error: as `ask`; beams cannot be streamed.
@@ -218,15 +213,9 @@ class Model:
                 "the text of a beam search is known at its end", "leave out `num_beams`, or use ask"
             )
         prompt = fill_template(prompt_template, question)
-        self._pipeline.check([prompt], options)
-        values = self._stacked([picture])
-
-        def tokens() -> Iterator[int]:
-            with self._computing():
-                look = self._pipeline.look(values, Stopwatch())
-                yield from self._pipeline.stream(look, prompt, options)
-
-        return _pieces(_in_a_thread(tokens), self._pipeline.tokenizer.decode)
+        request = self._engine.submit(self._open(picture), prompt, options)
+        weakref.finalize(stream := _Stream(request), request.cancel)
+        return stream
 
     def features(self, pictures: Picture | Sequence[Picture]) -> Features:
         """What the ViT and the Q-Former make of pictures, for other models to use.
@@ -235,22 +224,32 @@ class Model:
             Blip2Error: a picture cannot be read, or the engines yield NaN or Inf.
         """
         pictures = pictures if _is_list(pictures) else [pictures]
-        with self._computing():
-            look = self._pipeline.look(self._stacked(pictures), Stopwatch())
-            self._pipeline.check_look(look)
-            return Features(look.image_embeds.clone(), look.query_output.clone())
+        values = torch.stack([self._open(picture).pixel_values for picture in pictures])
 
-    def _stacked(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """B x 3 x S x S, float32."""
+        def look() -> Features:
+            seen = self._pipeline.look(values, Stopwatch())
+            self._pipeline.check_look(seen)
+            return Features(seen.image_embeds.clone(), seen.query_output.clone())
+
+        return self._engine.call(look)
+
+    def _open(self, picture: Picture) -> engine.Picture:
         preprocessing = self._pipeline.vision.preprocessing
-        return torch.stack([images.pixel_values(_open(p), preprocessing) for p in pictures])
+        return self._engine.picture(images.pixel_values(_open(picture), preprocessing))
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        device = self._pipeline.vision.device
-        on_gpu = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with self._lock, on_gpu:
-            yield
+
+class _Stream(Iterator[str]):
+    """A request's pieces."""
+
+    def __init__(self, request: engine.Request) -> None:
+        self._request, self._pieces = request, request.pieces()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the request, of which no more is wanted."""
+        self._request.cancel()
 
 
 def _is_list(argument: object) -> bool:
@@ -296,53 +295,3 @@ def _open(picture: Picture) -> Image.Image:
 def _answer(beams: Sequence[pipeline.Answer]) -> Answer:
     best = beams[0]
     return Answer(best.text, best.score, best.finished, tuple(beams) if len(beams) > 1 else ())
-
-
-def _pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of tokens, as far as no further token can change it."""
-    ids: list[int] = []
-    said = ""
-    for token in tokens:
-        ids.append(token)
-        text = decode(ids)
-        # A character may take several tokens, and reads as this until the last of them is there.
-        if len(text) > len(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(said) :]
-            said = text
-    if rest := decode(ids)[len(said) :]:
-        yield rest
-
-
-def _in_a_thread(make: Callable[[], Iterator[int]]) -> Iterator[int]:
-    """What an iterator gives, made ahead: it does not wait for whoever takes it."""
-    made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-    is_wanted = threading.Event()
-    is_wanted.set()
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            for item in make():
-                made.put((item, None))
-                if not is_wanted.is_set():
-                    break
-        except BaseException as raised:
-            error = raised
-        made.put((None, error))
-
-    def taken() -> Iterator[int]:
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            while True:
-                item, error = made.get()
-                if error is not None:
-                    raise error
-                if item is None:
-                    return
-                yield item
-        finally:
-            is_wanted.clear()
-            thread.join()
-
-    return taken()

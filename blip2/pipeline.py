@@ -239,16 +239,6 @@ class Pipeline:
         self.check_look(look)
         return [[self._answer(beam) for beam in generation.beams] for generation in generations]
 
-    def stream(self, look: Look, text: str, options: GenerationOptions) -> Iterator[int]:
-        """The tokens of the answer about the one picture of a look, each as soon as it is known.
-
-        Raises:
-            Blip2Error: as `ask`.
-        """
-        tokens = self.language.stream(*self.encode([text]), look.query_output, options)
-        self.check_look(look)
-        yield from tokens
-
     def _answer(self, beam: Beam) -> Answer:
         return Answer(self.tokenizer.decode(beam.token_ids), beam.score, beam.finished)
 
@@ -263,17 +253,21 @@ class Pipeline:
         for stage, finite in zip(STAGES, look.finite.tolist(), strict=True):
             if finite:
                 continue
-            if self.vision.dtype == torch.float16:
-                raise Blip2Error(
-                    f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is"
-                    " damaged",
-                    f"run it in float32: {EXPORT} --dtype float32"
-                    " --output_dir float32, then take float32/onnx as `engine_dir`",
-                )
-            raise Blip2Error(
-                f"the {stage} yields NaN or Inf, in float32 too",
-                "the checkpoint or the picture's values are damaged: download the checkpoint again",
+            raise self.not_finite(stage)
+
+    def not_finite(self, stage: str) -> Blip2Error:
+        """What to say where a stage yields NaN or Inf."""
+        if self.vision.dtype == torch.float16:
+            return Blip2Error(
+                f"the {stage} yields NaN or Inf: float16 has overflowed, or the checkpoint is damaged",
+                f"run it in float32: {EXPORT} --dtype float32 --output_dir float32, then take"
+                " float32/onnx as `engine_dir`",
             )
+        return Blip2Error(
+            f"the {stage} yields NaN or Inf, in float32 too; the checkpoint or the picture's"
+            " values are damaged",
+            "download the checkpoint again",
+        )
 
 
 def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[[int], int]) -> T:

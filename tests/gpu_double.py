@@ -147,7 +147,9 @@ def attention(
     """attention.cu."""
     heads, count = grid
     _rule(threads == 32 * macros["WARPS"], "threads")
-    _rule(keys.shape == (count, heads, max_len, macros["HEAD_SIZE"]), "the cache's shape")
+    _rule(keys.shape[1:] == (heads, max_len, macros["HEAD_SIZE"]), "the cache's shape")
+    _rule(len(keys) >= count, "the cache has fewer rows")
+    lengths, sources = lengths[:count], sources[:count]
     rows, slots = torch.arange(count), torch.arange(max_len)
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     keys[rows, :, lengths] = key

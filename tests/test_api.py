@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import Blip2ForConditionalGeneration
 
 import blip2
-from blip2 import api
 from blip2.checkpoints import open_checkpoint
+from blip2.engine.request import pieces
 from blip2.images import Preprocessing, pixel_values
 from blip2.prompts import load_tokenizer
 
@@ -91,7 +91,7 @@ def test_a_long_list_is_answered_in_batches(model, pictures, told, monkeypatch):
     numbers = [0, 1, 2, 1, 0] * 8
     answers = model.ask([pictures[n] for n in numbers], QUESTIONS[0])
     assert list(map(str, answers)) == [told[n, QUESTIONS[0]] for n in numbers]
-    assert looks == [3, 3, 3]  # each picture once a batch of 16
+    assert sum(looks) == 3  # each picture once
     assert model.ask([], QUESTIONS[0]) == model.caption([]) == []
 
 
@@ -100,7 +100,7 @@ def test_sampling_draws_anew_for_every_request(model, pictures):
     texts = [a.text for a in model.caption([pictures[0]] * 20, **how)]
     assert len(set(texts)) > 15
     assert texts == [a.text for a in model.caption([pictures[0]] * 20, **how)]
-    assert texts[17] != texts[1]  # the second batch's draws are others
+    assert texts[17] != texts[1]
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 2.0, "top_k": 50, "seed": 3}], ids=str)
@@ -123,8 +123,8 @@ def test_a_stream_splits_no_character_and_no_word_ends_early():
     def decode(ids: list[int]) -> str:
         return b"".join(words[i] for i in ids).decode("utf-8", "replace").strip()
 
-    pieces = list(api._pieces(iter(range(len(words))), decode))
-    assert pieces == ["caf", "é", "  €", "!", "\N{REPLACEMENT CHARACTER}"]
+    found = list(pieces(iter(range(len(words))), decode))
+    assert found == ["caf", "é", "  €", "!", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_a_stream_that_nobody_takes_lets_others_ask(model, pictures, told):
@@ -247,7 +247,9 @@ def test_a_precision_is_what_the_conversion_writes(pictures, tmp_path, precision
     converted = blip2.load(CHECKPOINT, tmp_path / "opt")
     rounded = blip2.load(CHECKPOINT, precision=precision)
     ways = [model.caption(pictures, num_beams=3) for model in (converted, rounded)]
-    assert ways[0] == ways[1]
+    for one, other in zip(*ways, strict=True):
+        assert one.text == other.text
+        assert one.score == pytest.approx(other.score, rel=1e-3, abs=1e-4)
     assert blip2.load(CHECKPOINT, tmp_path / "opt", precision=precision)
     with pytest.raises(blip2.Blip2Error, match="was not converted to float16"):
         blip2.load(CHECKPOINT, tmp_path / "opt", precision="float16")

@@ -157,33 +157,58 @@ class Sampling(Greedy):
     ) -> None:
         super().__init__(options, input_ids, vocab_size, device)
         requests = range(first_request, first_request + self.requests)
-        uniforms = [_uniforms(options.seed, index, options.max_output_len) for index in requests]
-        self._uniforms = torch.stack(uniforms).to(device)
+        drawn = [uniforms(options.seed, index, options.max_output_len) for index in requests]
+        self._uniforms = torch.stack(drawn).to(device)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.draw(self.probabilities(scores), self._uniforms.index_select(1, self._step))
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """The distribution to draw from: rows x vocab_size."""
+
+        def of_rows(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((len(scores),), value, dtype=dtype, device=scores.device)
+
+        options = self.options
+        return self.distribution(
+            scores,
+            of_rows(options.temperature, torch.float32),
+            of_rows(options.top_k or scores.shape[1], torch.int64),
+            of_rows(1 - options.top_p, torch.float32),
+        )
+
+    @staticmethod
+    def distribution(
+        scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """What rows x vocab_size become by transformers' filters, in its order.
+
+        Args:
+            scores: float32.
+            temperature: of each row.
+            top_k: the same, at least 1.
+            rest: 1 - top_p of each row.
+        """
+        ascending, order = (scores / temperature[:, None]).sort(dim=-1)
+        smallest = (scores.shape[1] - top_k).clamp(min=0)
+        smallest_kept = ascending.gather(1, smallest[:, None])
+        ascending = ascending.masked_fill(ascending < smallest_kept, -torch.inf)
+        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= rest[:, None]
+        dropped[:, -1] = False
+        ascending = ascending.masked_fill(dropped, -torch.inf)
+        return torch.empty_like(scores).scatter_(1, order, ascending).softmax(dim=-1)
+
+    @staticmethod
+    def draw(probabilities: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """A token for each row, of its probabilities and its number in [0, 1), rows x 1."""
         # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
-        cumulative = self.probabilities(scores).double().cumsum(dim=-1)
-        target = self._uniforms.index_select(1, self._step) * cumulative[:, -1:]
+        cumulative = probabilities.double().cumsum(dim=-1)
         # Rounding, or NaN in the scores, can put the target behind the last token.
         return (
-            torch.searchsorted(cumulative, target, right=True)
+            torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
             .squeeze(1)
             .clamp(max=cumulative.shape[1] - 1)
         )
-
-    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """The distribution to draw from: rows x vocab_size, in transformers' order of filters."""
-        scores = scores / self.options.temperature
-        if self.options.top_k:
-            top_k = min(self.options.top_k, scores.shape[-1])
-            smallest_kept = scores.topk(top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
-        if self.options.top_p < 1:
-            ascending, order = scores.sort(dim=-1)
-            dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.options.top_p
-            dropped[:, -1] = False
-            scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-        return scores.softmax(dim=-1)
 
 
 class BeamSearch(Strategy):
@@ -333,7 +358,7 @@ class RepetitionPenalty:
             self._seen.copy_(self._seen.index_select(0, source_rows))
 
 
-def _uniforms(seed: int, request: int, steps: int) -> torch.Tensor:
+def uniforms(seed: int, request: int, steps: int) -> torch.Tensor:
     """`steps` numbers in [0, 1), float64, the same for the same seed and request everywhere."""
     digest = hashlib.sha256(f"{seed} {request}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

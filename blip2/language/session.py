@@ -10,12 +10,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from blip2.errors import Blip2Error
+
+if TYPE_CHECKING:
+    from blip2.language.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,28 +185,20 @@ class LanguageSession(abc.ABC):
             generations += self._generate(input_ids[batch], prompt_table[batch], options, start)
         return generations
 
-    def stream(
-        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
-    ) -> Iterator[int]:
-        """The new tokens of one request, without the end token, each as soon as it is known.
+    def open_rows(
+        self,
+        capacity: int,  # noqa: ARG002 - those that have rows use it
+        prompt_len: int,  # noqa: ARG002
+        max_output_len: int,  # noqa: ARG002
+    ) -> Rows | None:
+        """Rows that requests take and leave between steps; None of an engine that has none.
 
         Args:
-            input_ids: as one of `generate`.
-            prompt_table: 1 x n x hidden_size.
-            options: how to decode; one beam.
-
-        Raises:
-            Blip2Error: as `generate`, at the first token.
+            capacity: rows, at most; fewer where memory does not suffice.
+            prompt_len: input_ids of a request that they have to hold, and
+            max_output_len: its new tokens.
         """
-        self.check([input_ids], prompt_table, options)
-        yield from self._stream(input_ids, prompt_table, options)
-
-    def _stream(
-        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
-    ) -> Iterator[int]:
-        """As `stream`; here of an engine that says nothing before it has ended."""
-        [generation] = self._generate([input_ids], prompt_table, options, 0)
-        yield from generation.beams[0].token_ids
+        return None
 
     @abc.abstractmethod
     def _generate(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from blip2.language.native.model import OPTModel
 
 
 class KVCache:
@@ -36,15 +42,25 @@ class KVCache:
             self._width + max_new_tokens,
             head_size,
         )
-        self._keys = torch.zeros(shape, device=prompt_lengths.device)
-        self._values = torch.zeros_like(self._keys)
+        self.keys = torch.zeros(shape, device=prompt_lengths.device)
+        self.values = torch.zeros_like(self.keys)
+
+    @classmethod
+    def over(
+        cls, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, width: int
+    ) -> KVCache:
+        """One of memory that is there, its rows not related, the longest `width` tokens long."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.lengths, cache._width = keys, values, lengths, width
+        cache._rows = torch.arange(len(lengths), device=lengths.device)
+        return cache
 
     def write_prompt(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the prompts' keys and values, requests x heads x T x head_size, for every beam.
 
         What lies beyond a row's length is padding; new tokens overwrite it before it is visible.
         """
-        for cache, prompt in ((self._keys, keys), (self._values, values)):
+        for cache, prompt in ((self.keys, keys), (self.values, values)):
             beams = cache[layer].unflatten(0, (-1, self._num_beams))
             beams[:, :, :, : prompt.shape[2]] = prompt[:, None]
 
@@ -55,10 +71,10 @@ class KVCache:
 
         Returns this layer's keys and values so far: rows x heads x width x head_size.
         """
-        self._keys[layer][self._rows, :, self.lengths] = keys
-        self._values[layer][self._rows, :, self.lengths] = values
+        self.keys[layer][self._rows, :, self.lengths] = keys
+        self.values[layer][self._rows, :, self.lengths] = values
         width = self._width + 1
-        return self._keys[layer, :, :, :width], self._values[layer, :, :, :width]
+        return self.keys[layer, :, :, :width], self.values[layer, :, :, :width]
 
     def visible(self) -> torch.Tensor:
         """Which slots each row's new token attends to, itself included: rows x 1 x 1 x width."""
@@ -76,5 +92,64 @@ class KVCache:
         Only the answers move: a request's beams share their prompt.
         """
         answers = slice(self._shortest_prompt, self._width)
-        for cache in (self._keys, self._values):
+        for cache in (self.keys, self.values):
             cache[:, :, :, answers] = cache[:, :, :, answers].index_select(1, source_rows)
+
+
+class RowPool:
+    """A cache whose rows requests take and leave; the rows in use come first."""
+
+    def __init__(self, model: OPTModel, capacity: int, max_len: int, device: torch.device) -> None:
+        """Make it empty, for so many rows of so many tokens."""
+        config = model.config
+        heads = config.num_attention_heads
+        shape = (config.num_hidden_layers, capacity, heads, max_len, config.hidden_size // heads)
+        self._model = model
+        self._keys = torch.zeros(shape, dtype=model.weights.positions.dtype, device=device)
+        self._values = torch.zeros_like(self._keys)
+        self._lengths = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._prompts: KVCache | None = None  # those that were read, and have no rows yet
+
+    def read(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor
+    ) -> torch.Tensor:
+        """Read prompts, as `OPTModel.prefill`; logits, B x vocab_size. `place` gives them rows."""
+        self._prompts = self._model.new_cache(lengths, 1, 0)
+        return self._model.prefill(input_ids, lengths, tables, self._prompts)
+
+    def place(self, rows: Sequence[tuple[int, int]], lengths: torch.Tensor) -> None:
+        """Put prompt i into the rows (first, count)[i]."""
+        for prompt, (first, count) in enumerate(rows):
+            taken = slice(first, first + count)
+            self._lengths[taken] = lengths[prompt]
+            for pool, read in (
+                (self._keys, self._prompts.keys),
+                (self._values, self._prompts.values),
+            ):
+                pool[:, taken, :, : read.shape[3]] = read[:, prompt, None]
+        self._prompts = None
+
+    def step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
+        """Append a token to each of the first rows; logits, of those in use at least."""
+        rows = slice(0, used)
+        lengths = self._lengths[rows]
+        width = int(lengths.max())  # on a CPU this waits for nothing
+        view = KVCache.over(self._keys[:, rows], self._values[:, rows], lengths, width)
+        return self._model.step(tokens[rows], view)
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Let rows lie further in front."""
+        for tensor in (self._keys, self._values):
+            for offset in range(count):
+                tensor[:, target + offset] = tensor[:, source + offset]
+        self._lengths[target : target + count] = self._lengths[source : source + count].clone()
+
+    def forget(self, used: int) -> None:
+        """From `used` on rows are free."""
+        self._lengths[used:] = 0
+
+    def reorder(self, first: int, count: int, source_rows: torch.Tensor) -> None:
+        """Let each of a request's rows continue another one of them, counted from its first."""
+        rows = slice(first, first + count)
+        for tensor in (self._keys, self._values):
+            tensor[:, rows] = tensor[:, rows].index_select(1, source_rows)

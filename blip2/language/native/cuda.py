@@ -16,6 +16,7 @@ from blip2.language.decoding import Strategy
 from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
+from blip2.language.native.cuda_pool import CudaPool
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
@@ -108,13 +109,20 @@ class CudaModel(OPTModel):
             return CudaGreedy(options, input_ids, vocab_size, device)
         return super().new_strategy(options, input_ids, first_request, device)
 
+    def new_pool(self, capacity: int, max_len: int, device: torch.device) -> CudaPool:
+        """As in the base class."""
+        return CudaPool(self, capacity, max_len, device)
+
     def _make_step(self, cache: CudaCache) -> Callable[[torch.Tensor], torch.Tensor]:
+        step = self.fused_step(cache)
+        return step or LayeredStep(self.config, self.weights, cache, cache.rows)
+
+    def fused_step(self, cache: CudaCache) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A step as one kernel, where that pays for a cache of so many rows."""
         from blip2.language.native.fused_step import FusedStep, macros_for
 
         macros = macros_for(self.config, self.weights, cache.rows, cache.keys.device)
-        if macros is not None:
-            return FusedStep(self.config, self.weights, cache, macros)
-        return LayeredStep(self.config, self.weights, cache)
+        return None if macros is None else FusedStep(self.config, self.weights, cache, macros)
 
     def prefill(
         self,

@@ -21,15 +21,17 @@ _FEW_HEADS_WARPS = 4
 
 
 class LayeredStep:
-    """One token for each of a cache's rows."""
+    """One token for each of the first rows of a cache."""
 
-    def __init__(self, config: OPTCheckpointConfig, weights: OPTWeights, cache: CudaCache) -> None:
-        """Make buffers for the rows of `cache`."""
+    def __init__(
+        self, config: OPTCheckpointConfig, weights: OPTWeights, cache: CudaCache, rows: int
+    ) -> None:
+        """Make buffers for the first `rows` of `cache`."""
         device = cache.keys.device
-        self._config, self._weights, self._cache = config, weights, cache
-        self._layers = Layers(config, weights, cache.rows, device)
-        self._tokens = torch.zeros(cache.rows, dtype=torch.int64, device=device)
-        shape = (cache.rows, config.vocab_size)
+        self._config, self._weights, self._cache, self._rows = config, weights, cache, rows
+        self._layers = Layers(config, weights, rows, device)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        shape = (rows, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
         self._graph = Graph()
 
@@ -43,7 +45,7 @@ class LayeredStep:
         width = self._config.hidden_size
         launch(
             kernels.embed_kernel,
-            (self._cache.rows, triton.cdiv(width, 1024)),
+            (self._rows, triton.cdiv(width, 1024)),
             self._tokens,
             self._cache.lengths,
             self._weights.embedding,
@@ -55,7 +57,7 @@ class LayeredStep:
         )
         self._layers.run(self._attend)
         self._layers.logits(self._logits)
-        self._cache.lengths += 1
+        self._cache.lengths[: self._rows] += 1
 
     def _attend(self, layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
         cache = self._cache
@@ -63,11 +65,11 @@ class LayeredStep:
         heads, head_size = keys.shape[1], keys.shape[3]
         from blip2.gpu.compiled import load_kernel
 
-        warps = 1 if cache.rows * heads >= _MANY_HEADS else _FEW_HEADS_WARPS
+        warps = 1 if self._rows * heads >= _MANY_HEADS else _FEW_HEADS_WARPS
         macros = (("HEAD_SIZE", head_size), ("WARPS", warps))
         kernel = load_kernel(ATTENTION_SOURCE, "attention", macros)
         kernel(
-            (heads, cache.rows),
+            (heads, self._rows),
             32 * warps,
             qkv,
             keys,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from blip2.language.decoding import Strategy, make_strategy
-from blip2.language.native.cache import KVCache
+from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
     Layer,
     Norm,
@@ -83,6 +83,10 @@ class OPTModel:
         head_size = self.config.hidden_size // heads
         layers = self.config.num_hidden_layers
         return KVCache(layers, heads, head_size, lengths, num_beams, max_new_tokens)
+
+    def new_pool(self, capacity: int, max_len: int, device: torch.device) -> RowPool:
+        """A cache whose rows requests take and leave: see `Rows`."""
+        return RowPool(self, capacity, max_len, device)
 
     def new_strategy(
         self,

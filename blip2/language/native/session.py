@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from blip2 import memory
 from blip2.devices import best_device
 from blip2.errors import Blip2Error
 from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
 from blip2.language.native.model import ACTIVATIONS, OPTModel
+from blip2.language.rows import Rows
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_format import OPTCheckpointConfig
 from blip2.layout import install
+
+_ANSWER_MULTIPLE, _ROW_MULTIPLE = 64, 128  # of tokens, so that few requests ask for other rows
 
 
 class NativeSession(LanguageSession):
@@ -81,6 +85,21 @@ class NativeSession(LanguageSession):
             logits = requests.read_prompts(table).zero_()
             requests.append(*requests.strategy.advance(logits))
 
+    def open_rows(self, capacity: int, prompt_len: int, max_output_len: int) -> Rows:
+        self.load()
+        max_new = -(-max_output_len // _ANSWER_MULTIPLE) * _ANSWER_MULTIPLE
+        max_len = -(-(prompt_len + max_new) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        max_len = min(max_len, self.limits.max_total_len)
+        while True:
+            try:
+                with torch.inference_mode():
+                    return Rows(self._model, self.device, capacity, max_len, max_new)
+            except Exception as error:
+                if capacity == 1 or not memory.exhausted(error):
+                    raise
+            capacity //= 2
+            memory.release()
+
     def halve_batch(self, size: int) -> int:
         if self._model is not None:
             self._model.release()
@@ -97,41 +116,6 @@ class NativeSession(LanguageSession):
         self.load()
         with self._model.computing():
             return self._decode(input_ids, prompt_table, options, first_request)
-
-    def _stream(
-        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
-    ) -> Iterator[int]:
-        """A token is read while the next one is computed already: the GPU does not wait."""
-        self.load()
-        tokens = self._tokens(input_ids, prompt_table, options)
-        while True:
-            # Not held while the caller has its turn.
-            with torch.inference_mode(), self._model.computing():
-                token = next(tokens, None)
-            if token is None:
-                return
-            yield token
-
-    def _tokens(
-        self, input_ids: torch.Tensor, prompt_table: torch.Tensor, options: GenerationOptions
-    ) -> Iterator[int]:
-        requests = _Requests(self._model, self.device, [input_ids], options, 0)
-        strategy = requests.strategy
-        logits = requests.read_prompts(prompt_table)
-        coming: collections.deque[_Copied] = collections.deque()
-        for step in range(options.max_output_len):
-            chosen, sources = strategy.advance(logits)
-            coming.append(_Copied(torch.stack([chosen, strategy.finite_rows().to(chosen)])))
-            is_last = step == options.max_output_len - 1
-            if not is_last:
-                logits = requests.append(chosen, sources)
-            while len(coming) > (0 if is_last else self._model.steps_ahead):
-                token, is_finite = coming.popleft().wait().flatten().tolist()
-                if not is_finite:
-                    raise _not_finite()
-                if token == options.end_id:
-                    return
-                yield token
 
     def _decode(
         self,

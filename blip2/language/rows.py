@@ -1,0 +1,301 @@
+"""Requests that share OPT's steps: each has rows of one cache, its own options and its own length.
+
+    rows = Rows(model, device, capacity=64, max_len=256, max_new=64)
+    chosen = rows.admit([Admission(key, input_ids, table, options)])    # their first tokens
+    chosen = rows.step()                                  # every row's next one: queued, not waited for
+    for key, token, has_ended in chosen.read(): ...
+    rows.release(key)
+
+A request's rows are side by side, and all rows in use come first: a step is taken for as many rows
+as the smallest prepared number that holds them. What leaves a hole is filled from the end, by
+copying: some 100 µs for what took a hundred steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from blip2.language.decoding import Sampling, Strategy, uniforms
+from blip2.language.session import Generation, GenerationOptions
+
+if TYPE_CHECKING:
+    from blip2.language.native.model import OPTModel
+
+BEAMS, NOT_FINITE = -1, -2  # in place of a token
+
+_MULTIPLE = 8  # of the rows of a step, above it
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """A request to begin: `table` is its n x hidden_size, `key` what it is called by."""
+
+    key: Hashable
+    input_ids: torch.Tensor
+    table: torch.Tensor
+    options: GenerationOptions
+    number: int = 0  # among the requests that share its seed
+
+
+def prepared_rows(rows: int) -> int:
+    """The number of rows that a step of so many is taken for: 1, 2, 4 or a multiple of 8."""
+    if rows <= _MULTIPLE:
+        return 1 << (rows - 1).bit_length()
+    return -(-rows // _MULTIPLE) * _MULTIPLE
+
+
+@dataclasses.dataclass
+class _Request:
+    key: Hashable
+    first: int  # row
+    options: GenerationOptions
+    strategy: Strategy | None  # of a beam search
+
+    @property
+    def count(self) -> int:
+        return self.options.num_beams
+
+
+class Rows:
+    """The rows of a model's cache, and who has them. Not for several threads."""
+
+    def __init__(
+        self, model: OPTModel, device: torch.device, capacity: int, max_len: int, max_new: int
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            model: OPT.
+            device: that it computes on.
+            capacity: rows at once.
+            max_len: tokens of a row, prompt and answer.
+            max_new: tokens of an answer, at most.
+        """
+        self.capacity, self.max_len, self.max_new = capacity, max_len, max_new
+        self._model, self._device = model, device
+        self._vocab_size = model.config.vocab_size
+        self._pool = model.new_pool(capacity, max_len, device)
+        self._requests: dict[Hashable, _Request] = {}
+
+        def state(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros((capacity, *shape), dtype=dtype, device=device)
+
+        # What the next token of a row is chosen by, and that token.
+        self._tokens = state(dtype=torch.int64)
+        self._steps = state(dtype=torch.int64)
+        self._temperature, self._rest, self._penalty = state(), state(), state()
+        self._top_k = state(dtype=torch.int64)
+        self._uniforms = state(max_new, dtype=torch.float64)
+        self._seen: torch.Tensor | None = None  # rows x vocab_size, made when a penalty asks for it
+        self._states = [self._tokens, self._steps, self._temperature, self._rest]
+        self._states += [self._penalty, self._top_k, self._uniforms]
+        self._groups: tuple[list[_Request], torch.Tensor | None] = ([], None)
+
+    @property
+    def used(self) -> int:
+        """Rows that requests have."""
+        return sum(request.count for request in self._requests.values())
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """The requests that have rows."""
+        return list(self._requests)
+
+    def fits(self, admission: Admission) -> bool:
+        """Whether a request's tokens fit into a row, however many are free."""
+        longest = len(admission.input_ids) + admission.options.max_output_len
+        return longest <= self.max_len and admission.options.max_output_len <= self.max_new
+
+    def admit(self, admissions: Sequence[Admission]) -> Chosen:
+        """Read prompts into free rows; there have to be enough. Returns their first tokens."""
+        with torch.inference_mode(), self._model.computing():
+            lengths = torch.tensor([len(a.input_ids) for a in admissions], device=self._device)
+            ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
+            tables = torch.stack([a.table for a in admissions]).to(self._device)
+            logits = self._pool.read(ids.to(self._device), lengths, tables)
+            begun = [self._begin(admission) for admission in admissions]
+            self._pool.place([(r.first, r.count) for r in begun], lengths)
+            self._regroup()
+            rows = [row for r in begun for row in range(r.first, r.first + r.count)]
+            spread = [n for n, r in enumerate(begun) for _ in range(r.count)]
+            return self._choose(begun, torch.tensor(rows, device=self._device), logits[spread])
+
+    def step(self) -> Chosen:
+        """Append the token of every row; returns the ones that follow."""
+        used = self.used
+        with torch.inference_mode(), self._model.computing():
+            count = prepared_rows(used) if self._model.has_kernels else used
+            count = min(count, self.capacity)
+            logits = self._pool.step(self._tokens[:count], used)[:used]
+            return self._choose(list(self._requests.values()), slice(0, used), logits)
+
+    def release(self, key: Hashable) -> None:
+        """Take a request's rows back; unknown ones do no harm."""
+        gone = self._requests.pop(key, None)
+        if gone is None:
+            return
+        with torch.inference_mode():
+            # Whoever comes behind moves up; of one row that is the last alone.
+            behind = sorted(
+                (r for r in self._requests.values() if r.first > gone.first),
+                key=lambda request: request.first,
+            )
+            if behind and gone.count == behind[-1].count:
+                self._move(behind[-1], gone.first)
+            else:
+                free = gone.first
+                for request in behind:
+                    self._move(request, free)
+                    free += request.count
+            self._pool.forget(self.used)
+        self._regroup()
+
+    def _begin(self, admission: Admission) -> _Request:
+        options, first = admission.options, self.used
+        assert first + options.num_beams <= self.capacity, "admitted without a free row"
+        strategy = None
+        if options.num_beams > 1:
+            ids = [admission.input_ids]
+            strategy = self._model.new_strategy(options, ids, admission.number, self._device)
+        request = _Request(admission.key, first, options, strategy)
+        self._requests[admission.key] = request
+        if strategy is None:
+            self._steps[first] = 0
+            self._temperature[first] = options.temperature
+            self._rest[first] = 1 - options.top_p
+            self._top_k[first] = options.top_k or self._vocab_size
+            self._penalty[first] = options.repetition_penalty
+            if options.samples:
+                drawn = uniforms(options.seed, admission.number, options.max_output_len)
+                self._uniforms[first, : len(drawn)] = drawn.to(self._device)
+            if options.repetition_penalty != 1:
+                if self._seen is None:
+                    shape = (self.capacity, self._vocab_size)
+                    self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+                    self._states.append(self._seen)
+                self._seen[first] = False
+                words = admission.input_ids[admission.input_ids < self._vocab_size].long()
+                self._seen[first, words.to(self._device)] = True
+        return request
+
+    def _move(self, request: _Request, first: int) -> None:
+        for offset in range(request.count):  # upwards: of overlapping rows none is lost
+            for state in self._states:
+                state[first + offset] = state[request.first + offset]
+        self._pool.move(request.first, first, request.count)
+        request.first = first
+
+    def _regroup(self) -> None:
+        """Note which rows are chosen for otherwise than by the likeliest token."""
+        searching = [r for r in self._requests.values() if r.strategy is not None]
+        sampled = [
+            r.first for r in self._requests.values() if r.strategy is None and r.options.samples
+        ]
+        rows = torch.tensor(sampled, device=self._device) if sampled else None
+        self._groups = searching, rows
+
+    def _choose(
+        self, requests: Sequence[_Request], rows: torch.Tensor | slice, logits: torch.Tensor
+    ) -> Chosen:
+        """Choose the next tokens of some rows, of their logits."""
+        finite = torch.isfinite(logits.float().sum(dim=1))
+        scores = logits
+        alone = [r for r in requests if r.strategy is None]
+        if any(r.options.repetition_penalty != 1 for r in alone):
+            penalty, seen = self._penalty[rows, None], self._seen[rows]
+            lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(seen, lowered, scores)
+        tokens = scores.argmax(dim=-1)
+        places, at = {}, 0
+        for request in requests if isinstance(rows, torch.Tensor) else sorted(requests, key=_first):
+            places[request.key] = at
+            at += request.count
+        sampled = [r for r in alone if r.options.samples]
+        if sampled:
+            # In a step the same rows as in the last: no list of them is sent to the device.
+            everyone = isinstance(rows, slice)
+            chosen = self._groups[1] if everyone else self._index(r.first for r in sampled)
+            at = chosen if everyone else self._index(places[r.key] for r in sampled)
+            tokens[at] = self._sample(scores[at], chosen)
+        ended = {}
+        for request in requests:
+            if request.strategy is None:
+                continue
+            at = places[request.key]
+            beams = slice(at, at + request.count)
+            following, sources = request.strategy.advance(logits[beams].contiguous())
+            tokens[beams] = following
+            self._pool.reorder(request.first, request.count, sources)
+            ended[request.key] = request.strategy.ended()
+        self._tokens[rows] = tokens
+        self._steps[rows] += 1
+        if any(r.options.repetition_penalty != 1 for r in alone):
+            self._seen[rows] = self._seen[rows].scatter(1, tokens[:, None], True)
+        return Chosen(
+            [(r.key, places[r.key], r.count) for r in requests],
+            torch.stack([tokens, finite.to(tokens)]),
+            ended,
+            {r.key: r.strategy for r in requests if r.strategy is not None},
+        )
+
+    def _index(self, numbers: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(numbers), device=self._device)
+
+    def _sample(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        probabilities = Sampling.distribution(
+            scores.float(), self._temperature[rows], self._top_k[rows], self._rest[rows]
+        )
+        drawn = self._uniforms[rows].gather(1, self._steps[rows, None])
+        return Sampling.draw(probabilities, drawn)
+
+
+def _first(request: _Request) -> int:
+    return request.first
+
+
+class Chosen:
+    """Tokens on their way to the host."""
+
+    def __init__(
+        self,
+        places: list[tuple[Hashable, int, int]],
+        tokens_and_finite: torch.Tensor,
+        ended: dict[Hashable, torch.Tensor],
+        strategies: dict[Hashable, Strategy],
+    ) -> None:
+        self.keys = [key for key, _, _ in places]
+        self.last: set[Hashable] = set()  # those whose last token this is, noted by the caller
+        self._places, self._strategies = places, strategies
+        self._copy = tokens_and_finite.to("cpu", non_blocking=True, copy=True)
+        self._ended = {
+            key: flag.to("cpu", non_blocking=True, copy=True) for key, flag in ended.items()
+        }
+        self._arrived = torch.cuda.Event() if tokens_and_finite.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Iterator[tuple[Hashable, int, bool]]:
+        """Of each request its token, and whether its beams have ended; waits for the device.
+
+        A request with beams has BEAMS for a token, one whose logits are NaN or Inf NOT_FINITE.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens, finite = self._copy.tolist()
+        for key, at, count in self._places:
+            if not all(finite[at : at + count]):
+                yield key, NOT_FINITE, True
+            elif key in self._ended:
+                yield key, BEAMS, bool(self._ended[key].all())
+            else:
+                yield key, tokens[at], False
+
+    def result(self, key: Hashable) -> Generation:
+        """What a request with beams has found so far, or at its end; waits for the device."""
+        [generation] = self._strategies[key].results()
+        return generation

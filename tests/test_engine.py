@@ -1,0 +1,395 @@
+"""The engine on a CPU: answers are those given alone, whatever else runs, and no row is lost."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+
+import pytest
+import torch
+from batch_runs import CHECKPOINT, scene
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import blip2
+from blip2 import images
+from blip2.engine import Engine
+from blip2.engine import engine as engine_module
+from blip2.engines import Places
+from blip2.errors import Blip2Error
+from blip2.language import Beam, Generation
+from blip2.language.native.session import NativeSession
+from blip2.language.rows import Rows
+from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
+
+QUESTIONS = ["", "Question: What colour is the circle? Answer:", "Question: how many? Answer:"]
+# One of each kind, and of different lengths.
+OPTIONS = [
+    {"max_output_len": 30},
+    {"max_output_len": 1},
+    {"max_output_len": 9, "repetition_penalty": 1.5},
+    {"max_output_len": 12, "temperature": 3.0, "seed": 1},
+    {"max_output_len": 7, "top_k": 5, "temperature": 4.0, "seed": 2},
+    {"max_output_len": 14, "top_p": 0.8, "temperature": 3.0, "repetition_penalty": 1.2, "seed": 3},
+    {"max_output_len": 10, "num_beams": 3},
+    {"max_output_len": 20, "num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
+    {"max_output_len": 6, "num_beams": 4, "repetition_penalty": 1.3},
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return open_pipeline(Places.of(CHECKPOINT, CHECKPOINT))
+
+
+@pytest.fixture(scope="module")
+def values(pipeline) -> list[torch.Tensor]:
+    preprocessing = pipeline.vision.preprocessing
+    return [images.pixel_values(scene(number).image, preprocessing) for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline, values) -> dict[tuple[int, int, int], list[tuple[str, float | None]]]:
+    """What each request is answered without an engine, one after another."""
+    found = {}
+    for number, picture in enumerate(values):
+        look = pipeline.look(picture[None], Stopwatch())
+        for question, text in enumerate(QUESTIONS):
+            for how, options in enumerate(OPTIONS):
+                [beams] = pipeline.ask(look, [text], pipeline.options(options))
+                found[number, question, how] = [(a.text, a.score, a.finished) for a in beams]
+    return found
+
+
+def submit(engine: Engine, pipeline: Pipeline, pictures: list, key: tuple[int, int, int]):
+    number, question, how = key
+    options = pipeline.options(OPTIONS[how])
+    return engine.submit(pictures[number], QUESTIONS[question], options)
+
+
+def told(request) -> list[tuple[str, float | None, bool]]:
+    return [(a.text, a.score, a.finished) for a in request.answers()]
+
+
+def same(found: list, expected: list) -> bool:
+    """Scores are sums over rows of another batch: the same but for the last digits."""
+    return len(found) == len(expected) and all(
+        one[0] == other[0]
+        and one[2] == other[2]
+        and (one[1] == other[1] or one[1] == pytest.approx(other[1], abs=1e-4))
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+requests = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, len(OPTIONS) - 1))
+events = st.lists(
+    st.tuples(requests, st.booleans(), st.integers(0, 3)), min_size=1, max_size=12
+)  # what is asked, whether it is cancelled, turns before the next
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(events, st.sampled_from([4, 5, 16]))
+def test_answers_are_those_given_alone(pipeline, values, alone, arrivals, rows):
+    engine = stepped(pipeline, rows)
+    pictures = [engine.picture(picture) for picture in values]
+    asked = []
+    for key, is_cancelled, turns in arrivals:
+        request = submit(engine, pipeline, pictures, key)
+        asked.append((request, key, is_cancelled))
+        for _ in range(turns):
+            engine.take_turn()
+        if is_cancelled:
+            request.cancel()
+    finish(engine)
+    for request, key, is_cancelled in asked:
+        assert request.is_over
+        if not is_cancelled:
+            assert same(told(request), alone[key]), (key, told(request), alone[key])
+    assert engine._rows is None or engine._rows.used == 0
+    assert not engine._active
+    assert not engine._coming
+
+
+class SteppedEngine(Engine):
+    """One without a thread, whose turns a test takes."""
+
+    def _tell(self, add) -> None:
+        add()
+
+    def take_turn(self) -> None:
+        self._waiting.extend(self._arrivals)
+        self._arrivals.clear()
+        self._turn()
+
+
+def stepped(pipeline: Pipeline, rows: int) -> SteppedEngine:
+    return SteppedEngine(pipeline, rows)
+
+
+def finish(engine: SteppedEngine) -> None:
+    while engine._is_busy or engine._arrivals:
+        engine.take_turn()
+
+
+def test_rows_are_not_lost_in_a_hundred_thousand_events(pipeline, values):
+    """Arrivals, cancellations and steps at random, of a session whose steps cost nothing."""
+    chance = random.Random(7)
+    engine = stepped(pipeline, 16)
+    rows = FakeRows(16, chance)
+    engine._rows = rows
+    picture = engine.picture(values[0])
+    picture.query_output = torch.zeros(16, pipeline.language.hidden_size)
+    options = [pipeline.options(how) for how in OPTIONS]
+    running, over, events = [], 0, 0
+    while events < 100_000:
+        what = chance.random()
+        if what < 0.3 and len(running) < 40:
+            running.append(engine.submit(picture, "", chance.choice(options)))
+        elif what < 0.4 and running:
+            chance.choice(running).cancel()
+        else:
+            engine.take_turn()
+            rows.check()
+            over += sum(request.is_over for request in running)
+            running = [request for request in running if not request.is_over]
+        events += 1
+    finish(engine)
+    assert over > 10_000
+    assert rows.used == 0
+    assert not engine._active
+
+
+class FakeRows:
+    """Rows without a model: each request ends after some tokens of its own."""
+
+    capacity = 16
+
+    def __init__(self, capacity: int, chance: random.Random) -> None:
+        self.capacity, self._chance = capacity, chance
+        self._left: dict[object, list[int]] = {}
+
+    @property
+    def used(self) -> int:
+        return sum(count for count, _ in self._left.values())
+
+    def fits(self, _admission) -> bool:
+        return True
+
+    def check(self) -> None:
+        assert self.used <= self.capacity
+
+    def admit(self, admissions) -> FakeChosen:
+        for admission in admissions:
+            left = self._chance.randrange(1, 12)
+            self._left[admission.key] = [admission.options.num_beams, left]
+        self.check()
+        return self._choose([admission.key for admission in admissions])
+
+    def step(self) -> FakeChosen:
+        return self._choose(list(self._left))
+
+    def _choose(self, keys) -> FakeChosen:
+        for key in keys:
+            self._left[key][1] -= 1
+        return FakeChosen({key: tuple(self._left[key]) for key in keys})
+
+    def release(self, key) -> None:
+        self._left.pop(key, None)
+
+
+class FakeChosen:
+    def __init__(self, left) -> None:
+        self.keys, self.last, self._left = list(left), set(), left
+
+    def read(self):
+        for key, (beams, left) in self._left.items():
+            yield key, (-1 if beams > 1 else (50118 if left == 0 else 5)), left == 0
+
+    def result(self, _key):
+        return Generation((Beam([5, 6], -0.5),))
+
+
+def test_an_error_ends_its_request_alone(pipeline, values, alone):
+    """A picture that yields NaN, beside others in the same look and the same steps."""
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values]
+    pictures[1] = engine.picture(torch.full_like(values[1], torch.nan))
+    asked = {n: submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(3)}
+    finish(engine)
+    for number in (0, 2):
+        assert same(told(asked[number]), alone[number, 0, 0])
+    with pytest.raises(Blip2Error, match="yields NaN or Inf"):
+        asked[1].answers()
+    with pytest.raises(Blip2Error, match="yields NaN or Inf"):
+        list(asked[1].tokens())
+    assert engine._rows.used == 0
+
+
+def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values[:2]]
+    asked = [submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(2)]
+    engine.take_turn()
+    with torch.inference_mode():
+        engine._rows._pool._keys[:, 1] = torch.nan
+    finish(engine)
+    assert same(told(asked[0]), alone[0, 0, 0])
+    with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
+        asked[1].answers()
+
+
+def test_what_an_engine_cannot_take_is_refused_at_once(pipeline, values):
+    engine = stepped(pipeline, 4)
+    picture = engine.picture(values[0])
+    for how, text, message in (
+        ({"num_beams": 5}, "", "`num_beams` is 5, this engine has 4 rows"),
+        ({"max_output_len": 100_000}, "", "takes at most"),
+        ({}, "word " * 3000, "takes at most"),
+    ):
+        with pytest.raises(Blip2Error, match=message):
+            engine.submit(picture, text, pipeline.options(how))
+    assert not engine._arrivals
+
+
+def test_a_failed_step_ends_what_had_rows_and_nothing_else(pipeline, values, alone, monkeypatch):
+    engine = stepped(pipeline, 2)
+    pictures = [engine.picture(picture) for picture in values]
+    asked = [submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(3)]
+    engine.take_turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._rows._pool, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.take_turn()
+    engine._fail_all(ZeroDivisionError())  # what the thread does then
+    for request in asked[:2]:
+        with pytest.raises(ZeroDivisionError):
+            request.answers()
+    finish(engine)
+    assert same(told(asked[2]), alone[2, 0, 0])
+
+
+def test_prompts_that_memory_does_not_hold_together_are_read_apart(
+    pipeline, values, alone, monkeypatch
+):
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values]
+    asked = {key: submit(engine, pipeline, pictures, key) for key in list(alone)[::5]}
+    sizes, admit = [], Rows.admit
+
+    def limited(rows: Rows, admissions):
+        sizes.append(len(admissions))
+        if len(admissions) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return admit(rows, admissions)
+
+    monkeypatch.setattr(Rows, "admit", limited)
+    finish(engine)
+    assert max(sizes) > 2
+    for key, request in asked.items():
+        assert same(told(request), alone[key])
+
+
+def test_longer_requests_get_longer_rows_in_their_turn(pipeline, values, alone):
+    engine = stepped(pipeline, 4)
+    pictures = [engine.picture(picture) for picture in values]
+    short = submit(engine, pipeline, pictures, (0, 0, 1))
+    engine.take_turn()
+    first = engine._rows
+    long = engine.submit(pictures[1], "", pipeline.options({"max_output_len": 90}))
+    behind = submit(engine, pipeline, pictures, (2, 0, 0))
+    assert not first.fits(engine_module._admission(long))
+    finish(engine)
+    assert engine._rows is not first
+    assert same(told(short), alone[0, 0, 1])
+    assert told(long)[0][0] == alone[1, 0, 0][0][0]
+    assert same(told(behind), alone[2, 0, 0])
+
+
+def test_a_session_without_rows_answers_in_batches(pipeline, values, alone, monkeypatch):
+    monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
+    sizes, generate = [], NativeSession.generate
+
+    def counted(session, input_ids, table, options):
+        sizes.append(len(input_ids))
+        return generate(session, input_ids, table, options)
+
+    monkeypatch.setattr(NativeSession, "generate", counted)
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values]
+    asked = {key: submit(engine, pipeline, pictures, key) for key in alone}
+    finish(engine)
+    for key, request in asked.items():
+        assert same(told(request), alone[key])
+    assert sorted(set(sizes)) == [1, 9]  # samples alone, others by their options
+
+
+def test_one_of_a_batch_that_fails_fails_alone(pipeline, values, alone, monkeypatch):
+    monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
+    generate = NativeSession.generate
+
+    def picky(session, input_ids, table, options):
+        if any(torch.equal(row, bad.query_output) for row in table):
+            raise Blip2Error("the OPT yields NaN or Inf")
+        return generate(session, input_ids, table, options)
+
+    monkeypatch.setattr(NativeSession, "generate", picky)
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values]
+    bad = pictures[1]
+    asked = [submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(3)]
+    finish(engine)
+    assert same(told(asked[0]), alone[0, 0, 0])
+    assert same(told(asked[2]), alone[2, 0, 0])
+    with pytest.raises(Blip2Error, match="the OPT yields"):
+        asked[1].answers()
+
+
+def test_many_threads_ask_stream_and_leave(pipeline, values, alone):
+    engine = Engine(pipeline, 6)
+    pictures = [engine.picture(picture) for picture in values]
+    keys = list(alone)
+    wrong = []
+
+    def ask(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(8):
+            key = chance.choice(keys)
+            request = submit(engine, pipeline, pictures, key)
+            if chance.random() < 0.3:
+                next(request.tokens(), None)
+                request.cancel()
+            elif chance.random() < 0.5 and "num_beams" not in OPTIONS[key[2]]:
+                if "".join(request.pieces()) != alone[key][0][0]:
+                    wrong.append(key)
+            elif not same(told(request), alone[key]):
+                wrong.append(key)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert engine.call(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0)
+    waiting = [submit(engine, pipeline, pictures, (0, 0, 0)) for _ in range(3)]
+    engine.close()
+    engine.close()
+    for request in waiting:
+        if not request.is_over:
+            pytest.fail("nobody ends it")
+    with pytest.raises(Blip2Error, match="the engine is closed"):
+        submit(engine, pipeline, pictures, (0, 0, 0))
+
+
+def test_a_model_that_is_forgotten_lets_its_engine_go(pipeline):
+    model = blip2.Model(pipeline)
+    model.caption(scene(0).image, max_output_len=1)
+    thread = model._engine._thread
+    assert thread.is_alive()
+    del model
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()

@@ -1,0 +1,134 @@
+"""Rows that requests take and leave: every answer is the one of a request alone, bit for bit or tie.
+
+On the CPU's model, and on the GPU's over doubles of its kernels.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+
+import pytest
+import torch
+from test_cuda_kernels import CONFIG, random_models
+
+from blip2.language import Generation, GenerationOptions
+from blip2.language.native.model import OPTModel
+from blip2.language.native.session import NativeSession
+from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Rows, prepared_rows
+
+CPU = torch.device("cpu")
+WIDTH = CONFIG.hidden_size
+
+
+@pytest.fixture(params=["CPU", "GPU"])
+def model(request) -> OPTModel:
+    if request.param == "GPU":
+        request.getfixturevalue("gpu_double")
+    return random_models(None, seed=5)[request.param == "GPU"]
+
+
+@torch.inference_mode()
+def alone(model: OPTModel, admission: Admission) -> Generation:
+    session = object.__new__(NativeSession)
+    session._model, session.device = model, CPU
+    [generation] = session._decode(
+        [admission.input_ids], admission.table[None], admission.options, admission.number
+    )
+    return generation
+
+
+def draw_admission(chance: random.Random, key: int) -> Admission:
+    length, image_rows = chance.randrange(3, 12), 2
+    ids = torch.tensor([chance.randrange(CONFIG.vocab_size) for _ in range(length)])
+    ids[:image_rows] = CONFIG.vocab_size + torch.arange(image_rows)
+    table = torch.randn(image_rows, WIDTH, generator=torch.Generator().manual_seed(key))
+    kind = chance.randrange(5)
+    how: dict = {"max_output_len": chance.randrange(1, 12), "seed": key}
+    if kind == 1:
+        how |= {"num_beams": chance.randrange(2, 5)}
+    elif kind == 2:
+        how |= {"top_k": 0, "temperature": 2.0, "top_p": 0.9}
+    elif kind == 3:
+        how |= {"repetition_penalty": 1.4}
+    elif kind == 4:
+        how |= {"top_k": 7, "temperature": 1.5, "repetition_penalty": 1.2}
+    return Admission(key, ids, table, GenerationOptions(end_id=3, **how), chance.randrange(3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_are_those_of_requests_alone(model, seed):
+    chance = random.Random(seed)
+    rows = Rows(model, CPU, 9, 40, 12)
+    expected: dict[int, Generation] = {}
+    running: dict[int, tuple[Admission, list[int]]] = {}
+    scheduled: collections.Counter[int] = collections.Counter()
+    key = checked = 0
+    while checked < 20:
+        free = rows.capacity - rows.used
+        batch = []
+        for _ in range(chance.randrange(4)):
+            admission = draw_admission(chance, key)
+            if admission.options.num_beams > free:
+                break
+            free -= admission.options.num_beams
+            key += 1
+            assert rows.fits(admission)
+            expected[admission.key] = alone(model, admission)
+            running[admission.key] = (admission, [])
+            batch.append(admission)
+        news = []
+        for advance in ([lambda: rows.admit(batch)] if batch else []) + [rows.step]:  # noqa: B023
+            if advance == rows.step and not rows.used:
+                continue
+            chosen = advance()
+            news.append(chosen)
+            for name in chosen.keys:  # as an engine: nobody steps beyond max_output_len
+                scheduled[name] += 1
+                if name in running and scheduled[name] == running[name][0].options.max_output_len:
+                    rows.release(name)
+        for chosen in news:
+            for name, token, has_ended in chosen.read():
+                if name not in running:
+                    continue
+                admission, ids = running[name]
+                ids.append(token)
+                truth = expected[name].beams
+                if token == BEAMS:
+                    if not has_ended and len(ids) < admission.options.max_output_len:
+                        continue
+                    found = chosen.result(name).beams
+                    assert [beam.token_ids for beam in found] == [b.token_ids for b in truth]
+                    scores = [beam.score for beam in found]
+                    assert scores == pytest.approx([b.score for b in truth], abs=1e-3)
+                elif token == 3:
+                    assert ids[:-1] == truth[0].token_ids
+                elif len(ids) < admission.options.max_output_len:
+                    continue
+                else:
+                    assert ids == truth[0].token_ids
+                rows.release(name)
+                del running[name]
+                checked += 1
+        if running and chance.random() < 0.1:  # somebody leaves in the middle
+            rows.release(name := chance.choice(list(running)))
+            del running[name]
+    for name in list(running):
+        rows.release(name)
+    assert rows.used == 0
+
+
+def test_a_row_that_is_not_finite_is_that_requests(model):
+    rows = Rows(model, CPU, 4, 40, 8)
+    chance = random.Random(1)
+    good = draw_admission(chance, 0)
+    bad = Admission(1, good.input_ids, torch.full_like(good.table, torch.nan), good.options)
+    rows.admit([good, bad])
+    told = {key: token for key, token, _ in rows.step().read()}
+    assert told[1] == NOT_FINITE
+    assert told[0] != NOT_FINITE
+
+
+@pytest.mark.parametrize("rows, prepared", [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (64, 64)])
+def test_steps_are_taken_for_few_numbers_of_rows(rows, prepared):
+    assert prepared_rows(rows) == prepared
