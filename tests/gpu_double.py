@@ -31,8 +31,8 @@ PROPERTIES = types.SimpleNamespace(
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Let the product find an H100, on which tensors are on the CPU."""
-    from blip2.gpu import cuda_graphs
-    from blip2.language.native import beam_kernels, compiled, fused_step, kernels
+    from blip2.gpu import compiled, cuda_graphs
+    from blip2.language.native import beam_kernels, fused_step, kernels
     from blip2.vision import kernels as vision_kernels
 
     interpret(patch, beam_kernels, kernels, vision_kernels)
