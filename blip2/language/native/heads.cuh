@@ -1,8 +1,11 @@
 // How a warp reads heads: PIECES lanes have 16 bytes of a key or value each, so that it attends to
 // ABREAST slots of the cache at a time. HEAD_SIZE is a multiple of 8, at most 256.
 
+#pragma once
+
 #define PIECES (HEAD_SIZE / 8)
 #define ABREAST (32 / PIECES)
+static_assert(HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 256, "a warp does not read heads of this size");
 
 // The sum over the PIECES lanes of a slot, in each of them.
 __device__ inline float piece_sum(float x) {

@@ -166,7 +166,7 @@ __device__ inline void store_sums(const float* sums, char* shared, const u16* sc
     if (in_fours && OUT_FLOAT) {
       *(float4*)((float*)out + at) = float4{y[0], y[1], y[2], y[3]};
     } else if (in_fours) {
-      *(uint2*)((u16*)out + at) = gather(y);
+      *(uint2*)((u16*)out + at) = to_halves(y);
     } else {
       for (int i = 0; i < 4; ++i) {
         if (channel + i >= N) break;
