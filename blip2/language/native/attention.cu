@@ -7,7 +7,6 @@
 // Compiled by NVRTC with HEAD_SIZE and WARPS defined: one warp is best where there are many heads, as
 // then most is read at a time, several where there are few.
 
-#include "fragments.cuh"
 #include "heads.cuh"
 
 #define PASSES 6
@@ -49,11 +48,7 @@ __device__ inline void attend(Mix& mix, const Slots& slots, const float* query, 
   float scores[PASSES], higher = mix.highest;
 #pragma unroll
   for (int pass = 0; pass < PASSES; ++pass) {
-    float key[8], score = 0;
-    to_floats(slots.key[pass], key);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) score += key[j] * query[j];
-    scores[pass] = piece_sum(score);
+    scores[pass] = score_of(slots.key[pass], query);
     if (start + pass * ABREAST < length) higher = fmaxf(higher, scores[pass]);
   }
   float fade = __expf(mix.highest - higher);

@@ -41,6 +41,14 @@ __device__ inline uint2 to_halves(const float* in) {
           float_to_half(in[2]) | (u32)float_to_half(in[3]) << 16};
 }
 
+__device__ inline uint4 load_shared(u32 at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
+}
+
 __device__ inline u32 subtract(u32 a, u32 b) {
   u32 d;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

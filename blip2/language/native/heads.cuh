@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "fragments.cuh"
+
 #define PIECES (HEAD_SIZE / 8)
 #define ABREAST (32 / PIECES)
 static_assert(HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 256, "a warp does not read heads of this size");
@@ -17,4 +19,13 @@ __device__ inline float piece_sum(float x) {
     if (piece < offset && piece + offset < PIECES) x += other;
   }
   return __shfl_sync(~0u, x, lane - piece);
+}
+
+// The product of a query and a slot's key, of which a lane has its 8 numbers; in each of its lanes.
+__device__ inline float score_of(uint4 key, const float* query) {
+  float k[8], score = 0;
+  to_floats(key, k);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) score += k[j] * query[j];
+  return piece_sum(score);
 }

@@ -57,11 +57,8 @@ struct Attention {
   __device__ void attend(Mix& mix, const float (&query)[8], const u16* own, int slot, uint4 key,
                          uint4 value) const {
     if (slot == length) key = *(const uint4*)own, value = *(const uint4*)(own + HEAD_SIZE);
-    float k[8], v[8], score = 0;
-    to_floats(key, k), to_floats(value, v);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) score += k[j] * query[j];
-    score = piece_sum(score);
+    float score = score_of(key, query), v[8];
+    to_floats(value, v);
     mix.add(slot <= length ? score : -1e30f, v);
   }
 

@@ -126,7 +126,5 @@ __device__ inline void read_slab(u32 slab, uint4* w) {
                          : slab + warp * (S::LOADS * 512) + lane * 16;
 #pragma unroll
   for (int i = 0; i < S::LOADS; ++i)
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[i].x), "=r"(w[i].y), "=r"(w[i].z), "=r"(w[i].w)
-                 : "r"(at + (S::bits == 16 ? i / 2 * 64 + i % 2 * 8 * PITCH16 : i * 512)));
+    w[i] = load_shared(at + (S::bits == 16 ? i / 2 * 64 + i % 2 * 8 * PITCH16 : i * 512));
 }
