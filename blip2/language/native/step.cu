@@ -1,27 +1,28 @@
 // One decoding step of OPT for one row, as one kernel: from the token to logits.
 //
-// A step reads every weight once and does little else, so what counts is that the memory never
-// waits. One block on every multiprocessor runs all layers, and the blocks tell one another what a
-// linear made. Weights depend on nothing: in each block a warp of its own copies them into a ring of
-// DEPTH stages in shared memory (bulk copies, Hopper and later), so that those of this linear, the
-// next one and the next layer's are under way whatever the blocks wait for. Plain asynchronous
-// copies by all threads would do too, but block the loads of everything else.
+// A step reads every weight once and does little else, so what counts is that the memory never waits.
+// One block on every multiprocessor runs all layers. Weights depend on nothing: in each block a warp of
+// its own copies them to shared memory, so that those of this linear, the next one and the next layer's
+// are under way whatever the blocks wait for. Plain asynchronous copies by all threads would do too, but
+// block the loads of everything else.
 //
 // The blocks never meet at a barrier: that takes a round trip for the writes to arrive, one for the
-// count and one for the reads. Each word that one block writes for others has a mark instead, a bit
-// that says whether it is of this time or of the time before, and readers ask until all they read
-// has it. A word is overwritten only by a block that has read, directly or through others, something
-// that all of its readers wrote later. That is why every block has a share of qkv and of fc.
+// count and one for the reads. Instead each word that one block writes for others carries a mark, and
+// readers ask until all words they read have it. docs/step.md argues why that is safe.
 //
-// A linear's tiles of 16 channels are dealt out to the blocks, and the inputs of a tile to a
-// block's warps. Where tiles are few for the number of blocks (dense, proj) a tile may be shared by
-// several blocks: each leaves its part of the sum in a slot of its own, and all who read add up the
-// slots in the same order. So results never depend on timing. Each block keeps the residual stream
-// in its registers, and normalises it for itself.
+//   step_model.cuh      the model, as a table of addresses
+//   step_shares.cuh     which block has which part of a linear, and what is checked about that
+//   step_weights.cuh    weights, copied to shared memory ahead of their use
+//   step_marks.cuh      words that one block writes and others wait for
+//   step_inputs.cuh     such words, laid out in shared memory as a linear's inputs
+//   step_linears.cuh    products and sums
+//   step_attention.cuh  attention over the cache
+//   step_stream.cuh     the residual stream and its LayerNorm
 //
-// Compiled by NVRTC with BITS, HEAD_BITS, WARPS, BLOCKS, STAGE, DEPTH, UNDER_WAY, SHARED, WIDTH, FFN,
-// HEADS, LAYERS and VOCAB defined; fused_step.py says how they are chosen. WIDTH / 64 and FFN / 64
-// are multiples of WARPS, VOCAB of 16 where the head has 16 bits.
+// No result depends on timing: parts of a sum are added up in the same order by whoever reads them.
+//
+// Compiled by NVRTC with BITS, HEAD_BITS, WARPS, BLOCKS, SLOTS, STAGE, DEPTH, UNDER_WAY, SHARED, WIDTH,
+// FFN, HEADS, LAYERS and VOCAB defined; fused_step.py says how they are chosen.
 
 #include "step_attention.cuh"
 #include "step_linears.cuh"
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     for (int j = 0; j < 4; ++j) stream.x[i][j] = word[j] + place[j];
   }
 
-  // The parts of dense and of proj take turns in the slots, with one mark each.
+  // Dense and proj take turns in the slots: each always has the same mark.
   const u32 dense_mark = 1, proj_mark = 0;
   Fours f = fours(model.layers[0].input_norm, nullptr);
 #pragma unroll 1
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
   Whole<HEAD> head;
   head.prefetch(model.head);
   stream.add(slots, proj_mark, f);
-  // All blocks have read the length and the first mark: they had a share of this sum.
+  // All blocks have read the length and the first mark: each had a share of fc, of which this sum is made.
   if (blockIdx.x == 0 && threadIdx.x == 0) *row_length = length + 1, *first_mark = mark;
   stream.normalise(f, input, scratch);
   head.run(ring, model.head, input, partial, [&](int channel, float y) { logits[channel] = y; });

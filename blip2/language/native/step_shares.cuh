@@ -1,8 +1,8 @@
-// How step.cu shares out the work of its linears among the blocks, and what that has to fulfil.
+// Which block of step.cu has which part of a linear, and what has to hold of that.
 //
 // A linear's tiles of 16 channels are dealt out to the blocks, and the inputs of a tile to a block's
-// warps. A tile of dense or proj may be shared by several blocks, each of which leaves its part of
-// the sum in a slot of its own.
+// warps. Dense and proj have few tiles for the number of blocks, so that several blocks may share one:
+// each leaves its part of the sum in a slot of its own, and whoever reads adds up the slots.
 
 #pragma once
 
@@ -44,7 +44,7 @@ struct Shape {
 
 constexpr int CHUNK = THREADS / CHANNELS < 8 ? THREADS / CHANNELS : 8;  // tiles summed up at a time
 
-// ---- What docs/step.md and the code below rest on
+// What the kernel rests on; docs/step.md says why.
 
 // For dense and proj: how many blocks share a tile, and how many tiles a block has a part of.
 template <int WHICH>
@@ -71,13 +71,13 @@ __host__ __device__ constexpr int most_tiles_of_a_block() {
 
 static_assert(LAYERS > 0, "there is no layer");
 static_assert(WIDTH % (64 * WARPS) == 0 && FFN % (64 * WARPS) == 0, "warps do not share the inputs evenly");
-static_assert(WIDTH % HEADS == 0, "heads do not share the width evenly: outputs of qkv would be read by no block");
+static_assert(WIDTH % HEADS == 0, "heads do not share the width evenly");
 static_assert(HEAD_BITS < 16 || VOCAB % CHANNELS == 0, "the last tile of a head in 16 bits is not full");
 static_assert(BLOCKS <= Shape<QKV>::TILES, "a block has no share of qkv");
 static_assert(BLOCKS <= Shape<FC>::TILES, "a block has no share of fc");
-// One number for both, which take turns in the slots: in a slot that one of them never wrote would
-// still be what the other one left there in the layer before, with the very mark that is waited for.
-static_assert(most_blocks_of_a_tile<DENSE>() <= SLOTS, "more blocks share a tile of dense than there are slots");
-static_assert(most_blocks_of_a_tile<PROJ>() <= SLOTS, "more blocks share a tile of proj than there are slots");
-static_assert(most_tiles_of_a_block<DENSE>() <= CHUNK, "a block has more tiles of dense than it sums up");
-static_assert(most_tiles_of_a_block<PROJ>() <= CHUNK, "a block has more tiles of proj than it sums up");
+// Both write all SLOTS each time, as they take turns in them: in a slot that dense left out, readers of
+// proj would find proj's of the layer before, which has the very mark they wait for.
+static_assert(most_blocks_of_a_tile<DENSE>() <= SLOTS, "dense: more blocks share a tile than there are slots");
+static_assert(most_blocks_of_a_tile<PROJ>() <= SLOTS, "proj: more blocks share a tile than there are slots");
+static_assert(most_tiles_of_a_block<DENSE>() <= CHUNK, "dense: a block has more tiles than it sums up");
+static_assert(most_tiles_of_a_block<PROJ>() <= CHUNK, "proj: a block has more tiles than it sums up");

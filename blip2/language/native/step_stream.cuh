@@ -7,7 +7,7 @@
 
 #define OWN ((WIDTH / 4 + THREADS - 1) / THREADS)
 
-struct Fours {  // of three vectors as wide as the residual stream, in float16
+struct Fours {  // a thread's, of three vectors as wide as the residual stream, in float16
   uint2 weight[OWN], bias[OWN], added[OWN];
 };
 
@@ -30,7 +30,7 @@ __device__ inline Fours fours(const Norm& norm, const u16* added) {
 struct Stream {  // the residual stream, each thread's fours of it
   float x[OWN][4];
 
-  // Adds what dense or proj made.
+  // Adds what dense or proj made: the sum of its slots, and its bias.
   __device__ void add(const float* slots, u32 mark, const Fours& f) {
     uint4 parts[OWN * SLOTS];
     read_marked(
@@ -52,8 +52,8 @@ struct Stream {  // the residual stream, each thread's fours of it
     }
   }
 
-  // Lays its LayerNorm out as inputs. A warp finds the mean and the squares about it for itself;
-  // what they are for all follows from those.
+  // Lays its LayerNorm out as inputs. Each warp finds its own mean and the squares about that; the
+  // mean and the variance of all follow from those, so that warps wait for one another once, not twice.
   __device__ void normalise(const Fours& f, u16* input, float2* scratch) const {
     float sum = 0, squares = 0;
 #pragma unroll
@@ -81,7 +81,7 @@ struct Stream {  // the residual stream, each thread's fours of it
     mean = sum / WIDTH;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) {
-      float away = of_warp[warp].x - count(warp) * mean;  // the warp's mean's distance, count times
+      float away = of_warp[warp].x - count(warp) * mean;  // count times its mean's distance
       squares += of_warp[warp].y + __fdividef(away * away, max(1, count(warp)));
     }
     float scale = rsqrtf(squares / WIDTH + 1e-5f);

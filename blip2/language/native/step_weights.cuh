@@ -1,7 +1,7 @@
 // The weights of step.cu on their way from global to shared memory: a warp of its own in each block
 // copies them, far ahead, into a ring of DEPTH stages.
 //
-// Bulk copies, of which UNDER_WAY are on their way at a time: with more, what the blocks write for one
+// Bulk copies, of which at most UNDER_WAY are on their way at a time: with more, what the blocks write for one
 // another would wait behind them. Barriers in shared memory say which stages are full and which empty.
 
 #pragma once
