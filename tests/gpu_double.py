@@ -175,16 +175,29 @@ def step(
     length: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    *buffers_and_max_len: Any,
+    qkv: torch.Tensor,
+    attended: torch.Tensor,
+    hidden: torch.Tensor,
+    slots: torch.Tensor,
+    logits: torch.Tensor,
+    first_mark: torch.Tensor,
+    max_len: int,
     shared_bytes: int,
     together: bool,
 ) -> None:
     """step.cu; the model is read where its table of addresses says."""
     _rule(grid == (macros["BLOCKS"], 1) and threads == 32 * (macros["WARPS"] + 1), "blocks")
     _rule(shared_bytes == macros["SHARED"] and together, "blocks that do not wait for one another")
-    *_, logits, first_mark, max_len = buffers_and_max_len
     _rule(keys.shape[3] == max_len, "the cache's shape")
     width, ffn, vocab = macros["WIDTH"], macros["FFN"], macros["VOCAB"]
+    buffers = (qkv, attended, hidden, slots)
+    shapes = [(3 * width,), (width,), (ffn,), (macros["SLOTS"], width)]
+    _rule([tuple(buffer.shape) for buffer in buffers] == shapes, "what blocks write for others")
+    # Of the first layer no word may be there already: of all buffers but the slots, where dense writes
+    # with 1 and proj with 0, layers take turns in the marks.
+    awaited, last = int(first_mark), int(first_mark) ^ (macros["LAYERS"] - 1) % 2
+    for buffer, mark in zip(buffers, (awaited, awaited, awaited, 1), strict=True):
+        _rule((marks(buffer) != mark).all(), "a mark is there before its word")
     table = iter(addresses.tolist())
 
     def vector(count: int = width) -> torch.Tensor:
@@ -229,9 +242,26 @@ def step(
         weights = (scores * query.shape[2] ** -0.5).softmax(-1)
         x = x + dense(torch.einsum("hl,hld->hd", weights, seen_values).reshape(1, width))
         x = x + proj(fc(post_norm(x)).relu())
+    for buffer, mark in zip(buffers, (last, last, last, 0), strict=True):
+        write_marks(buffer, mark)
     logits.copy_(head(final_norm(x)))
     length += 1
     first_mark ^= macros["LAYERS"] % 2
+
+
+def marks(words: torch.Tensor) -> torch.Tensor:
+    """step.cu's marks: the lowest bit of a float32, the sign of a float16."""
+    if words.dtype == torch.float32:
+        return words.view(torch.int32) & 1
+    return (words.view(torch.int16) < 0).int()
+
+
+def write_marks(words: torch.Tensor, mark: int) -> None:
+    """Make all words some number with this mark."""
+    if words.dtype == torch.float32:
+        words.fill_(0.5).view(torch.int32).bitwise_or_(mark)
+    else:
+        words.fill_(-0.5 if mark else 0.5)
 
 
 def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -210,7 +210,7 @@ def test_more_actors_than_the_cluster_has_room_for_are_refused(photos, demo_opt,
         *("--ray_actors", "5000"),
     )
     assert done.returncode == 2
-    assert re.search(r"--ray_actors 5000 is more than the cluster's \d+ processor", done.stderr)
+    assert re.search(r"--ray_actors is 5000, more than the cluster's \d+ processor", done.stderr)
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -211,10 +211,119 @@ def test_the_fused_step_knows_what_it_cannot_take():
     assert fused_step.shape_macros(odd, (8, 8), 132, 227 << 10) is not None
 
 
-def test_every_block_of_the_fused_step_has_a_share():
-    small = dataclasses.replace(opt_2_7b(), hidden_size=640, num_attention_heads=8)
-    macros = fused_step.shape_macros(small, (16, 16), 132, 227 << 10)
-    assert macros["BLOCKS"] == 3 * 640 // 16  # tiles of qkv: fewer than multiprocessors
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"do_layer_norm_before": False}])
+def test_the_fused_step_takes_no_other_opt(change):
+    """Among ReLU's results no sign means anything: there the marks are."""
+    assert shape_macros() is not None
+    assert shape_macros(dataclasses.replace(opt_2_7b(), **change)) is None
+
+
+def test_the_fused_step_needs_multiprocessors():
+    """Of a part of an H100 with 16 each would have ten tiles of dense, but it sums up eight."""
+    assert shape_macros(multiprocessors=16) is None
+    assert shape_macros(multiprocessors=32)["BLOCKS"] == 32
+
+
+def shape_macros(
+    config: OPTCheckpointConfig | None = None, multiprocessors: int = 132
+) -> dict[str, int] | None:
+    return fused_step.shape_macros(config or opt_2_7b(), (16, 16), multiprocessors, 227 << 10)
+
+
+@pytest.mark.parametrize("multiprocessors", [30, 36, 46, 84, 132, 148, 170])
+@pytest.mark.parametrize("width, heads", [(512, 8), (640, 8), (2048, 32), (2560, 32), (4096, 32)])
+def test_the_fused_steps_work_is_dealt_out(width, heads, multiprocessors):
+    """Counted slab by slab."""
+    config = dataclasses.replace(opt_2_7b(), hidden_size=width, num_attention_heads=heads)
+    macros = shape_macros(config, multiprocessors)
+    most_tiles = 0
+    for inputs in (width, 4 * width):
+        tiles, slabs = width // 16, inputs // 64 // fused_step_warps(width)
+        sharers = min(tiles * slabs, multiprocessors, 3 * width // 16)
+        owners: list[int] = []
+        for block in range(sharers):
+            end = (block + 1) * tiles * slabs // sharers
+            owners += [block] * (end - len(owners))
+        tiles_of: dict[int, set[int]] = {block: set() for block in range(sharers)}
+        for slab, block in enumerate(owners):
+            tiles_of[block].add(slab // slabs)
+        most_tiles = max(most_tiles, *map(len, tiles_of.values()))
+        if macros is not None:
+            for tile in range(tiles):
+                blocks = set(owners[tile * slabs : (tile + 1) * slabs])
+                assert len(blocks) <= macros["SLOTS"]
+    assert (macros is None) == (most_tiles > 8)
+
+
+def fused_step_warps(width: int) -> int:
+    """The most of 8 to 11 that divide the groups of 64 inputs."""
+    return max(n for n in (8, 9, 10, 11) if width // 64 % n == 0)
+
+
+SMALL = {"hidden_size": 640, "num_attention_heads": 8}  # 120 tiles of qkv, 160 of fc, 40 of dense
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"BLOCKS": 121}, "a block has no share of qkv"),
+        ({"BLOCKS": 81, "FFN": 1280}, "a block has no share of fc"),
+        ({"SLOTS": 2}, "proj: more blocks share a tile than there are slots"),
+        ({"SLOTS": 1, "WIDTH": 1280}, "dense: more blocks share a tile than there are slots"),
+        ({"BLOCKS": 4}, "dense: a block has more tiles than it sums up"),
+        ({"BLOCKS": 4}, "proj: a block has more tiles than it sums up"),
+        ({"HEADS": 7}, "heads do not share the width evenly"),
+        ({"HEADS": 160}, "a warp does not read heads of this size"),
+        ({"HEADS": 2}, "a warp does not read heads of this size"),
+        ({"WARPS": 9}, "warps do not share the inputs evenly"),
+        ({"WARPS": 2}, "a block has fewer threads than a head has numbers"),
+        ({"FFN": 2624}, "warps do not share the inputs evenly"),
+        ({"VOCAB": 50271}, "the last tile of a head in 16 bits is not full"),
+        ({"LAYERS": 0}, "there is no layer"),
+        ({"SHARED": 100_000}, "shared memory is too small"),
+        ({"UNDER_WAY": 0}, "more copies are to be under way than there are stages"),
+        ({"DEPTH": 2, "UNDER_WAY": 3}, "more copies are to be under way than there are stages"),
+        ({"BITS": 8, "STAGE": 4}, "a stage holds no slab of the layers' weights"),
+        ({"HEAD_BITS": 8, "STAGE": 4}, "a stage holds no slab of the head's weights"),
+        ({"SLOTS": 33}, "a thread reads more marked words"),
+    ],
+)
+def test_the_fused_step_does_not_compile_with_what_would_break_it(changes, what):
+    """docs/step.md: what its argument rests on."""
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    macros = shape_macros(dataclasses.replace(opt_2_7b(), **SMALL))
+    assert (macros["BLOCKS"], macros["SLOTS"]) == (120, 4)
+    with pytest.raises(RuntimeError, match=what):
+        compiled.compile_source(fused_step.SOURCE, tuple((macros | changes).items()), "sm_90a")
+
+
+def test_blocks_that_wait_for_one_another_are_launched_together(monkeypatch):
+    """And not before the kernel before has ended, which other kernels may be."""
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    configs, kinds = [], compiled.driver.CUlaunchAttributeID
+
+    def launch(config, *_):
+        configs.append(config)
+        return (compiled.driver.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(compiled.driver, "cuLaunchKernelEx", launch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(compiled.CompiledKernel, "_function", None)
+    kernel = compiled.CompiledKernel(fused_step.SOURCE, "step", ())
+    kernel((132, 1), 32, 0, together=True)
+    kernel((132, 1), 32, 0)
+    together, alone = ({attribute.id for attribute in config.attrs} for config in configs)
+    assert together == {kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE}
+    assert configs[0].attrs[0].value.cooperative == 1
+    assert alone == {kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION}
+
+
+@pytest.mark.parametrize("ffn, blocks", [(2560, 120), (1280, 80)])
+def test_every_block_of_the_fused_step_has_a_share(ffn, blocks):
+    """Of the tiles of qkv and of fc, which here are fewer than multiprocessors."""
+    config = dataclasses.replace(opt_2_7b(), **SMALL, intermediate_size=ffn)
+    assert shape_macros(config)["BLOCKS"] == blocks
 
 
 @pytest.mark.parametrize("bits", [8, 4])

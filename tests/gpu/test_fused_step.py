@@ -19,7 +19,7 @@ from exact import (
 
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.fused_step import FusedStep, macros_for
+from blip2.language.native.fused_step import FusedStep, macros_for, shape_macros
 
 STEPS = 3
 MAX_LEN = 512
@@ -49,12 +49,17 @@ def models(request, device) -> tuple[ExactOPT, OPTWeights]:
     return random_opt(opt_config(width, heads, 3, vocab_size), bits, device)
 
 
-def make_step(models, device) -> tuple[CudaCache, FusedStep]:
+def make_step(models, device, multiprocessors: int | None = None) -> tuple[CudaCache, FusedStep]:
+    """As on a GPU of so many multiprocessors; None: as on this one."""
     exact, packed = models
     fill_free_memory_with_nan(device)
     macros = macros_for(exact.config, packed, 1, device)
     if macros is None:
         pytest.skip("step.cu is for Hopper and later")
+    if multiprocessors is not None:
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        bits = (macros["BITS"], macros["HEAD_BITS"])
+        macros = shape_macros(exact.config, bits, multiprocessors, shared)
     cache = CudaCache(exact.config, 1, MAX_LEN, device)
     return cache, FusedStep(exact.config, packed, cache, macros)
 
@@ -91,6 +96,17 @@ def test_steps_equal_float64(models, device):
                 same[:, :, :, position] = True
                 assert same.all()
             assert cache.lengths.item() == position + 1
+
+
+def test_blocks_with_many_tiles(models, device):
+    """As on a small GPU: up to eight tiles of dense and of proj a block."""
+    exact, _ = models
+    cache, step = make_step(models, device, multiprocessors=40)
+    keys, values = fill(cache, 45, device)
+    for number in (3, 70, 500):
+        token = torch.tensor([number], device=device)
+        x, keys, values = exact.read(exact.words(token)[None], keys, values)
+        assert relative_error(step(token), exact.logits(x[:, -1])) < 4 * HALF
 
 
 def test_steps_do_not_depend_on_timing(models, device):

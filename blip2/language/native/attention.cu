@@ -7,7 +7,6 @@
 // Compiled by NVRTC with HEAD_SIZE and WARPS defined: one warp is best where there are many heads, as
 // then most is read at a time, several where there are few.
 
-#include "fragments.cuh"
 #include "heads.cuh"
 
 #define PASSES 6
@@ -45,19 +44,11 @@ struct Reader {
   }
 };
 
-__device__ inline void spread8(uint4 halves, float* out) {
-  spread({halves.x, halves.y}, out), spread({halves.z, halves.w}, out + 4);
-}
-
 __device__ inline void attend(Mix& mix, const Slots& slots, const float* query, int start, int length) {
   float scores[PASSES], higher = mix.highest;
 #pragma unroll
   for (int pass = 0; pass < PASSES; ++pass) {
-    float key[8], score = 0;
-    spread8(slots.key[pass], key);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) score += key[j] * query[j];
-    scores[pass] = piece_sum(score);
+    scores[pass] = score_of(slots.key[pass], query);
     if (start + pass * ABREAST < length) higher = fmaxf(higher, scores[pass]);
   }
   float fade = __expf(mix.highest - higher);
@@ -68,7 +59,7 @@ __device__ inline void attend(Mix& mix, const Slots& slots, const float* query, 
 #pragma unroll
   for (int pass = 0; pass < PASSES; ++pass) {
     float value[8], weight = start + pass * ABREAST < length ? __expf(scores[pass] - higher) : 0;
-    spread8(slots.value[pass], value);
+    to_floats(slots.value[pass], value);
     mix.weight += weight;
 #pragma unroll
     for (int j = 0; j < 8; ++j) mix.mixed[j] += weight * value[j];
@@ -100,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     *(uint4*)(values + at) = value;
   }
   float query[8], own_key[8], score = 0;
-  spread8(*(const uint4*)own, query), spread8(key, own_key);
+  to_floats(*(const uint4*)own, query), to_floats(key, own_key);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     query[j] *= softmax_scale;
@@ -108,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
   // The new token is the first group's.
   Mix mix{piece_sum(score), first_group ? 1.0f : 0.0f};
-  spread8(value, mix.mixed);
+  to_floats(value, mix.mixed);
 #pragma unroll
   for (int j = 0; j < 8; ++j) mix.mixed[j] *= mix.weight;
   attend(mix, slots, query, slot, length);
@@ -154,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #endif
 #pragma unroll
   for (int j = 0; j < 8; ++j) mixed[j] /= weight;
-  uint2 low = gather(mixed), high = gather(mixed + 4);
+  uint2 low = to_halves(mixed), high = to_halves(mixed + 4);
   if (first_group)
     *(uint4*)(out + ((long long)row * heads + head) * HEAD_SIZE + piece) = uint4{low.x, low.y, high.x, high.y};
 }

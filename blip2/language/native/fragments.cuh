@@ -7,6 +7,8 @@
 // 8t + 4 .. 8t + 7, as its k = 2t, 2t+1, 2t+8, 2t+9. Weights of 16 bits lie as PyTorch has them,
 // N x K; those of 8 and 4 bits are packed in that order (packing.py), biased to be unsigned.
 
+#pragma once
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 
@@ -24,15 +26,27 @@ __device__ inline u16 float_to_half(float f) {
   return h;
 }
 
-// Four halves to floats, and back.
-__device__ inline void spread(uint2 halves, float* out) {
+// Four or eight halves to floats, and back.
+__device__ inline void to_floats(uint2 halves, float* out) {
   out[0] = half_to_float(halves.x & 0xffff), out[1] = half_to_float(halves.x >> 16);
   out[2] = half_to_float(halves.y & 0xffff), out[3] = half_to_float(halves.y >> 16);
 }
 
-__device__ inline uint2 gather(const float* in) {
+__device__ inline void to_floats(uint4 halves, float* out) {
+  to_floats(uint2{halves.x, halves.y}, out), to_floats(uint2{halves.z, halves.w}, out + 4);
+}
+
+__device__ inline uint2 to_halves(const float* in) {
   return {float_to_half(in[0]) | (u32)float_to_half(in[1]) << 16,
           float_to_half(in[2]) | (u32)float_to_half(in[3]) << 16};
+}
+
+__device__ inline uint4 load_shared(u32 at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
 }
 
 __device__ inline u32 subtract(u32 a, u32 b) {

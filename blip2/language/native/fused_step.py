@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ _INPUTS = 64  # of a warp at a time, at most
 _CHANNELS = 16  # of a tile
 _MOST_TILES = 8  # summed up at a time
 _STAGE = 16  # bits of a packed stage for each input and channel: two slabs of 8 bits
-# Copies under way in each block: enough to keep the memory busy. With more, whatever blocks tell one
+# Copies under way in each block: enough to keep the memory busy. With more, what blocks write for one
 # another waits behind them.
 _BYTES_UNDER_WAY = 44 << 10
 _STATIC_BYTES = 9 << 10  # shared memory that step.cu declares itself, at most, and the driver's own
@@ -40,16 +41,17 @@ class FusedStep:
         """Lay out buffers for a `cache` of one row; `macros` are from `macros_for`."""
         device, width = cache.keys.device, config.hidden_size
 
-        # What blocks tell one another has a mark in each word, and begins unmarked: as zeros.
-        def told(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        # Each word that blocks write for one another carries a mark (docs/step.md). All are zeros at
+        # first: with the mark that the first step does not wait for.
+        def marked(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._cache, self._macros = cache, macros
         self._addresses = _addresses(weights).to(device)
         self._weights = weights  # what the addresses are of
-        self._qkv, self._attended = told(3 * width), told(width)
-        self._hidden = told(config.ffn_size, dtype=torch.float16)
-        self._slots = told(_slots(macros), width)
+        self._qkv, self._attended = marked(3 * width), marked(width)
+        self._hidden = marked(config.ffn_size, dtype=torch.float16)
+        self._slots = marked(macros["SLOTS"], width)
         self._first_mark = torch.ones(1, dtype=torch.int32, device=device)
         shape = (1, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)
@@ -104,13 +106,17 @@ def shape_macros(
 ) -> dict[str, int] | None:
     """The macros for a GPU of so many multiprocessors, with so much shared memory for a block.
 
-    `bits` are those of the layers' weights and of the head's. None where the shapes do not fit.
+    `bits` are those of the layers' weights and of the head's. None where the model or the GPU does not
+    fit. step.cu does not compile with macros that break what it rests on.
     """
     width, ffn, heads = config.hidden_size, config.ffn_size, config.num_attention_heads
     groups = math.gcd(width, ffn) // _INPUTS
     counts = [n for n in range(_FEWEST_WARPS, _MOST_WARPS + 1) if groups % n == 0]
     head_size = width // heads
-    if not counts or head_size % 8 or head_size > 256:
+    if not counts or width % heads or head_size % 8 or head_size > 256:
+        return None
+    # The marks of ReLU's results are where other functions' would have a sign.
+    if config.hidden_act != "relu" or not config.do_layer_norm_before:
         return None
     if bits[1] == 16 and config.vocab_size % _CHANNELS:
         return None
@@ -118,19 +124,26 @@ def shape_macros(
     shared = shared_bytes - _STATIC_BYTES
     tiles = min(_MOST_TILES, 32 * warps // _CHANNELS)
     parts = 4 * tiles * warps * _CHANNELS
-    inputs = 2 * ffn
+    inputs = 2 * max(width, ffn)
     attention = 4 * (2 * head_size + 2 * warps + 2 + warps * head_size)
     # As step.cu lays a stage out: for each warp 64 inputs of 16 channels, or of packed ones more.
     stage = 16 * (128 * warps + 64) if 16 in bits else 128 * _STAGE * warps
     depth = (shared - parts - max(inputs, attention)) // stage
     if depth < 2:
         return None
+    # Every block has to have a share of qkv and of fc (docs/step.md says why).
+    blocks = min(multiprocessors, 3 * width // _CHANNELS, ffn // _CHANNELS)
+    splits = [_split(width, inputs, warps, blocks) for inputs in (width, ffn)]
+    most_tiles, slots = map(max, zip(*splits, strict=True))
+    if most_tiles > tiles:
+        return None
     return {
         "BITS": bits[0],
         "HEAD_BITS": bits[1],
         "WARPS": warps,
-        # Every block has to have a share of qkv and of fc (step.cu says why).
-        "BLOCKS": min(multiprocessors, 3 * width // _CHANNELS, ffn // _CHANNELS),
+        "BLOCKS": blocks,
+        # The same for dense and proj, which take turns in the slots.
+        "SLOTS": slots,
         "STAGE": _STAGE,
         "DEPTH": depth,
         "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY // stage)),
@@ -143,9 +156,17 @@ def shape_macros(
     }
 
 
-def _slots(macros: dict[str, int]) -> int:
-    """At least as many blocks as share a tile of dense or proj: their parts of it are kept apart."""
-    return math.ceil(macros["BLOCKS"] * _CHANNELS / macros["WIDTH"]) + 1
+def _split(channels: int, inputs: int, warps: int, blocks: int) -> tuple[int, int]:
+    """How blocks share dense or proj: the most tiles of a block, and slots for the blocks of a tile.
+
+    A tile has so many slabs (64 inputs for each warp), and slabs are dealt out evenly.
+    """
+    tiles, slabs = channels // _CHANNELS, inputs // (_INPUTS * warps)
+    dealt = tiles * slabs
+    sharers = min(dealt, blocks)
+    ends = [block * dealt // sharers for block in range(sharers + 1)]
+    most_tiles = max((end - 1) // slabs - start // slabs + 1 for start, end in pairwise(ends))
+    return most_tiles, min(math.ceil(sharers / tiles) + 1, slabs)
 
 
 def _addresses(weights: OPTWeights) -> torch.Tensor:

@@ -40,7 +40,7 @@ __device__ inline void wait_for_all_but() {
 // about by row. A whole such block begins at a multiple of 1024 bytes.
 __device__ inline u32 swapped(int row, int piece) { return row * STEP_BYTES + (piece ^ row % 8) * 16; }
 
-// How they are told so: swapped thus (1 << 62), eight rows 1024 bytes; in units of 16 bytes.
+// The descriptor that says so: swapped thus (1 << 62), eight rows 1024 bytes; in units of 16 bytes.
 __device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
 // A product of 64 channels and all rows, 16 inputs of each, added to sums c. FOR_TILES gives `text` the
@@ -166,7 +166,7 @@ __device__ inline void store_sums(const float* sums, char* shared, const u16* sc
     if (in_fours && OUT_FLOAT) {
       *(float4*)((float*)out + at) = float4{y[0], y[1], y[2], y[3]};
     } else if (in_fours) {
-      *(uint2*)((u16*)out + at) = gather(y);
+      *(uint2*)((u16*)out + at) = to_halves(y);
     } else {
       for (int i = 0; i < 4; ++i) {
         if (channel + i >= N) break;

@@ -28,7 +28,7 @@ _HOPPER_SHARED = 110 << 10  # bytes of each
 _HOPPER_PACKED_DEPTH = 4  # steps copied ahead; more gain nothing
 _SPLITS = (1, 2, 4, 8)  # blocks in a cluster; of other sizes fewer are on the GPU at once
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
+Attention = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Layers:
@@ -54,32 +54,36 @@ class Layers:
         self._hopper = properties.major == 9
         self._multiprocessors = properties.multi_processor_count
 
-    def run(self, attend: Attend) -> None:
-        """Queue all layers; `attend(layer, qkv, attended)` fills `attended` from tokens x 3 x width."""
-        for index in range(len(self._weights.layers)):
-            self._read(index, attend)
-            self._think(index)
+    def run(self, attention: Attention) -> None:
+        """Queue all layers.
 
-    def run_prompts(self, attend: Attend, last: torch.Tensor, rest: Layers) -> None:
+        `attention(layer, qkv, attended)` fills `attended`, tokens x width, from tokens x 3 x width.
+        """
+        for index in range(len(self._weights.layers)):
+            self._attend(index, attention)
+            self._mlp(index)
+
+    def run_prompts(self, attention: Attention, last: torch.Tensor, rest: Layers) -> None:
         """The same, but of the tokens `last` (int64) alone what follows the last attention.
 
         That goes on in `rest`, which has as many tokens.
         """
         *first, final = range(len(self._weights.layers))
         for index in first:
-            self._read(index, attend)
-            self._think(index)
-        self._read(final, attend)
+            self._attend(index, attention)
+            self._mlp(index)
+        self._attend(final, attention)
         torch.index_select(self.x, 0, last, out=rest.x)
         torch.index_select(self._attended, 0, last, out=rest._attended)
-        rest._think(final)
+        rest._mlp(final)
 
-    def _read(self, index: int, attend: Attend) -> None:
+    def _attend(self, index: int, attention: Attention) -> None:
         layer = self._weights.layers[index]
         self.linear(self._norm(layer.input_norm), layer.qkv, self._qkv)
-        attend(index, self._qkv, self._attended)
+        attention(index, self._qkv, self._attended)
 
-    def _think(self, index: int) -> None:
+    def _mlp(self, index: int) -> None:
+        """Add attention's output, projected, to x; then the MLP's."""
         layer = self._weights.layers[index]
         self._add(self._attended, layer.dense)
         self.linear(self._norm(layer.post_norm), layer.fc, self._hidden, relu=True)

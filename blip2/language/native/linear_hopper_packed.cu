@@ -9,14 +9,6 @@
 #define LOAD_BYTES (16 * THREADS)    // a block's
 #define STAGE_BYTES (8 * TILES * STEP_BYTES)
 
-__device__ inline uint4 load_shared(u32 at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(at));
-  return v;
-}
-
 struct Weights {
   const char* from;
   u32 own;
