@@ -248,12 +248,20 @@ class Pipeline:
         Raises:
             Blip2Error: they are not, or that is NaN or Inf.
         """
-        if self.verification is not None:
-            self.verification.finish()
+        self.check_files()
         for stage, finite in zip(STAGES, look.finite.tolist(), strict=True):
             if finite:
                 continue
             raise self.not_finite(stage)
+
+    def check_files(self) -> None:
+        """See that the files behind the engines are sound.
+
+        Raises:
+            Blip2Error: one is not.
+        """
+        if self.verification is not None:
+            self.verification.finish()
 
     def not_finite(self, stage: str) -> Blip2Error:
         """What to say where a stage yields NaN or Inf."""

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tensorrt_double import CpuGpu, runtime_double, stage_modules
 
-import run
 from blip2 import cli
+from blip2.programs import run
 from blip2.vision import tensorrt_session
 from blip2.vision.tensorrt_plans import VIT, read_plan_sidecar
 

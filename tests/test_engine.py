@@ -8,79 +8,29 @@ import threading
 
 import pytest
 import torch
-from batch_runs import CHECKPOINT, scene
+from batch_runs import scene
+from engine_runs import (  # noqa: F401 - fixtures among them
+    OPTIONS,
+    SteppedEngine,
+    alone,
+    finish,
+    pipeline,
+    same,
+    stepped,
+    submit,
+    told,
+    values,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blip2
-from blip2 import images
 from blip2.engine import Engine
 from blip2.engine import engine as engine_module
-from blip2.engines import Places
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation
 from blip2.language.native.session import NativeSession
 from blip2.language.rows import Rows
-from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
-
-QUESTIONS = ["", "Question: What colour is the circle? Answer:", "Question: how many? Answer:"]
-# One of each kind, and of different lengths.
-OPTIONS = [
-    {"max_output_len": 30},
-    {"max_output_len": 1},
-    {"max_output_len": 9, "repetition_penalty": 1.5},
-    {"max_output_len": 12, "temperature": 3.0, "seed": 1},
-    {"max_output_len": 7, "top_k": 5, "temperature": 4.0, "seed": 2},
-    {"max_output_len": 14, "top_p": 0.8, "temperature": 3.0, "repetition_penalty": 1.2, "seed": 3},
-    {"max_output_len": 10, "num_beams": 3},
-    {"max_output_len": 20, "num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
-    {"max_output_len": 6, "num_beams": 4, "repetition_penalty": 1.3},
-]
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return open_pipeline(Places.of(CHECKPOINT, CHECKPOINT))
-
-
-@pytest.fixture(scope="module")
-def values(pipeline) -> list[torch.Tensor]:
-    preprocessing = pipeline.vision.preprocessing
-    return [images.pixel_values(scene(number).image, preprocessing) for number in range(3)]
-
-
-@pytest.fixture(scope="module")
-def alone(pipeline, values) -> dict[tuple[int, int, int], list[tuple[str, float | None]]]:
-    """What each request is answered without an engine, one after another."""
-    found = {}
-    for number, picture in enumerate(values):
-        look = pipeline.look(picture[None], Stopwatch())
-        for question, text in enumerate(QUESTIONS):
-            for how, options in enumerate(OPTIONS):
-                [beams] = pipeline.ask(look, [text], pipeline.options(options))
-                found[number, question, how] = [(a.text, a.score, a.finished) for a in beams]
-    return found
-
-
-def submit(engine: Engine, pipeline: Pipeline, pictures: list, key: tuple[int, int, int]):
-    number, question, how = key
-    options = pipeline.options(OPTIONS[how])
-    return engine.submit(pictures[number], QUESTIONS[question], options)
-
-
-def told(request) -> list[tuple[str, float | None, bool]]:
-    return [(a.text, a.score, a.finished) for a in request.answers()]
-
-
-def same(found: list, expected: list) -> bool:
-    """Scores are sums over rows of another batch: the same but for the last digits."""
-    return len(found) == len(expected) and all(
-        one[0] == other[0]
-        and one[2] == other[2]
-        and (one[1] == other[1] or one[1] == pytest.approx(other[1], abs=1e-4))
-        for one, other in zip(found, expected, strict=True)
-    )
-
 
 requests = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, len(OPTIONS) - 1))
 events = st.lists(
@@ -109,27 +59,6 @@ def test_answers_are_those_given_alone(pipeline, values, alone, arrivals, rows):
     assert engine._rows is None or engine._rows.used == 0
     assert not engine._active
     assert not engine._coming
-
-
-class SteppedEngine(Engine):
-    """One without a thread, whose turns a test takes."""
-
-    def _tell(self, add) -> None:
-        add()
-
-    def take_turn(self) -> None:
-        self._waiting.extend(self._arrivals)
-        self._arrivals.clear()
-        self._turn()
-
-
-def stepped(pipeline: Pipeline, rows: int) -> SteppedEngine:
-    return SteppedEngine(pipeline, rows)
-
-
-def finish(engine: SteppedEngine) -> None:
-    while engine._is_busy or engine._arrivals:
-        engine.take_turn()
 
 
 def test_rows_are_not_lost_in_a_hundred_thousand_events(pipeline, values):
@@ -194,8 +123,9 @@ class FakeRows:
             self._left[key][1] -= 1
         return FakeChosen({key: tuple(self._left[key]) for key in keys})
 
-    def release(self, key) -> None:
-        self._left.pop(key, None)
+    def release(self, keys) -> None:
+        for key in keys:
+            self._left.pop(key, None)
 
 
 class FakeChosen:
@@ -210,8 +140,11 @@ class FakeChosen:
         return Generation((Beam([5, 6], -0.5),))
 
 
-def test_an_error_ends_its_request_alone(pipeline, values, alone):
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_an_error_ends_its_request_alone(pipeline, values, alone, monkeypatch, has_rows):
     """A picture that yields NaN, beside others in the same look and the same steps."""
+    if not has_rows:
+        monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
     engine = stepped(pipeline, 8)
     pictures = [engine.picture(picture) for picture in values]
     pictures[1] = engine.picture(torch.full_like(values[1], torch.nan))
@@ -223,7 +156,7 @@ def test_an_error_ends_its_request_alone(pipeline, values, alone):
         asked[1].answers()
     with pytest.raises(Blip2Error, match="yields NaN or Inf"):
         list(asked[1].tokens())
-    assert engine._rows.used == 0
+    assert not engine._rows or engine._rows.used == 0
 
 
 def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):

@@ -86,7 +86,7 @@ def test_answers_are_those_of_requests_alone(model, seed):
             for name in chosen.keys:  # as an engine: nobody steps beyond max_output_len
                 scheduled[name] += 1
                 if name in running and scheduled[name] == running[name][0].options.max_output_len:
-                    rows.release(name)
+                    rows.release([name])
         for chosen in news:
             for name, token, has_ended in chosen.read():
                 if name not in running:
@@ -107,14 +107,14 @@ def test_answers_are_those_of_requests_alone(model, seed):
                     continue
                 else:
                     assert ids == truth[0].token_ids
-                rows.release(name)
+                rows.release([name])
                 del running[name]
                 checked += 1
         if running and chance.random() < 0.1:  # somebody leaves in the middle
-            rows.release(name := chance.choice(list(running)))
+            rows.release([name := chance.choice(list(running))])
             del running[name]
     for name in list(running):
-        rows.release(name)
+        rows.release([name])
     assert rows.used == 0
 
 

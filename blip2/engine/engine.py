@@ -13,8 +13,10 @@ ties of two candidates within the last digit.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -28,8 +30,8 @@ from blip2.language import Generation, GenerationOptions
 from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows
 from blip2.pipeline import Answer, Pipeline, Stopwatch
 
-# Under load this many prompts are read together: alone each would take a step's time.
-_TOGETHER = 8
+_PATIENCE = 0.03  # seconds that a request waits for others to be looked at with, if there are rows
+_REMEMBERED = 1024  # prompts whose ids are kept
 
 
 class Engine:
@@ -46,6 +48,8 @@ class Engine:
         self._max_rows = max_rows or pipeline.default_batch_size
         self._rows: Rows | None = None
         self._active: dict[int, Request] = {}
+        self._leaving: list[int] = []  # those whose rows are to be taken back
+        self._prompts: dict[tuple[str, GenerationOptions], torch.Tensor] = {}
         self._coming: collections.deque[Chosen] = collections.deque()
         self._waiting: collections.deque[Request] = collections.deque()
         self._arrivals: list[Request] = []
@@ -55,8 +59,11 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def picture(self, pixel_values: torch.Tensor) -> Picture:
-        """Something to ask about: 3 x S x S, as the ViT takes it."""
-        return Picture(pixel_values)
+        """Something to ask about: 3 x S x S, as the ViT takes it. It is copied to its device now."""
+        vision = self._pipeline.vision
+        on_gpu = vision.device.type == "cuda"
+        with torch.cuda.device(vision.device) if on_gpu else contextlib.nullcontext():
+            return Picture(pixel_values.to(vision.device, vision.dtype, non_blocking=True))
 
     def submit(
         self, picture: Picture, text: str, options: GenerationOptions, number: int = 0
@@ -72,16 +79,25 @@ class Engine:
         Raises:
             Blip2Error: the engines cannot take such a request.
         """
-        [input_ids] = self._pipeline.encode([text])
-        self._pipeline.check([text], options)
-        if options.num_beams > self._max_rows:
-            raise Blip2Error(
-                f"`num_beams` is {options.num_beams}, this engine has {self._max_rows} rows",
-                "lower it",
-            )
+        input_ids = self._input_ids(text, options)
         request = Request(picture, input_ids, options, self._pipeline.tokenizer.decode, number)
         self._tell(lambda: self._arrivals.append(request))
         return request
+
+    def _input_ids(self, text: str, options: GenerationOptions) -> torch.Tensor:
+        """Of a prompt, once it is clear that the engine can take it: most ask the same again."""
+        key = (text, dataclasses.replace(options, seed=0))
+        if key not in self._prompts:
+            if options.num_beams > self._max_rows:
+                raise Blip2Error(
+                    f"`num_beams` is {options.num_beams}, this engine has {self._max_rows} rows",
+                    "lower it",
+                )
+            self._pipeline.check([text], options)
+            if len(self._prompts) >= _REMEMBERED:
+                self._prompts.clear()
+            [self._prompts[key]] = self._pipeline.encode([text])
+        return self._prompts[key]
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Have the engine's thread run something between two turns; returns its result."""
@@ -144,13 +160,16 @@ class Engine:
             request.fail(error)
         self._active.clear()
         self._coming.clear()
+        self._leaving.clear()
         self._rows = None
         memory.release()
 
     def _turn(self) -> None:
         self._drop_cancelled()
+        self._let_go()
         if self._waiting:
             self._begin()
+            self._let_go()
         if self._rows is not None and self._rows.used:
             self._note(self._rows.step())
         ahead = 1 if self._rows is not None and self._rows.used else 0
@@ -179,7 +198,7 @@ class Engine:
                 self._answer_batch()
                 return
         free = self._rows.capacity - self._rows.used
-        if self._rows.used and free < min(_TOGETHER, len(self._waiting)):
+        if self._rows.used and not self._is_due(free):
             return
         begun: list[Request] = []
         while self._waiting and len(begun) < self._pipeline.default_batch_size:
@@ -191,6 +210,17 @@ class Engine:
         if begun := self._look(begun):
             self._admit(begun)
 
+    def _is_due(self, free: int) -> bool:
+        """Whether to look and read now, which those under way have to wait for.
+
+        Half of the rows at a time: fewer cost hardly less. Who would find a row does not wait long.
+        """
+        together = max(1, self._rows.capacity // 2)
+        if len(self._waiting) > free:
+            return free >= together
+        waited = time.monotonic() - self._waiting[0].arrived
+        return len(self._waiting) >= together or waited > _PATIENCE
+
     def _look(self, requests: list[Request]) -> list[Request]:
         """Look at their pictures; those are returned whose pictures could be looked at."""
         pictures = {id(r.picture): r.picture for r in requests if r.picture.query_output is None}
@@ -198,20 +228,15 @@ class Engine:
             if pictures:
                 values = torch.stack([p.pixel_values for p in pictures.values()])
                 look = self._pipeline.look(values, Stopwatch())
-                rows = look.query_output.clone()
-                finite = torch.isfinite(rows).flatten(1).all(dim=1).tolist()
-                if all(finite):
-                    self._pipeline.check_look(look)
-                for picture, row, is_finite in zip(pictures.values(), rows, finite, strict=True):
-                    picture.query_output = row if is_finite else None
+                self._pipeline.check_files()
+                # Whether it is finite nobody waits for: if not, OPT's logits will not be either.
+                for picture, row in zip(pictures.values(), look.query_output.clone(), strict=True):
+                    picture.query_output, picture.pixel_values = row, None
         except Exception as error:
             for request in requests:
                 request.fail(error)
             return []
-        for request in requests:
-            if request.picture.query_output is None:
-                request.fail(self._pipeline.not_finite("ViT or Q-Former"))
-        return [request for request in requests if not request.is_over]
+        return requests
 
     def _admit(self, requests: list[Request]) -> None:
         try:
@@ -237,7 +262,7 @@ class Engine:
             request.scheduled += 1
             if request.scheduled == request.options.max_output_len:
                 chosen.last.add(key)
-                self._rows.release(key)
+                self._leaving.append(key)
 
     def _deliver(self, chosen: Chosen) -> None:
         for key, token, has_ended in chosen.read():
@@ -246,7 +271,7 @@ class Engine:
                 continue
             if token == NOT_FINITE:
                 self._end_rows(request)
-                request.fail(_opt_not_finite())
+                request.fail(self._not_finite(request))
             elif token == BEAMS:
                 if has_ended or key in chosen.last:
                     self._end_rows(request)
@@ -262,7 +287,20 @@ class Engine:
 
     def _end_rows(self, request: Request) -> None:
         self._active.pop(id(request), None)
-        self._rows.release(id(request))
+        self._leaving.append(id(request))
+
+    def _let_go(self) -> None:
+        """Take back the rows of those that have ended, all at once."""
+        if self._leaving:
+            self._rows.release(self._leaving)
+            self._leaving.clear()
+
+    def _not_finite(self, request: Request) -> Blip2Error:
+        if torch.isfinite(request.picture.query_output).all():
+            return Blip2Error(
+                "the OPT yields NaN or Inf", "make its checkpoint again from the original"
+            )
+        return self._pipeline.not_finite("ViT or Q-Former")
 
     def _answer_batch(self) -> None:
         """For a session without rows: those that wait with the same options, to their end."""
@@ -271,7 +309,11 @@ class Engine:
         batch = batch[: self._pipeline.default_batch_size]
         taken = set(map(id, batch))
         self._waiting = collections.deque(r for r in self._waiting if id(r) not in taken)
-        if batch := self._look(batch):
+        self._look(batch)
+        for request in batch:  # such an engine may not notice
+            if not request.is_over and not torch.isfinite(request.picture.query_output).all():
+                request.fail(self._not_finite(request))
+        if batch := [request for request in batch if not request.is_over]:
             self._generate(batch, options)
 
     def _generate(self, batch: list[Request], options: GenerationOptions) -> None:
@@ -309,10 +351,6 @@ def _shared(request: Request) -> tuple[GenerationOptions, int]:
     """What requests of a batch have in common; those that sample are asked alone."""
     alone = id(request) if request.options.samples else 0
     return dataclasses.replace(request.options, seed=0), alone
-
-
-def _opt_not_finite() -> Blip2Error:
-    return Blip2Error("the OPT yields NaN or Inf", "make its checkpoint again from the original")
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ class Picture:
 
     def __init__(self, pixel_values: torch.Tensor) -> None:
         """pixel_values: 3 x S x S."""
-        self.pixel_values = pixel_values
+        self.pixel_values: torch.Tensor | None = pixel_values  # until it was looked at
         self.query_output: torch.Tensor | None = None  # n x H_lm, once it was looked at
 
 
@@ -34,7 +35,7 @@ class Request:
     ) -> None:
         """Made by `Engine.submit`."""
         self.picture, self.input_ids, self.options = picture, input_ids, options
-        self.number = number
+        self.number, self.arrived = number, time.monotonic()
         self.is_cancelled = False
         self.scheduled = 0  # tokens that are chosen, or under way
         self._decode = decode

@@ -4,7 +4,7 @@
     chosen = rows.admit([Admission(key, input_ids, table, options)])    # their first tokens
     chosen = rows.step()                                  # every row's next one: queued, not waited for
     for key, token, has_ended in chosen.read(): ...
-    rows.release(key)
+    rows.release([key])
 
 A request's rows are side by side, and all rows in use come first: a step is taken for as many rows
 as the smallest prepared number that holds them. What leaves a hole is filled from the end, by
@@ -14,6 +14,7 @@ copying: some 100 µs for what took a hundred steps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -88,12 +89,11 @@ class Rows:
         # What the next token of a row is chosen by, and that token.
         self._tokens = state(dtype=torch.int64)
         self._steps = state(dtype=torch.int64)
-        self._temperature, self._rest, self._penalty = state(), state(), state()
-        self._top_k = state(dtype=torch.int64)
+        # Temperature, 1 - top_p, repetition penalty and top_k.
+        self._settings = state(4, dtype=torch.float64)
         self._uniforms = state(max_new, dtype=torch.float64)
         self._seen: torch.Tensor | None = None  # rows x vocab_size, made when a penalty asks for it
-        self._states = [self._tokens, self._steps, self._temperature, self._rest]
-        self._states += [self._penalty, self._top_k, self._uniforms]
+        self._states = [self._tokens, self._steps, self._settings, self._uniforms]
         self._groups: tuple[list[_Request], torch.Tensor | None] = ([], None)
 
     @property
@@ -119,6 +119,7 @@ class Rows:
             tables = torch.stack([a.table for a in admissions]).to(self._device)
             logits = self._pool.read(ids.to(self._device), lengths, tables)
             begun = [self._begin(admission) for admission in admissions]
+            self._set(begun, admissions)
             self._pool.place([(r.first, r.count) for r in begun], lengths)
             self._regroup()
             rows = [row for r in begun for row in range(r.first, r.first + r.count)]
@@ -134,54 +135,63 @@ class Rows:
             logits = self._pool.step(self._tokens[:count], used)[:used]
             return self._choose(list(self._requests.values()), slice(0, used), logits)
 
-    def release(self, key: Hashable) -> None:
-        """Take a request's rows back; unknown ones do no harm."""
-        gone = self._requests.pop(key, None)
-        if gone is None:
+    def release(self, keys: Iterable[Hashable]) -> None:
+        """Take requests' rows back; unknown ones do no harm."""
+        gone = [key for key in keys if self._requests.pop(key, None) is not None]
+        if not gone:
             return
+        used = self.used
+        staying = sorted(self._requests.values(), key=_first)
+        if all(request.count == 1 for request in staying):
+            holes = sorted(set(range(used)) - {request.first for request in staying})
+            behind = [request for request in staying if request.first >= used]
+            moves = list(zip(behind, holes, strict=True))
+        else:  # beams stay together: all move up, in order
+            ends = itertools.accumulate((request.count for request in staying), initial=0)
+            moves = [(r, end) for r, end in zip(staying, ends, strict=False) if r.first != end]
         with torch.inference_mode():
-            # Whoever comes behind moves up; of one row that is the last alone.
-            behind = sorted(
-                (r for r in self._requests.values() if r.first > gone.first),
-                key=lambda request: request.first,
-            )
-            if behind and gone.count == behind[-1].count:
-                self._move(behind[-1], gone.first)
-            else:
-                free = gone.first
-                for request in behind:
-                    self._move(request, free)
-                    free += request.count
-            self._pool.forget(self.used)
-        self._regroup()
+            for request, first in moves:
+                self._move(request, first)
+            self._pool.forget(used)
+            self._regroup()
 
     def _begin(self, admission: Admission) -> _Request:
         options, first = admission.options, self.used
-        assert first + options.num_beams <= self.capacity, "admitted without a free row"
+        if first + options.num_beams > self.capacity:
+            raise RuntimeError("admitted without a free row")
         strategy = None
         if options.num_beams > 1:
             ids = [admission.input_ids]
             strategy = self._model.new_strategy(options, ids, admission.number, self._device)
         request = _Request(admission.key, first, options, strategy)
         self._requests[admission.key] = request
-        if strategy is None:
-            self._steps[first] = 0
-            self._temperature[first] = options.temperature
-            self._rest[first] = 1 - options.top_p
-            self._top_k[first] = options.top_k or self._vocab_size
-            self._penalty[first] = options.repetition_penalty
+        return request
+
+    def _set(self, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
+        """Fill in the states of new rows, all at once: each is a launch."""
+        alone = [(r, a) for r, a in zip(begun, admissions, strict=True) if r.strategy is None]
+        if not alone:
+            return
+        rows = self._index(request.first for request, _ in alone)
+        settings = [
+            (o.temperature, 1 - o.top_p, o.repetition_penalty, o.top_k or self._vocab_size)
+            for o in (request.options for request, _ in alone)
+        ]
+        self._settings[rows] = torch.tensor(settings, dtype=torch.float64, device=self._device)
+        self._steps[rows] = 0
+        for request, admission in alone:
+            options, row = request.options, request.first
             if options.samples:
                 drawn = uniforms(options.seed, admission.number, options.max_output_len)
-                self._uniforms[first, : len(drawn)] = drawn.to(self._device)
+                self._uniforms[row, : len(drawn)] = drawn.to(self._device)
             if options.repetition_penalty != 1:
                 if self._seen is None:
                     shape = (self.capacity, self._vocab_size)
                     self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
                     self._states.append(self._seen)
-                self._seen[first] = False
                 words = admission.input_ids[admission.input_ids < self._vocab_size].long()
-                self._seen[first, words.to(self._device)] = True
-        return request
+                self._seen[row] = False
+                self._seen[row, words.to(self._device)] = True
 
     def _move(self, request: _Request, first: int) -> None:
         for offset in range(request.count):  # upwards: of overlapping rows none is lost
@@ -207,7 +217,7 @@ class Rows:
         scores = logits
         alone = [r for r in requests if r.strategy is None]
         if any(r.options.repetition_penalty != 1 for r in alone):
-            penalty, seen = self._penalty[rows, None], self._seen[rows]
+            penalty, seen = self._settings[rows, 2, None].float(), self._seen[rows]
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, lowered, scores)
         tokens = scores.argmax(dim=-1)
@@ -247,8 +257,10 @@ class Rows:
         return torch.tensor(list(numbers), device=self._device)
 
     def _sample(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        settings = self._settings[rows]
+        temperature, rest, _, top_k = settings.unbind(1)
         probabilities = Sampling.distribution(
-            scores.float(), self._temperature[rows], self._top_k[rows], self._rest[rows]
+            scores.float(), temperature.float(), top_k.long(), rest.float()
         )
         drawn = self._uniforms[rows].gather(1, self._steps[rows, None])
         return Sampling.draw(probabilities, drawn)

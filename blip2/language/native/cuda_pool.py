@@ -55,10 +55,11 @@ class CudaPool:
         width = min(self._prompts.max_len, cache.max_len)
         for pool, read in ((cache.keys, self._prompts.keys), (cache.values, self._prompts.values)):
             pool[:, :, :, :width].index_copy_(1, firsts, read[:, : len(rows), :, :width])
+        cache.lengths[firsts] = lengths
         for prompt, (first, count) in enumerate(rows):
-            taken = slice(first, first + count)
-            cache.lengths[taken] = lengths[prompt]
             if count > 1:
+                taken = slice(first, first + count)
+                cache.lengths[taken] = lengths[prompt]
                 shared = self._slots < lengths[prompt]
                 cache.sources[taken] = torch.where(shared, first, self._own[taken])
         self._prompts = None
