@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_engine import (  # noqa: F401 - fixtures
+from engine_runs import (  # noqa: F401 - fixtures among them
     OPTIONS,
     QUESTIONS,
     SteppedEngine,
