@@ -72,15 +72,16 @@ class Bench:
                 flush=True,
             )
         self.engine = Engine(self.pipeline)
-        self.in_flight(64, [TOKENS] * 256)  # warms up
-        self.in_flight(1, [TOKENS] * 4)
+        chance = random.Random(0)
+        lengths = [min(TOKENS, max(5, round(chance.gauss(9.5, 3.5)))) for _ in range(1024)]
+        lengths[::64] = [TOKENS] * len(lengths[::64])
+        for count in (1, 8, 64, 128):  # warm up: every number of rows has its kernels and graphs
+            self.in_flight(count, lengths[: max(8, 4 * count)])
+            self.in_flight(count, [TOKENS] * max(4, 2 * count))
         for count in IN_FLIGHT:
             rate = self.in_flight(count, [TOKENS] * max(8, 8 * count))
             beside = fixed[min(count, 64)]
             line(f"{count} in flight, {TOKENS} tokens", rate, rate / beside)
-        chance = random.Random(0)
-        lengths = [min(TOKENS, max(5, round(chance.gauss(9.5, 3.5)))) for _ in range(1024)]
-        lengths[::64] = [TOKENS] * len(lengths[::64])
         mean = statistics.mean(lengths)
         rate = self.in_flight(128, lengths)
         line(f"128 in flight, {mean:.1f} tokens", rate, rate / fixed[64])

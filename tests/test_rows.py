@@ -6,6 +6,7 @@ On the CPU's model, and on the GPU's over doubles of its kernels.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import random
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from test_cuda_kernels import CONFIG, random_models
 
 from blip2.language import Generation, GenerationOptions
+from blip2.language.native import cuda_pool
 from blip2.language.native.model import OPTModel
 from blip2.language.native.session import NativeSession
-from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Rows, prepared_rows
+from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows, prepared_rows
 
 CPU = torch.device("cpu")
 WIDTH = CONFIG.hidden_size
@@ -56,8 +58,10 @@ def draw_admission(chance: random.Random, key: int) -> Admission:
     return Admission(key, ids, table, GenerationOptions(end_id=3, **how), chance.randrange(3))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_answers_are_those_of_requests_alone(model, seed):
+@pytest.mark.parametrize("seed, staged", [(0, 16), (1, 16), (2, 1), (3, 2)])
+def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
+    """`staged`: with more prompts at once a GPU reads them where their rows are."""
+    monkeypatch.setattr(cuda_pool, "_STAGED", staged)
     chance = random.Random(seed)
     rows = Rows(model, CPU, 9, 40, 12)
     expected: dict[int, Generation] = {}
@@ -127,6 +131,43 @@ def test_a_row_that_is_not_finite_is_that_requests(model):
     told = {key: token for key, token, _ in rows.step().read()}
     assert told[1] == NOT_FINITE
     assert told[0] != NOT_FINITE
+
+
+def test_one_that_is_alone_leaves_the_kernel_for_one_and_comes_back(gpu_double):  # noqa: ARG001
+    config = dataclasses.replace(CONFIG, hidden_size=512, num_attention_heads=8, vocab_size=96)
+    _, model = random_models(None, seed=2, config=config)
+    rows = Rows(model, CPU, 4, 40, 12)
+    assert rows._pool._alone_step is not None
+    chance = random.Random(3)
+    options = GenerationOptions(end_id=-1, max_output_len=11)
+    drawn = [draw_admission(chance, key) for key in range(3)]
+    tables = [torch.randn(2, 512, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    asked = [
+        dataclasses.replace(one, table=table, options=options)
+        for one, table in zip(drawn, tables, strict=True)
+    ]
+    told: dict[object, list[int]] = {0: [], 1: [], 2: []}
+
+    def take(chosen: Chosen) -> None:
+        for key, token, _ in chosen.read():
+            told[key].append(token)
+
+    take(rows.admit(asked[:1]))
+    for _ in range(3):
+        take(rows.step())
+    take(rows.admit(asked[1:2]))  # joined, by one who stays behind alone
+    for _ in range(2):
+        take(rows.step())
+    rows.release([0])
+    for _ in range(3):
+        take(rows.step())
+    take(rows.admit(asked[2:]))
+    for _ in range(2):
+        take(rows.step())
+    for key in told:
+        [beam] = alone(model, asked[key]).beams
+        assert told[key] == beam.token_ids[: len(told[key])]
+    assert [len(ids) for ids in told.values()] == [6, 8, 3]
 
 
 @pytest.mark.parametrize("rows, prepared", [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (64, 64)])

@@ -112,15 +112,23 @@ class Rows:
         return longest <= self.max_len and admission.options.max_output_len <= self.max_new
 
     def admit(self, admissions: Sequence[Admission]) -> Chosen:
-        """Read prompts into free rows; there have to be enough. Returns their first tokens."""
+        """Read prompts into free rows; there have to be enough. Returns their first tokens.
+
+        Where that fails nobody has got rows.
+        """
         with torch.inference_mode(), self._model.computing():
             lengths = torch.tensor([len(a.input_ids) for a in admissions], device=self._device)
             ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
             tables = torch.stack([a.table for a in admissions]).to(self._device)
-            logits = self._pool.read(ids.to(self._device), lengths, tables)
             begun = [self._begin(admission) for admission in admissions]
-            self._set(begun, admissions)
-            self._pool.place([(r.first, r.count) for r in begun], lengths)
+            places = [(request.first, request.count) for request in begun]
+            try:
+                logits = self._pool.read(ids.to(self._device), lengths, tables, places)
+                self._set(begun, admissions)
+            except BaseException:
+                for request in begun:
+                    del self._requests[request.key]
+                raise
             self._regroup()
             rows = [row for r in begun for row in range(r.first, r.first + r.count)]
             spread = [n for n, r in enumerate(begun) for _ in range(r.count)]

@@ -108,26 +108,26 @@ class RowPool:
         self._keys = torch.zeros(shape, dtype=model.weights.positions.dtype, device=device)
         self._values = torch.zeros_like(self._keys)
         self._lengths = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self._prompts: KVCache | None = None  # those that were read, and have no rows yet
 
     def read(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        rows: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """Read prompts, as `OPTModel.prefill`; logits, B x vocab_size. `place` gives them rows."""
-        self._prompts = self._model.new_cache(lengths, 1, 0)
-        return self._model.prefill(input_ids, lengths, tables, self._prompts)
+        """Read prompts, as `OPTModel.prefill`, prompt i into the rows (first, count)[i].
 
-    def place(self, rows: Sequence[tuple[int, int]], lengths: torch.Tensor) -> None:
-        """Put prompt i into the rows (first, count)[i]."""
+        Returns logits, B x vocab_size.
+        """
+        prompts = self._model.new_cache(lengths, 1, 0)
+        logits = self._model.prefill(input_ids, lengths, tables, prompts)
         for prompt, (first, count) in enumerate(rows):
             taken = slice(first, first + count)
             self._lengths[taken] = lengths[prompt]
-            for pool, read in (
-                (self._keys, self._prompts.keys),
-                (self._values, self._prompts.values),
-            ):
+            for pool, read in ((self._keys, prompts.keys), (self._values, prompts.values)):
                 pool[:, taken, :, : read.shape[3]] = read[:, prompt, None]
-        self._prompts = None
+        return logits
 
     def step(self, tokens: torch.Tensor, used: int) -> torch.Tensor:
         """Append a token to each of the first rows; logits, of those in use at least."""

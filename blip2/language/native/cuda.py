@@ -137,7 +137,7 @@ class CudaModel(OPTModel):
         prompts = self._prepared[cache.rows, cache.max_len].prompts
         prompt = prompts.get(shape)
         if prompt is None:
-            prompt = Prompt(self.config, self.weights, cache, self._embed, shape)
+            prompt = Prompt(self.config, self.weights, cache, self.embed, shape)
             if is_captured(shape):
                 while len(prompts) >= _MOST_PROMPTS:
                     _forget_oldest(prompts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import triton
 
@@ -31,6 +33,14 @@ class CudaCache:
         self._slots = torch.arange(max_len, device=device)
         self._own = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
         self._num_beams = 1
+
+    def part(self, first: int, count: int) -> CudaCache:
+        """So many of its rows, for prompts to be read into."""
+        part = copy.copy(self)
+        part.keys, part.values = (
+            tensor[:, first : first + count] for tensor in (self.keys, self.values)
+        )
+        return part
 
     @property
     def rows(self) -> int:

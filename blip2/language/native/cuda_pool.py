@@ -9,6 +9,7 @@ import torch
 
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.layered_step import LayeredStep
+from blip2.language.native.prompt import Prompt, is_captured, padded_length
 from blip2.language.rows import prepared_rows
 
 if TYPE_CHECKING:
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
+_STAGED = 16  # prompts of more have no graphs, and need no place of their own
+_MOST_PROMPTS = 32  # kept
+
 
 class CudaPool:
-    """As `RowPool`. Prompts are read into a cache of their own, and copied from there.
+    """As `RowPool`. Few prompts are read into a cache of their own, and copied from there.
 
     A request that is alone lies in a cache of one row, for the step that is one kernel.
     """
@@ -34,27 +38,33 @@ class CudaPool:
         self._alone_cache = CudaCache(model.config, 1, max_len, device)
         self._alone_step = model.fused_step(self._alone_cache)
         self._is_alone = False  # whether row 0 lies there
-        self._prompts: CudaCache | None = None
+        self._staging = CudaCache(model.config, min(capacity, _STAGED), max_len, device)
+        self._prompts: dict[tuple[int, int, int], Prompt] = {}
 
     def read(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, tables: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        rows: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """As `RowPool.read`; the logits are overwritten by the next prompts."""
-        requests = len(input_ids)
-        # Few sizes have buffers and graphs: what is missing is the last prompt again.
-        filled = list(range(requests)) + [requests - 1] * (prepared_rows(requests) - requests)
-        ids, lengths, tables = input_ids[filled], lengths[filled], tables[filled]
-        self._prompts = self._model.new_cache(lengths, 1, 0)
-        return self._model.prefill(ids, lengths, tables, self._prompts)[:requests]
-
-    def place(self, rows: Sequence[tuple[int, int]], lengths: torch.Tensor) -> None:
-        """As `RowPool.place`; of beams the first row has the prompt."""
+        """As `RowPool.read`; of beams the first row has the prompt."""
         self._leave_alone()
-        cache, device = self._cache, lengths.device
-        firsts = torch.tensor([first for first, _ in rows], device=device)
-        width = min(self._prompts.max_len, cache.max_len)
-        for pool, read in ((cache.keys, self._prompts.keys), (cache.values, self._prompts.values)):
-            pool[:, :, :, :width].index_copy_(1, firsts, read[:, : len(rows), :, :width])
+        cache, requests = self._cache, len(rows)
+        firsts = torch.tensor([first for first, _ in rows], device=lengths.device)
+        if requests > _STAGED and all(count == 1 for _, count in rows):
+            # Their rows are side by side: what is read stays where it is written.
+            logits = self._prompt(cache.part(rows[0][0], requests), input_ids, tables)(
+                input_ids, lengths, tables
+            )
+        else:
+            parts = [slice(at, at + _STAGED) for at in range(0, requests, _STAGED)]
+            logits = torch.cat(
+                [
+                    self._read_staged(input_ids[part], lengths[part], tables[part], firsts[part])
+                    for part in parts
+                ]
+            )
         cache.lengths[firsts] = lengths
         for prompt, (first, count) in enumerate(rows):
             if count > 1:
@@ -62,7 +72,42 @@ class CudaPool:
                 cache.lengths[taken] = lengths[prompt]
                 shared = self._slots < lengths[prompt]
                 cache.sources[taken] = torch.where(shared, first, self._own[taken])
-        self._prompts = None
+        return logits
+
+    def _read_staged(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        firsts: torch.Tensor,
+    ) -> torch.Tensor:
+        """Read a few prompts where graphs were captured for, and copy them to their rows."""
+        requests, staging = len(input_ids), self._staging
+        # Few sizes have buffers and graphs: what is missing is the last prompt again.
+        size = prepared_rows(requests)
+        filled = list(range(requests)) + [requests - 1] * (size - requests)
+        ids, lengths, tables = input_ids[filled], lengths[filled], tables[filled]
+        logits = self._prompt(staging.part(0, size), ids, tables)(ids, lengths, tables)
+        for pool, read in (
+            (self._cache.keys, staging.keys),
+            (self._cache.values, staging.values),
+        ):
+            pool.index_copy_(1, firsts, read[:, :requests])
+        return logits[:requests].clone()  # the next few overwrite it
+
+    def _prompt(self, cache: CudaCache, input_ids: torch.Tensor, tables: torch.Tensor) -> Prompt:
+        """What reads such prompts into a cache; kept where it is a graph."""
+        length = min(padded_length(*input_ids.shape), cache.max_len)
+        shape = (len(input_ids), length, tables.shape[1])
+        if (kept := self._prompts.get(shape)) is not None:
+            return kept
+        model = self._model
+        prompt = Prompt(model.config, model.weights, cache, model.embed, shape)
+        if is_captured(shape) and shape[0] <= _STAGED:
+            if len(self._prompts) >= _MOST_PROMPTS:
+                del self._prompts[next(iter(self._prompts))]
+            self._prompts[shape] = prompt
+        return prompt
 
     def step(self, tokens: torch.Tensor, _used: int) -> torch.Tensor:
         """As `RowPool.step`; the logits are overwritten by the next step of as many rows."""
@@ -72,7 +117,6 @@ class CudaPool:
                 self._copy(self._cache, 0, self._alone_cache, 0)
                 self._is_alone = True
             return self._alone_step(tokens)
-        self._leave_alone()
         if rows not in self._steps:
             self._steps[rows] = LayeredStep(
                 self._model.config, self._model.weights, self._cache, rows
@@ -81,8 +125,6 @@ class CudaPool:
 
     def move(self, source: int, target: int, count: int) -> None:
         """As `RowPool.move`."""
-        if target == 0:
-            self._is_alone = False
         cache = self._cache
         for offset in range(count):
             self._copy(cache, source + offset, cache, target + offset)
@@ -99,7 +141,6 @@ class CudaPool:
 
     def forget(self, used: int) -> None:
         """As `RowPool.forget`."""
-        self._is_alone &= used > 0
         self._cache.lengths[used:] = 0
         self._cache.sources[used:] = self._own[used:]
 

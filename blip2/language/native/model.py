@@ -122,7 +122,7 @@ class OPTModel:
             # Padding stands behind what counts, so causality already hides it.
             return functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
 
-        x = self._embed(input_ids, prompt_table) + self.weights.positions[: input_ids.shape[1]]
+        x = self.embed(input_ids, prompt_table) + self.weights.positions[: input_ids.shape[1]]
         x = self._layers(x, attend)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self._logits(last)
@@ -142,7 +142,8 @@ class OPTModel:
         cache.advance()
         return self._logits(x)
 
-    def _embed(self, input_ids: torch.Tensor, prompt_table: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, prompt_table: torch.Tensor) -> torch.Tensor:
+        """B x T x hidden_size, words and image rows, without positions."""
         image_rows = input_ids - self.config.vocab_size
         is_image = (image_rows >= 0)[:, :, None]
         text = self._words(input_ids.clamp(max=self.config.vocab_size - 1))
