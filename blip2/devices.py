@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -25,6 +26,12 @@ def best_device() -> torch.device:
 
 def _runs_kernels(gpu: int | None) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(gpu)[0] >= _OLDEST
+
+
+@functools.cache
+def launches_dependently(gpu: torch.device | int) -> bool:
+    """Whether a kernel there may start while the one before drains (PDL): Hopper and later."""
+    return torch.cuda.get_device_capability(gpu)[0] >= 9
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 from blip2 import cache
+from blip2.devices import launches_dependently
 from blip2.gpu.kernel_launch import is_ahead, submit
 
 _POINTER = ctypes.c_void_p
@@ -28,7 +29,7 @@ class CompiledKernel:
         """For the current GPU; it is compiled when it is first launched, or ahead of that."""
         self._source = (path, name, macros)
         self._device = torch.cuda.current_device()
-        self._dependent = torch.cuda.get_device_capability()[0] >= 9
+        self._dependent = launches_dependently(self._device)
         self._shared_bytes = 48 << 10  # more has to be asked for
         self._compiling: Future | None = None
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from blip2.devices import launches_dependently
+
 _THREADS = 8
 
 _is_ahead: ContextVar[bool] = ContextVar("compiling ahead", default=False)
@@ -79,7 +81,7 @@ def _threads() -> ThreadPoolExecutor:
 
 @functools.cache
 def _dependent_options(device: torch.device) -> dict[str, bool]:
-    dependent = torch.cuda.get_device_capability(device)[0] >= 9
+    dependent = launches_dependently(device)
     return {"PDL": True, "launch_pdl": True} if dependent else {"PDL": False}
 
 

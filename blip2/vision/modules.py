@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-}
 
 
 class VisionTransformer(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from blip2.activations import ACTIVATIONS
 from blip2.language.decoding import Strategy, make_strategy
 from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
@@ -24,10 +25,6 @@ from blip2.language.native.nbits import NBitsLinear, NBitsPacker, torch_on_one_t
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-}
 NORM_EPS = 1e-5
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

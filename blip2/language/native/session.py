@@ -11,11 +11,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2 import memory
+from blip2.activations import ACTIVATIONS
 from blip2.devices import best_device
 from blip2.errors import Blip2Error
 from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
-from blip2.language.native.model import ACTIVATIONS, OPTModel
+from blip2.language.native.model import OPTModel
 from blip2.language.rows import Rows
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_format import OPTCheckpointConfig
