@@ -225,6 +225,71 @@ def test_prompts_that_memory_does_not_hold_together_are_read_apart(
         assert same(told(request), alone[key])
 
 
+def test_no_two_requests_are_taken_for_one(pipeline, values, monkeypatch):
+    """What an ended one still has under way is not the next one's, though that has its address."""
+    engine = stepped(pipeline, 2)
+    picture = engine.picture(values[0])
+    keys, admit = [], Rows.admit
+
+    def noting(rows: Rows, admissions):
+        keys.extend(admission.key for admission in admissions)
+        return admit(rows, admissions)
+
+    monkeypatch.setattr(Rows, "admit", noting)
+    for _ in range(50):
+        engine.submit(picture, "", pipeline.options(OPTIONS[1]))  # which nobody keeps
+        finish(engine)
+    assert len(set(keys)) == 50
+
+
+def test_rows_that_cannot_be_had_end_who_asks_and_nobody_else(pipeline, values, alone, monkeypatch):
+    engine = stepped(pipeline, 4)
+    pictures = [engine.picture(picture) for picture in values]
+    open_rows = NativeSession.open_rows
+
+    def without_memory(session, capacity, prompt_len, max_output_len):
+        if max_output_len > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 GiB.")
+        return open_rows(session, capacity, prompt_len, max_output_len)
+
+    monkeypatch.setattr(NativeSession, "open_rows", without_memory)
+    long = engine.submit(pictures[0], "", pipeline.options({"max_output_len": 90}))
+    short = submit(engine, pipeline, pictures, (1, 0, 0))
+    finish(engine)
+    with pytest.raises(Blip2Error, match="not enough GPU memory for this request; lower"):
+        long.answers()
+    assert same(told(short), alone[1, 0, 0])
+
+
+@pytest.mark.parametrize("place", ["read", "choose"])
+def test_an_admission_that_fails_leaves_no_rows_behind(pipeline, values, alone, monkeypatch, place):
+    engine = stepped(pipeline, 8)
+    pictures = [engine.picture(picture) for picture in values]
+    going_on = submit(engine, pipeline, pictures, (0, 0, 0))
+    engine.take_turn()
+    with monkeypatch.context() as patch:
+        target = (type(engine._rows._pool), "read") if place == "read" else (Rows, "_choose")
+        original = getattr(*target)
+
+        def failing(*arguments):
+            if place == "read" or isinstance(arguments[2], torch.Tensor):
+                raise RuntimeError("the first time")
+            return original(*arguments)
+
+        patch.setattr(*target, failing)
+        failed = [submit(engine, pipeline, pictures, (n, 0, how)) for n, how in ((1, 6), (2, 0))]
+        while not all(request.is_over for request in failed):
+            engine.take_turn()
+    for request in failed:
+        with pytest.raises(RuntimeError, match="the first time"):
+            request.answers()
+    again = submit(engine, pipeline, pictures, (2, 1, 6))
+    finish(engine)
+    assert same(told(going_on), alone[0, 0, 0])
+    assert same(told(again), alone[2, 1, 6])
+    assert engine._rows.used == 0
+
+
 def test_longer_requests_get_longer_rows_in_their_turn(pipeline, values, alone):
     engine = stepped(pipeline, 4)
     pictures = [engine.picture(picture) for picture in values]

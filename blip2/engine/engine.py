@@ -87,7 +87,7 @@ class Engine:
     def _input_ids(self, text: str, options: GenerationOptions) -> torch.Tensor:
         """Of a prompt, once it is clear that the engine can take it: most ask the same again."""
         key = (text, dataclasses.replace(options, seed=0))
-        if key not in self._prompts:
+        if (input_ids := self._prompts.get(key)) is None:
             if options.num_beams > self._max_rows:
                 raise Blip2Error(
                     f"`num_beams` is {options.num_beams}, this engine has {self._max_rows} rows",
@@ -96,8 +96,9 @@ class Engine:
             self._pipeline.check([text], options)
             if len(self._prompts) >= _REMEMBERED:
                 self._prompts.clear()
-            [self._prompts[key]] = self._pipeline.encode([text])
-        return self._prompts[key]
+            [input_ids] = self._pipeline.encode([text])
+            self._prompts[key] = input_ids
+        return input_ids
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Have the engine's thread run something between two turns; returns its result."""
@@ -110,7 +111,8 @@ class Engine:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        if self._thread is not None:
+        # Whoever lets the last reference go may be that thread itself.
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
     def _tell(self, add: Callable[[], None]) -> None:
@@ -157,7 +159,7 @@ class Engine:
     def _fail_all(self, error: BaseException) -> None:
         """End what has rows: nobody knows what is in them now."""
         for request in self._active.values():
-            request.fail(error)
+            request.fail(_explained(error))
         self._active.clear()
         self._coming.clear()
         self._leaving.clear()
@@ -191,9 +193,13 @@ class Engine:
         first = self._waiting[0]
         if self._rows is None or not (self._rows.used or self._rows.fits(_admission(first))):
             self._rows = None  # its memory first
-            self._rows = self._pipeline.language.open_rows(
-                self._max_rows, len(first.input_ids), first.options.max_output_len
-            )
+            try:
+                self._rows = self._pipeline.language.open_rows(
+                    self._max_rows, len(first.input_ids), first.options.max_output_len
+                )
+            except Exception as error:
+                self._waiting.popleft().fail(_explained(error))
+                return
             if self._rows is None:
                 self._answer_batch()
                 return
@@ -234,7 +240,7 @@ class Engine:
                     picture.query_output, picture.pixel_values = row, None
         except Exception as error:
             for request in requests:
-                request.fail(error)
+                request.fail(_explained(error))
             return []
         return requests
 
@@ -244,14 +250,14 @@ class Engine:
         except Exception as error:
             # Nobody has got rows yet. One alone may find room, or is the one at fault.
             if len(requests) == 1:
-                requests[0].fail(error)
+                requests[0].fail(_explained(error))
                 return
             memory.release()
             for half in (requests[: len(requests) // 2], requests[len(requests) // 2 :]):
                 self._admit(half)
             return
         for request in requests:
-            self._active[id(request)] = request
+            self._active[request.key] = request
         self._note(chosen)
 
     def _note(self, chosen: Chosen) -> None:
@@ -286,8 +292,8 @@ class Engine:
                     request.finish(finished=False)
 
     def _end_rows(self, request: Request) -> None:
-        self._active.pop(id(request), None)
-        self._leaving.append(id(request))
+        self._active.pop(request.key, None)
+        self._leaving.append(request.key)
 
     def _let_go(self) -> None:
         """Take back the rows of those that have ended, all at once."""
@@ -307,8 +313,8 @@ class Engine:
         options = self._waiting[0].options
         batch = [r for r in self._waiting if _shared(r) == _shared(self._waiting[0])]
         batch = batch[: self._pipeline.default_batch_size]
-        taken = set(map(id, batch))
-        self._waiting = collections.deque(r for r in self._waiting if id(r) not in taken)
+        taken = {request.key for request in batch}
+        self._waiting = collections.deque(r for r in self._waiting if r.key not in taken)
         self._look(batch)
         for request in batch:  # such an engine may not notice
             if not request.is_over and not torch.isfinite(request.picture.query_output).all():
@@ -325,7 +331,7 @@ class Engine:
             generations = language.generate([r.input_ids for r in batch], tables, options)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].fail(error)
+                batch[0].fail(_explained(error))
                 return
             memory.release()
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
@@ -344,13 +350,22 @@ class Engine:
 
 def _admission(request: Request) -> Admission:
     table = request.picture.query_output
-    return Admission(id(request), request.input_ids, table, request.options, request.number)
+    return Admission(request.key, request.input_ids, table, request.options, request.number)
 
 
-def _shared(request: Request) -> tuple[GenerationOptions, int]:
+def _shared(request: Request) -> tuple[GenerationOptions, int | None]:
     """What requests of a batch have in common; those that sample are asked alone."""
-    alone = id(request) if request.options.samples else 0
+    alone = request.key if request.options.samples else None
     return dataclasses.replace(request.options, seed=0), alone
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The error, as a sentence where memory has run out."""
+    kind = None if isinstance(error, Blip2Error) else memory.exhausted(error)
+    if kind is None:
+        return error
+    advice = "lower `max_output_len` or `num_beams`, or free some memory"
+    return memory.OutOfMemory(f"not enough {kind} memory for this request", advice)
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

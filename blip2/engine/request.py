@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -11,6 +12,8 @@ import torch
 
 from blip2.language import GenerationOptions
 from blip2.pipeline import Answer
+
+_keys = itertools.count()  # no two requests have one, as they may have an address
 
 
 class Picture:
@@ -36,6 +39,7 @@ class Request:
         """Made by `Engine.submit`."""
         self.picture, self.input_ids, self.options = picture, input_ids, options
         self.number, self.arrived = number, time.monotonic()
+        self.key = next(_keys)
         self.is_cancelled = False
         self.scheduled = 0  # tokens that are chosen, or under way
         self._decode = decode

@@ -121,18 +121,17 @@ class Rows:
             ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
             tables = torch.stack([a.table for a in admissions]).to(self._device)
             begun = [self._begin(admission) for admission in admissions]
-            places = [(request.first, request.count) for request in begun]
-            try:
-                logits = self._pool.read(ids.to(self._device), lengths, tables, places)
-                self._set(begun, admissions)
-            except BaseException:
-                for request in begun:
-                    del self._requests[request.key]
-                raise
-            self._regroup()
             rows = [row for r in begun for row in range(r.first, r.first + r.count)]
             spread = [n for n, r in enumerate(begun) for _ in range(r.count)]
-            return self._choose(begun, torch.tensor(rows, device=self._device), logits[spread])
+            try:
+                places = [(request.first, request.count) for request in begun]
+                logits = self._pool.read(ids.to(self._device), lengths, tables, places)
+                self._set(begun, admissions)
+                self._regroup()
+                return self._choose(begun, self._index(rows), logits[spread])
+            except BaseException:
+                self.release([request.key for request in begun])
+                raise
 
     def step(self) -> Chosen:
         """Append the token of every row; returns the ones that follow."""
