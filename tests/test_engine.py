@@ -155,7 +155,7 @@ def test_an_error_ends_its_request_alone(pipeline, values, alone, monkeypatch, h
     for number in (0, 2):
         assert same(told(asked[number]), alone[number, 0, 0])
     with pytest.raises(Blip2Error, match="yields NaN or Inf"):
-        asked[1].answers()
+        told(asked[1])
     with pytest.raises(Blip2Error, match="yields NaN or Inf"):
         list(asked[1].tokens())
     assert not engine._rows or engine._rows.used == 0
@@ -171,7 +171,7 @@ def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):
     finish(engine)
     assert same(told(asked[0]), alone[0, 0, 0])
     with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
-        asked[1].answers()
+        told(asked[1])
 
 
 def test_what_an_engine_cannot_take_is_refused_at_once(pipeline, values):
@@ -199,7 +199,7 @@ def test_a_failed_step_ends_what_had_rows_and_nothing_else(pipeline, values, alo
     engine._fail_all(ZeroDivisionError())  # what the thread does then
     for request in asked[:2]:
         with pytest.raises(ZeroDivisionError):
-            request.answers()
+            told(request)
     finish(engine)
     assert same(told(asked[2]), alone[2, 0, 0])
 
@@ -257,7 +257,7 @@ def test_rows_that_cannot_be_had_end_who_asks_and_nobody_else(pipeline, values, 
     short = submit(engine, pipeline, pictures, (1, 0, 0))
     finish(engine)
     with pytest.raises(Blip2Error, match="not enough GPU memory for this request; lower"):
-        long.answers()
+        told(long)
     assert same(told(short), alone[1, 0, 0])
 
 
@@ -282,7 +282,7 @@ def test_an_admission_that_fails_leaves_no_rows_behind(pipeline, values, alone, 
             engine.take_turn()
     for request in failed:
         with pytest.raises(RuntimeError, match="the first time"):
-            request.answers()
+            told(request)
     again = submit(engine, pipeline, pictures, (2, 1, 6))
     finish(engine)
     assert same(told(going_on), alone[0, 0, 0])
@@ -342,7 +342,7 @@ def test_one_of_a_batch_that_fails_fails_alone(pipeline, values, alone, monkeypa
     assert same(told(asked[0]), alone[0, 0, 0])
     assert same(told(asked[2]), alone[2, 0, 0])
     with pytest.raises(Blip2Error, match="the OPT yields"):
-        asked[1].answers()
+        told(asked[1])
 
 
 def test_many_threads_ask_stream_and_leave(pipeline, values, alone):
