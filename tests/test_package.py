@@ -16,6 +16,7 @@ from batch_runs import CHECKPOINT
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+SUFFIXES = (".py", ".cu", ".cuh", ".typed")
 pytestmark = pytest.mark.xdist_group("package")  # the wheel is built once
 
 
@@ -77,7 +78,7 @@ def run(program: Path, *arguments: object, cwd: Path) -> subprocess.CompletedPro
 
 def test_the_wheel_has_every_file_of_the_package(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("blip2/")}
-    found = (path for path in (ROOT / "blip2").rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
+    found = (path for path in (ROOT / "blip2").rglob("*") if path.suffix in SUFFIXES)
     assert files == {path.relative_to(ROOT).as_posix() for path in found}
 
 
