@@ -6,7 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, overload
 
 import numpy as np
 import torch
@@ -142,6 +142,14 @@ class Model:
         self._engine.close()
         self._pipeline.language.close()
 
+    @overload
+    def caption(self, pictures: Picture, **decoding: Unpack[Decoding]) -> Answer: ...
+
+    @overload
+    def caption(
+        self, pictures: Sequence[Picture], **decoding: Unpack[Decoding]
+    ) -> list[Answer]: ...
+
     def caption(
         self, pictures: Picture | Sequence[Picture], **decoding: Unpack[Decoding]
     ) -> Answer | list[Answer]:
@@ -151,6 +159,26 @@ class Model:
             Blip2Error: a picture cannot be read, or the engines cannot decode so.
         """
         return self.ask(pictures, "", **decoding)
+
+    @overload
+    def ask(
+        self,
+        pictures: Picture,
+        questions: str,
+        *,
+        prompt_template: str = ...,
+        **decoding: Unpack[Decoding],
+    ) -> Answer: ...
+
+    @overload
+    def ask(
+        self,
+        pictures: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        *,
+        prompt_template: str = ...,
+        **decoding: Unpack[Decoding],
+    ) -> list[Answer]: ...
 
     def ask(
         self,
