@@ -242,7 +242,7 @@ class Model:
             )
         prompt = fill_template(prompt_template, question)
         request = self._engine.submit(self._open(picture), prompt, options)
-        weakref.finalize(stream := _Stream(request), request.cancel)
+        weakref.finalize(stream := _Stream(self, request), request.cancel)
         return stream
 
     def features(self, pictures: Picture | Sequence[Picture]) -> Features:
@@ -267,10 +267,10 @@ class Model:
 
 
 class _Stream(Iterator[str]):
-    """A request's pieces."""
+    """A request's pieces; while somebody takes them the model stays."""
 
-    def __init__(self, request: engine.Request) -> None:
-        self._request, self._pieces = request, request.pieces()
+    def __init__(self, model: Model, request: engine.Request) -> None:
+        self._model, self._request, self._pieces = model, request, request.pieces()
 
     def __next__(self) -> str:
         return next(self._pieces)

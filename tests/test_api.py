@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import itertools
 import pickle
 import threading
@@ -135,6 +136,12 @@ def test_a_stream_that_nobody_takes_lets_others_ask(model, pictures, told):
     never_begun = model.stream(pictures[2])
     assert str(model.ask(pictures[1], QUESTIONS[0])) == told[1, QUESTIONS[0]]
     del never_begun
+
+
+def test_a_stream_keeps_its_model(pictures, told):
+    stream = blip2.load(CHECKPOINT).stream(pictures[0])
+    gc.collect()
+    assert "".join(stream) == told[0, ""]
 
 
 def test_threads_get_their_own_answers(model, pictures, told):
