@@ -26,6 +26,7 @@ from bench.startup import random_checkpoint
 from blip2 import cli
 from blip2.engine import Engine
 from blip2.engines import Places
+from blip2.errors import Blip2Error
 from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 
@@ -36,6 +37,8 @@ IN_FLIGHT = (1, 8, 64, 128)
 
 def main() -> None:
     args = parse_arguments()
+    if not torch.cuda.is_available():
+        raise Blip2Error("torch sees no NVIDIA GPU, which is what is measured")
     with tempfile.TemporaryDirectory() as directory:
         model = args.model_dir or random_checkpoint(Path(directory, "checkpoint"))
         bench = Bench(open_pipeline(Places.of(model, model)))
