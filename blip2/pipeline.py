@@ -200,7 +200,7 @@ class Pipeline:
     def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
         """What the ViT and the Q-Former make of pictures, pixel_values B x 3 x S x S.
 
-        A batch for which memory does not suffice is halved for good; half of it must do.
+        A batch for which memory does not suffice is halved, once, for good.
 
         Raises:
             Blip2Error: pictures of another size, or too little memory.

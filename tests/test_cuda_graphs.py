@@ -11,7 +11,13 @@ import torch
 from blip2.gpu import cuda_graphs
 from blip2.gpu.cuda_graphs import Graph
 from blip2.gpu.kernel_launch import compile_ahead
-from blip2.vision.torch_session import MAX_BATCH_SIZE, Graphs, prepared_size
+from blip2.vision.torch_session import (
+    MAX_BATCH_SIZE,
+    Graphs,
+    TorchSession,
+    gpu_stages,
+    prepared_size,
+)
 
 
 @pytest.fixture
@@ -130,3 +136,26 @@ def test_released_graphs_are_made_anew_in_other_memory(captures):
             stage(torch.zeros(4, 1))
         stage.release()
     assert len(set(map(id, captures))) == 2
+
+
+def test_a_session_whose_batch_was_halved_makes_no_more_graphs(captures, monkeypatch):
+    """Their memory is beside what a launch takes, which had not been enough already."""
+    vision = pytest.importorskip("blip2.vision.cuda")
+    monkeypatch.setattr(vision.CudaVisionTransformer, "takes", lambda _: False)
+    monkeypatch.setattr(vision, "CudaQFormer", lambda qformer, _: qformer)
+    session = object.__new__(TorchSession)
+    session._stages = gpu_stages(lambda x: 2 * x, lambda x: x - 1, torch.zeros(1))
+    session.max_batch_size = 64
+
+    def look() -> None:
+        x = torch.randn(3, 5)
+        assert torch.equal(session._vit(x), 2 * x)
+        assert torch.equal(session._qformer(x), x - 1)
+
+    for _ in range(2):
+        look()
+    assert len(captures) == 2  # one a stage
+    assert session.halve_batch(64) == 32
+    for _ in range(3):
+        look()
+    assert len(captures) == 2

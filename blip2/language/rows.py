@@ -89,13 +89,12 @@ class Rows:
         # What the next token of a row is chosen by, and that token.
         self._tokens = state(dtype=torch.int64)
         self._steps = state(dtype=torch.int64)
+        # Temperature, 1 - top_p, repetition penalty and top_k.
         self._settings = state(4, dtype=torch.float64)
-        self._plain_settings = _settings(GenerationOptions(end_id=-1), self._vocab_size)
-        self._plain = torch.tensor(self._plain_settings, dtype=torch.float64, device=device)
         self._uniforms = state(max_new, dtype=torch.float64)
         self._seen: torch.Tensor | None = None  # rows x vocab_size, made when a penalty asks for it
         self._states = [self._tokens, self._steps, self._settings, self._uniforms]
-        self._sampled: torch.Tensor | None = None  # rows whose tokens are drawn
+        self._groups: tuple[list[_Request], torch.Tensor | None] = ([], None)
 
     @property
     def used(self) -> int:
@@ -118,22 +117,18 @@ class Rows:
         Where that fails nobody has got rows.
         """
         with torch.inference_mode(), self._model.computing():
-            # One copy to the device: each waits for all that is queued there.
-            lengths = torch.tensor([len(a.input_ids) for a in admissions])
+            lengths = torch.tensor([len(a.input_ids) for a in admissions], device=self._device)
             ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
-            lengths_and_ids = torch.cat([lengths[:, None], ids], dim=1).to(self._device)
-            lengths, ids = lengths_and_ids[:, 0], lengths_and_ids[:, 1:]
             tables = torch.stack([a.table for a in admissions]).to(self._device)
-            rows = slice(self.used, self.used + sum(a.options.num_beams for a in admissions))
             begun = [self._begin(admission) for admission in admissions]
+            rows = [row for r in begun for row in range(r.first, r.first + r.count)]
+            spread = [n for n, r in enumerate(begun) for _ in range(r.count)]
             try:
                 places = [(request.first, request.count) for request in begun]
-                logits = self._pool.read(ids, lengths, tables, places)
-                self._set(rows, begun, admissions)
+                logits = self._pool.read(ids.to(self._device), lengths, tables, places)
+                self._set(begun, admissions)
                 self._regroup()
-                if rows.stop - rows.start > len(begun):  # all beams of a request begin alike
-                    logits = logits[[n for n, r in enumerate(begun) for _ in range(r.count)]]
-                return self._choose(begun, rows, logits)
+                return self._choose(begun, self._index(rows), logits[spread])
             except BaseException:
                 self.release([request.key for request in begun])
                 raise
@@ -179,17 +174,20 @@ class Rows:
         self._requests[admission.key] = request
         return request
 
-    def _set(self, rows: slice, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
-        """Fill in the states of new rows."""
+    def _set(self, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
+        """Fill in the states of new rows, all at once: each is a launch."""
+        alone = [(r, a) for r, a in zip(begun, admissions, strict=True) if r.strategy is None]
+        if not alone:
+            return
+        rows = self._index(request.first for request, _ in alone)
+        settings = [
+            (o.temperature, 1 - o.top_p, o.repetition_penalty, o.top_k or self._vocab_size)
+            for o in (request.options for request, _ in alone)
+        ]
+        self._settings[rows] = torch.tensor(settings, dtype=torch.float64, device=self._device)
         self._steps[rows] = 0
-        self._settings[rows] = self._plain
-        for request, admission in zip(begun, admissions, strict=True):
+        for request, admission in alone:
             options, row = request.options, request.first
-            if request.strategy is not None:
-                continue
-            settings = _settings(options, self._vocab_size)
-            if settings != self._plain_settings:
-                self._settings[row] = torch.tensor(settings, dtype=torch.float64)
             if options.samples:
                 drawn = uniforms(options.seed, admission.number, options.max_output_len)
                 self._uniforms[row, : len(drawn)] = drawn.to(self._device)
@@ -210,13 +208,18 @@ class Rows:
         request.first = first
 
     def _regroup(self) -> None:
-        """Note whose tokens are drawn."""
-        alone = (r for r in self._requests.values() if r.strategy is None)
-        sampled = [request.first for request in alone if request.options.samples]
-        self._sampled = self._index(sampled) if sampled else None
+        """Note which rows are chosen for otherwise than by the likeliest token."""
+        searching = [r for r in self._requests.values() if r.strategy is not None]
+        sampled = [
+            r.first for r in self._requests.values() if r.strategy is None and r.options.samples
+        ]
+        rows = torch.tensor(sampled, device=self._device) if sampled else None
+        self._groups = searching, rows
 
-    def _choose(self, requests: Sequence[_Request], rows: slice, logits: torch.Tensor) -> Chosen:
-        """Choose the next tokens of the rows that some requests have, of their logits."""
+    def _choose(
+        self, requests: Sequence[_Request], rows: torch.Tensor | slice, logits: torch.Tensor
+    ) -> Chosen:
+        """Choose the next tokens of some rows, of their logits."""
         finite = torch.isfinite(logits.float().sum(dim=1))
         scores = logits
         alone = [r for r in requests if r.strategy is None]
@@ -225,13 +228,17 @@ class Rows:
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, lowered, scores)
         tokens = scores.argmax(dim=-1)
-        places = {request.key: request.first - rows.start for request in requests}
+        places, at = {}, 0
+        for request in requests if isinstance(rows, torch.Tensor) else sorted(requests, key=_first):
+            places[request.key] = at
+            at += request.count
         sampled = [r for r in alone if r.options.samples]
         if sampled:
-            # In a step they are the same as in the last: no list of them is sent to the device.
-            are_all = len(requests) == len(self._requests)
-            at = self._sampled if are_all else self._index(places[r.key] for r in sampled)
-            tokens[at] = self._sample(scores[at], at + rows.start)
+            # In a step the same rows as in the last: no list of them is sent to the device.
+            everyone = isinstance(rows, slice)
+            chosen = self._groups[1] if everyone else self._index(r.first for r in sampled)
+            at = chosen if everyone else self._index(places[r.key] for r in sampled)
+            tokens[at] = self._sample(scores[at], chosen)
         ended = {}
         for request in requests:
             if request.strategy is None:
@@ -268,12 +275,6 @@ class Rows:
 
 def _first(request: _Request) -> int:
     return request.first
-
-
-def _settings(options: GenerationOptions, vocab_size: int) -> tuple[float, ...]:
-    """Temperature, 1 - top_p, repetition penalty and top_k."""
-    top_k = options.top_k or vocab_size
-    return options.temperature, 1 - options.top_p, options.repetition_penalty, top_k
 
 
 class Chosen:

@@ -91,7 +91,7 @@ class TorchSession(VisionSession):
 
     def halve_batch(self, size: int) -> int:
         if self._stages is not None:
-            self._stages.release()
+            self._stages.save_memory()
         return super().halve_batch(size)
 
     @torch.inference_mode()
@@ -118,12 +118,12 @@ def open_checkpoint_session(engine_dir: Path, _query_tokens: Path) -> TorchSessi
 class Stages:
     """pixel_values → image_embeds and image_embeds → query_output, as `VisionSession` has them.
 
-    `release` gives back what they keep for batch sizes.
+    `save_memory` gives back what they keep for batch sizes; from then on they keep less.
     """
 
     vit: Stage
     qformer: Stage
-    release: Callable[[], None] = lambda: None
+    save_memory: Callable[[], None] = lambda: None
 
 
 def float32_stages(
@@ -154,11 +154,11 @@ def gpu_stages(
     see = CudaVisionTransformer(vit) if CudaVisionTransformer.takes(vit) else vit
     stages = Graphs(see), Graphs(CudaQFormer(qformer, query_tokens))
 
-    def release() -> None:
+    def save_memory() -> None:
         for stage in stages:
-            stage.release()
+            stage.do_without()
 
-    return Stages(*stages, release)
+    return Stages(*stages, save_memory)
 
 
 def prepared_size(pictures: int) -> int:
@@ -174,11 +174,12 @@ def prepared_size(pictures: int) -> int:
 class _Prepared:
     """A function's buffers for one batch size, and its graph."""
 
-    def __init__(self, size: int, example: torch.Tensor, pool: object) -> None:
+    def __init__(self, size: int, example: torch.Tensor, graph: Graph | None) -> None:
+        """`graph` is None of a function that is launched each time."""
         # Rows that no picture fills are computed too: as zeros they are as good as any.
         self.input = example.new_zeros(size, *example.shape[1:])
         self.output: torch.Tensor | None = None
-        self._graph = Graph(pool)
+        self._graph = graph
 
     def run(self, function: Stage) -> None:
         """Have `output` computed of `input`."""
@@ -188,7 +189,10 @@ class _Prepared:
             with _tf32_products():
                 self.output = function(self.input)
 
-        self._graph(launch)
+        if self._graph is None:
+            launch()
+        else:
+            self._graph(launch)
 
 
 class Graphs:
@@ -198,7 +202,7 @@ class Graphs:
     """
 
     def __init__(self, function: Stage) -> None:
-        self._function = function
+        self._function, self._captures = function, True
         self.release()
 
     def release(self) -> None:
@@ -206,11 +210,17 @@ class Graphs:
         self._prepared: dict[int, _Prepared] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    def do_without(self) -> None:
+        """Forget them, and capture no more: where memory is short their own is the work's."""
+        self.release()
+        self._captures = False
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: at most MAX_BATCH_SIZE x …, of the same shape but for that each time."""
         size = prepared_size(len(x))
         if size not in self._prepared:
-            self._prepared[size] = _Prepared(size, x, self._pool)
+            graph = Graph(self._pool) if self._captures else None
+            self._prepared[size] = _Prepared(size, x, graph)
         prepared = self._prepared[size]
         prepared.input[: len(x)].copy_(x)
         prepared.run(self._function)
