@@ -12,7 +12,7 @@ class Blip2Error(Exception):
     """
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
-        super().__init__(problem, remedy)  # both, for pickle
+        super().__init__(problem, remedy)
         self.problem, self.remedy = problem, remedy
 
     def __str__(self) -> str:

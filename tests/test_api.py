@@ -20,6 +20,7 @@ import blip2
 from blip2.checkpoints import open_checkpoint
 from blip2.engine.request import pieces
 from blip2.images import Preprocessing, pixel_values
+from blip2.pipeline import Pipeline
 from blip2.prompts import load_tokenizer
 
 QUESTIONS = ["What colour is the circle?", ""]
@@ -174,6 +175,24 @@ def test_features_are_transformers(model, pictures):
     kept = features.query_output.clone()
     model.features(pictures[::-1])
     assert torch.equal(features.query_output, kept)
+
+
+def test_features_are_their_callers(model, pictures, monkeypatch):
+    """On a GPU the next look overwrites what this one made."""
+    made, look = [], Pipeline.look
+
+    def noting(*arguments):
+        made.append(look(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(Pipeline, "look", noting)
+    features = model.features(pictures[0])
+    kept = features.image_embeds.clone(), features.query_output.clone()
+    with torch.inference_mode():
+        made[0].image_embeds.zero_(), made[0].query_output.zero_()
+    assert torch.equal(features.image_embeds, kept[0])
+    assert torch.equal(features.query_output, kept[1])
+    assert kept[1].any()
 
 
 def test_every_kind_of_picture_is_the_same(model, tmp_path):
