@@ -5,7 +5,8 @@
 
 Answers never end by themselves here: each has as many tokens as it is asked for, all the same number,
 or, as captions have, 5 to 20 with a mean of 10. A fixed batch goes on to its longest. "In flight" are
-requests that wait or are answered; a new one comes when the oldest is over.
+requests that wait or are answered; a new one comes when the oldest is over. "A folder" are windows of
+64 pictures, decoded already, as `run.py --output` answers them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from bench.startup import random_checkpoint
 from blip2 import cli
-from blip2.engine import Engine
+from blip2.engine import Engine, Picture, Request
 from blip2.engines import Places
 from blip2.errors import Blip2Error
 from blip2.language import GenerationOptions
+from blip2.many import answering
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 
 TEXT = "Question: which city is this? Answer:"
@@ -86,10 +89,14 @@ class Bench:
             beside = fixed[min(count, 64)]
             line(f"{count} in flight, {TOKENS} tokens", rate, rate / beside)
         mean = statistics.mean(lengths)
-        rate = self.in_flight(128, lengths)
-        line(f"128 in flight, {mean:.1f} tokens", rate, rate / fixed[64])
+        for count in (128, 256):
+            rate = self.in_flight(count, lengths)
+            line(f"{count} in flight, {mean:.1f} tokens", rate, rate / fixed[64])
         print(f"first token of one alone        {self.first_token():>8.1f} ms")
         self.engine.close()
+        for name, tokens in ((f"{TOKENS}", [TOKENS] * 4096), (f"{mean:.1f}", lengths * 4)):
+            rate = self.folder(tokens)
+            line(f"a folder, {name} tokens", rate, rate / fixed[64])
 
     def fixed(self, count: int, tokens: int) -> float:
         """Captions a second."""
@@ -115,6 +122,26 @@ class Bench:
             request.answers()
         first, last = len(done) // 4, len(done) - 1
         return (last - first) / (done[last] - done[first])
+
+    def folder(self, lengths: Sequence[int]) -> float:
+        """Captions a second of whole blocks, behind one that warms up."""
+        coming = iter(lengths)
+
+        def request(picture: Picture, input_ids: torch.Tensor, options: GenerationOptions, *rest):
+            # Every picture of a run is asked alike: what ends an answer earlier is the answer.
+            options = dataclasses.replace(options, max_output_len=next(coming))
+            return Request(picture, input_ids, options, *rest)
+
+        size = len(self.values)
+        count = len(lengths) // size
+        windows = (answering.Window(n * size, size, self.values) for n in range(count))
+        done: list[float] = []
+        with mock.patch.object(answering, "Request", request):
+            arguments = (windows, [TEXT], self.options(TOKENS), size, Stopwatch())
+            for _ in answering.answer_in_rows(self.pipeline, *arguments):
+                done.append(time.perf_counter())
+        first = answering.block_of(self.pipeline, self.options(TOKENS)) - 1
+        return (count - 1 - first) * size / (done[-1] - done[first])
 
     def first_token(self) -> float:
         """Milliseconds from a submission to its first token, of an engine that has nothing to do."""

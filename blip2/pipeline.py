@@ -154,6 +154,15 @@ class Pipeline:
         wanted = 64 if self.vision.device.type == "cuda" else 16
         return min([wanted, *(limit for limit in limits if limit)])
 
+    @property
+    def default_rows(self) -> int:
+        """Answers under way at once, where each has a row: two batches on a GPU, else one.
+
+        While one half is answered the other's pictures are looked at in a full batch, and a step of
+        128 rows takes an H100 1.3x one of 64.
+        """
+        return self.default_batch_size * (2 if self.vision.device.type == "cuda" else 1)
+
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """input_ids of each text behind its picture's ids; an empty text asks for a caption."""
         count, vocab_size = self.vision.num_query_tokens, self.language.vocab_size

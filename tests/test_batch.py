@@ -297,6 +297,8 @@ class FakePipeline:
         device=torch.device("cpu"), dtype=torch.float32, preprocessing=Preprocessing(4, 4)
     )
 
+    language = SimpleNamespace(has_rows=False)
+
     def __init__(self) -> None:
         self.looks: list[int] = []
         self.asked: list[tuple[list[str], int]] = []

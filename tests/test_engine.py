@@ -56,9 +56,8 @@ def test_answers_are_those_given_alone(pipeline, values, alone, arrivals, rows):
         assert request.is_over
         if not is_cancelled:
             assert same(told(request), alone[key]), (key, told(request), alone[key])
-    assert engine._rows is None or engine._rows.used == 0
-    assert not engine._active
-    assert not engine._coming
+    assert engine._running.used == 0
+    assert not engine._is_busy
 
 
 def test_rows_are_not_lost_in_a_hundred_thousand_events(pipeline, values):
@@ -66,7 +65,7 @@ def test_rows_are_not_lost_in_a_hundred_thousand_events(pipeline, values):
     chance = random.Random(7)
     engine = stepped(pipeline, 16)
     rows = FakeRows(16, chance)
-    engine._rows = rows
+    engine._running.rows = rows
     picture = engine.picture(values[0])
     picture.query_output = torch.zeros(16, pipeline.language.hidden_size)
     options = [pipeline.options(how) for how in OPTIONS]
@@ -88,7 +87,7 @@ def test_rows_are_not_lost_in_a_hundred_thousand_events(pipeline, values):
     finish(engine)
     assert over > 10_000
     assert rows.used == 0
-    assert not engine._active
+    assert not engine._is_busy
 
 
 class FakeRows:
@@ -104,7 +103,7 @@ class FakeRows:
     def used(self) -> int:
         return sum(count for count, _ in self._left.values())
 
-    def fits(self, _admission) -> bool:
+    def fits(self, *_lengths) -> bool:
         return True
 
     def check(self) -> None:
@@ -146,7 +145,7 @@ class FakeChosen:
 def test_an_error_ends_its_request_alone(pipeline, values, alone, monkeypatch, has_rows):
     """A picture that yields NaN, beside others in the same look and the same steps."""
     if not has_rows:
-        monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
+        monkeypatch.setattr(NativeSession, "has_rows", False)
     engine = stepped(pipeline, 8)
     pictures = [engine.picture(picture) for picture in values]
     pictures[1] = engine.picture(torch.full_like(values[1], torch.nan))
@@ -158,7 +157,7 @@ def test_an_error_ends_its_request_alone(pipeline, values, alone, monkeypatch, h
         told(asked[1])
     with pytest.raises(Blip2Error, match="yields NaN or Inf"):
         list(asked[1].tokens())
-    assert not engine._rows or engine._rows.used == 0
+    assert engine._running.used == 0
 
 
 def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):
@@ -167,7 +166,7 @@ def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):
     asked = [submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(2)]
     engine.take_turn()
     with torch.inference_mode():
-        engine._rows._pool._keys[:, 1] = torch.nan
+        engine._running.rows._pool._keys[:, 1] = torch.nan
     finish(engine)
     assert same(told(asked[0]), alone[0, 0, 0])
     with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
@@ -193,10 +192,9 @@ def test_a_failed_step_ends_what_had_rows_and_nothing_else(pipeline, values, alo
     asked = [submit(engine, pipeline, pictures, (n, 0, 0)) for n in range(3)]
     engine.take_turn()
     with monkeypatch.context() as patch:
-        patch.setattr(engine._rows._pool, "step", lambda *_: 1 / 0)
+        patch.setattr(engine._running.rows._pool, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.take_turn()
-    engine._fail_all(ZeroDivisionError())  # what the thread does then
     for request in asked[:2]:
         with pytest.raises(ZeroDivisionError):
             told(request)
@@ -269,11 +267,13 @@ def test_an_admission_that_fails_leaves_no_rows_behind(pipeline, values, alone, 
     going_on = submit(engine, pipeline, pictures, (0, 0, 0))
     engine.take_turn()
     with monkeypatch.context() as patch:
-        target = (type(engine._rows._pool), "read") if place == "read" else (Rows, "_choose")
+        target = (
+            (type(engine._running.rows._pool), "read") if place == "read" else (Rows, "_choose")
+        )
         original = getattr(*target)
 
         def failing(*arguments):
-            if place == "read" or isinstance(arguments[2], torch.Tensor):  # not a step
+            if place == "read" or arguments[2].start > 0:  # not a step
                 raise RuntimeError("the first time")
             return original(*arguments)
 
@@ -288,7 +288,7 @@ def test_an_admission_that_fails_leaves_no_rows_behind(pipeline, values, alone, 
     finish(engine)
     assert same(told(going_on), alone[0, 0, 0])
     assert same(told(again), alone[2, 1, 6])
-    assert engine._rows.used == 0
+    assert engine._running.rows.used == 0
 
 
 def test_longer_requests_get_longer_rows_in_their_turn(pipeline, values, alone):
@@ -296,19 +296,19 @@ def test_longer_requests_get_longer_rows_in_their_turn(pipeline, values, alone):
     pictures = [engine.picture(picture) for picture in values]
     short = submit(engine, pipeline, pictures, (0, 0, 1))
     engine.take_turn()
-    first = engine._rows
+    first = engine._running.rows
     long = engine.submit(pictures[1], "", pipeline.options({"max_output_len": 90}))
     behind = submit(engine, pipeline, pictures, (2, 0, 0))
-    assert not first.fits(engine_module._admission(long))
+    assert not engine._running.fits(long.input_ids, long.options)
     finish(engine)
-    assert engine._rows is not first
+    assert engine._running.rows is not first
     assert same(told(short), alone[0, 0, 1])
     assert told(long)[0][0] == alone[1, 0, 0][0][0]
     assert same(told(behind), alone[2, 0, 0])
 
 
 def test_a_session_without_rows_answers_in_batches(pipeline, values, alone, monkeypatch):
-    monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
+    monkeypatch.setattr(NativeSession, "has_rows", False)
     sizes, generate = [], NativeSession.generate
 
     def counted(session, input_ids, table, options):
@@ -326,7 +326,7 @@ def test_a_session_without_rows_answers_in_batches(pipeline, values, alone, monk
 
 
 def test_one_of_a_batch_that_fails_fails_alone(pipeline, values, alone, monkeypatch):
-    monkeypatch.setattr(NativeSession, "open_rows", lambda *_: None)
+    monkeypatch.setattr(NativeSession, "has_rows", False)
     generate = NativeSession.generate
 
     def picky(session, input_ids, table, options):

@@ -77,7 +77,7 @@ def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
                 break
             free -= admission.options.num_beams
             key += 1
-            assert rows.fits(admission)
+            assert rows.fits(len(admission.input_ids), admission.options.max_output_len)
             expected[admission.key] = alone(model, admission)
             running[admission.key] = (admission, [])
             batch.append(admission)

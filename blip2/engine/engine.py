@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -25,12 +26,17 @@ import torch
 
 from blip2 import memory
 from blip2.engine.request import Picture, Request
+from blip2.engine.running import Running, explained
 from blip2.errors import Blip2Error
-from blip2.language import Generation, GenerationOptions
-from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows
-from blip2.pipeline import Answer, Pipeline, Stopwatch
+from blip2.language import GenerationOptions
+from blip2.pipeline import Pipeline
 
-_PATIENCE = 0.03  # seconds that a request waits for others to be looked at with, if there are rows
+# Seconds. A group of requests is looked at and read while those under way wait, for 5 ms on an H100
+# and 1.5 ms for each of them: so they are gathered, as long as …
+_PATIENCE = 0.03  # one that would find a row has waited, or …
+_LONG_PATIENCE = 0.2  # none was begun, where more wait than find rows
+_SILENCE = 0.001  # nobody came, of those that may ask again as all answers ended at once, or …
+_AGAIN = 0.005  # they have had
 _REMEMBERED = 1024  # prompts whose ids are kept
 
 
@@ -45,12 +51,10 @@ class Engine:
             max_rows: answers at once; None is what suits the engines.
         """
         self._pipeline = pipeline
-        self._max_rows = max_rows or pipeline.default_batch_size
-        self._rows: Rows | None = None
-        self._active: dict[int, Request] = {}
-        self._leaving: list[int] = []  # those whose rows are to be taken back
+        self._running = Running(pipeline, max_rows or pipeline.default_rows)
+        self._begun_at = 0.0  # when requests were last begun
+        self._expected, self._until = 0, 0.0  # requests that may come at once, and till when
         self._prompts: dict[tuple[str, GenerationOptions], torch.Tensor] = {}
-        self._coming: collections.deque[Chosen] = collections.deque()
         self._waiting: collections.deque[Request] = collections.deque()
         self._arrivals: list[Request] = []
         self._calls: list[tuple[Callable[[], Any], Future]] = []
@@ -88,9 +92,10 @@ class Engine:
         """Of a prompt, once it is clear that the engine can take it: most ask the same again."""
         key = (text, dataclasses.replace(options, seed=0))
         if (input_ids := self._prompts.get(key)) is None:
-            if options.num_beams > self._max_rows:
+            if options.num_beams > self._running.max_rows:
                 raise Blip2Error(
-                    f"`num_beams` is {options.num_beams}, this engine has {self._max_rows} rows",
+                    f"`num_beams` is {options.num_beams}, this engine has"
+                    f" {self._running.max_rows} rows",
                     "lower it",
                 )
             self._pipeline.check([text], options)
@@ -131,8 +136,7 @@ class Engine:
             torch.cuda.set_device(device)
         while True:
             with self._changed:
-                while not (self._arrivals or self._calls or self._is_busy or self._is_closed):
-                    self._changed.wait()
+                self._wait_for_work()
                 if self._is_closed:
                     break
                 self._waiting.extend(self._arrivals)
@@ -143,45 +147,43 @@ class Engine:
             try:
                 self._turn()
             except BaseException as error:
-                self._fail_all(error)
+                self._running.fail_all(error)
         closed = Blip2Error("the engine was closed", "load the model again")
         self._waiting.extend(self._arrivals)
         for request in self._waiting:
             request.fail(closed)
-        self._fail_all(closed)
+        self._running.fail_all(closed)
         for _, future in self._calls:
             future.set_exception(closed)
 
+    def _wait_for_work(self) -> None:
+        """Until there is something to do; called with the lock held."""
+        while not (self._is_closed or self._calls or self._running.is_busy):
+            come = len(self._arrivals) + len(self._waiting)
+            if not come:
+                self._changed.wait()
+                continue
+            is_late = time.monotonic() >= self._until
+            if come >= self._expected or is_late or not self._changed.wait(_SILENCE):
+                return
+
     @property
     def _is_busy(self) -> bool:
-        return bool(self._waiting or self._active or self._coming)
-
-    def _fail_all(self, error: BaseException) -> None:
-        """End what has rows: nobody knows what is in them now."""
-        for request in self._active.values():
-            request.fail(_explained(error))
-        self._active.clear()
-        self._coming.clear()
-        self._leaving.clear()
-        self._rows = None
-        memory.release()
+        return bool(self._waiting or self._running.is_busy)
 
     def _turn(self) -> None:
+        running = self._running
         self._drop_cancelled()
-        self._let_go()
+        running.let_go()
         if self._waiting:
             self._begin()
-            self._let_go()
-        if self._rows is not None and self._rows.used:
-            self._note(self._rows.step())
-        ahead = 1 if self._rows is not None and self._rows.used else 0
-        while len(self._coming) > ahead:
-            self._deliver(self._coming.popleft())
+        active = len(running.requests)
+        running.turn()
+        if active and not running.is_busy:
+            self._expected, self._until = active, time.monotonic() + _AGAIN
 
     def _drop_cancelled(self) -> None:
-        for request in [r for r in self._active.values() if r.is_cancelled]:
-            self._end_rows(request)
-            request.finish(finished=False)
+        self._running.drop(lambda request: request.is_cancelled)
         if any(request.is_cancelled for request in self._waiting):
             for request in self._waiting:
                 if request.is_cancelled:
@@ -190,123 +192,43 @@ class Engine:
 
     def _begin(self) -> None:
         """Look at pictures and read prompts, as many as there are rows for."""
-        first = self._waiting[0]
-        if self._rows is None or not (self._rows.used or self._rows.fits(_admission(first))):
-            self._rows = None  # its memory first
+        running, first = self._running, self._waiting[0]
+        if not running.used:
             try:
-                self._rows = self._pipeline.language.open_rows(
-                    self._max_rows, len(first.input_ids), first.options.max_output_len
-                )
+                has_rows = running.open_for(first.input_ids, first.options)
             except Exception as error:
-                self._waiting.popleft().fail(_explained(error))
+                self._waiting.popleft().fail(explained(error))
                 return
-            if self._rows is None:
+            if not has_rows:
                 self._answer_batch()
                 return
-        free = self._rows.capacity - self._rows.used
-        if self._rows.used and not self._is_due(free):
+        elif not self._is_due():
             return
+        free = running.free
         begun: list[Request] = []
         while self._waiting and len(begun) < self._pipeline.default_batch_size:
             request = self._waiting[0]
-            if request.options.num_beams > free or not self._rows.fits(_admission(request)):
+            if request.options.num_beams > free or not running.fits(
+                request.input_ids, request.options
+            ):
                 break  # in order: who is large waits for room, not for ever
             free -= request.options.num_beams
             begun.append(self._waiting.popleft())
-        if begun := self._look(begun):
-            self._admit(begun)
+        if begun:
+            running.admit(running.look(begun))
+            self._begun_at = time.monotonic()
 
-    def _is_due(self, free: int) -> bool:
-        """Whether to look and read now, which those under way have to wait for.
-
-        Half of the rows at a time: fewer cost hardly less. Who would find a row does not wait long.
-        """
-        together = max(1, self._rows.capacity // 2)
-        if len(self._waiting) > free:
-            return free >= together
-        waited = time.monotonic() - self._waiting[0].arrived
-        return len(self._waiting) >= together or waited > _PATIENCE
-
-    def _look(self, requests: list[Request]) -> list[Request]:
-        """Look at their pictures; those are returned whose pictures could be looked at."""
-        pictures = {id(r.picture): r.picture for r in requests if r.picture.query_output is None}
-        try:
-            if pictures:
-                values = torch.stack([p.pixel_values for p in pictures.values()])
-                look = self._pipeline.look(values, Stopwatch())
-                self._pipeline.check_files()
-                # Whether it is finite nobody waits for: if not, OPT's logits will not be either.
-                for picture, row in zip(pictures.values(), look.query_output.clone(), strict=True):
-                    picture.query_output, picture.pixel_values = row, None
-        except Exception as error:
-            for request in requests:
-                request.fail(_explained(error))
-            return []
-        return requests
-
-    def _admit(self, requests: list[Request]) -> None:
-        try:
-            chosen = self._rows.admit([_admission(request) for request in requests])
-        except Exception as error:
-            # Nobody has got rows yet. One alone may find room, or is the one at fault.
-            if len(requests) == 1:
-                requests[0].fail(_explained(error))
-                return
-            memory.release()
-            for half in (requests[: len(requests) // 2], requests[len(requests) // 2 :]):
-                self._admit(half)
-            return
-        for request in requests:
-            self._active[request.key] = request
-        self._note(chosen)
-
-    def _note(self, chosen: Chosen) -> None:
-        """Count the tokens that are under way; a request that gets no more leaves its rows."""
-        self._coming.append(chosen)
-        for key in chosen.keys:
-            request = self._active[key]
-            request.scheduled += 1
-            if request.scheduled == request.options.max_output_len:
-                chosen.last.add(key)
-                self._leaving.append(key)
-
-    def _deliver(self, chosen: Chosen) -> None:
-        for key, token, has_ended in chosen.read():
-            request = self._active.get(key)
-            if request is None:  # ended a step ago
-                continue
-            if token == NOT_FINITE:
-                self._end_rows(request)
-                request.fail(self._not_finite(request))
-            elif token == BEAMS:
-                if has_ended or key in chosen.last:
-                    self._end_rows(request)
-                    self._finish(request, chosen.result(key))
-            elif token == request.options.end_id:
-                self._end_rows(request)
-                request.finish()
-            else:
-                request.say(token)
-                if request.said == request.options.max_output_len:
-                    self._end_rows(request)
-                    request.finish(finished=False)
-
-    def _end_rows(self, request: Request) -> None:
-        self._active.pop(request.key, None)
-        self._leaving.append(request.key)
-
-    def _let_go(self) -> None:
-        """Take back the rows of those that have ended, all at once."""
-        if self._leaving:
-            self._rows.release(self._leaving)
-            self._leaving.clear()
-
-    def _not_finite(self, request: Request) -> Blip2Error:
-        if torch.isfinite(request.picture.query_output).all():
-            return Blip2Error(
-                "the OPT yields NaN or Inf", "make its checkpoint again from the original"
-            )
-        return self._pipeline.not_finite("ViT or Q-Former")
+    def _is_due(self) -> bool:
+        """Whether to look and read now, which those under way have to wait for."""
+        batch = min(self._pipeline.default_batch_size, max(1, self._running.rows.capacity // 2))
+        first, now = self._waiting[0], time.monotonic()
+        waiting = sum(r.options.num_beams for r in itertools.islice(self._waiting, batch))
+        free = self._running.free
+        if waiting >= batch:
+            is_due = free >= batch
+        else:
+            is_due = free >= waiting and now - first.arrived > _PATIENCE
+        return is_due or now - self._begun_at > _LONG_PATIENCE
 
     def _answer_batch(self) -> None:
         """For a session without rows: those that wait with the same options, to their end."""
@@ -315,10 +237,10 @@ class Engine:
         batch = batch[: self._pipeline.default_batch_size]
         taken = {request.key for request in batch}
         self._waiting = collections.deque(r for r in self._waiting if r.key not in taken)
-        self._look(batch)
+        self._running.look(batch)
         for request in batch:  # such an engine may not notice
             if not request.is_over and not torch.isfinite(request.picture.query_output).all():
-                request.fail(self._not_finite(request))
+                request.fail(self._running.not_finite(request))
         if batch := [request for request in batch if not request.is_over]:
             self._generate(batch, options)
 
@@ -331,41 +253,20 @@ class Engine:
             generations = language.generate([r.input_ids for r in batch], tables, options)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].fail(_explained(error))
+                batch[0].fail(explained(error))
                 return
             memory.release()
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 self._generate(half, options)
             return
         for request, generation in zip(batch, generations, strict=True):
-            self._finish(request, generation)
-
-    def _finish(self, request: Request, generation: Generation) -> None:
-        """End a request whose beams are known all at once."""
-        decode = self._pipeline.tokenizer.decode
-        for token in generation.beams[0].token_ids:
-            request.say(token)
-        request.finish([Answer(decode(b.token_ids), b.score, b.finished) for b in generation.beams])
-
-
-def _admission(request: Request) -> Admission:
-    table = request.picture.query_output
-    return Admission(request.key, request.input_ids, table, request.options, request.number)
+            self._running.finish(request, generation)
 
 
 def _shared(request: Request) -> tuple[GenerationOptions, int | None]:
     """What requests of a batch have in common; those that sample are asked alone."""
     alone = request.key if request.options.samples else None
     return dataclasses.replace(request.options, seed=0), alone
-
-
-def _explained(error: BaseException) -> BaseException:
-    """The error, as a sentence where memory has run out."""
-    kind = None if isinstance(error, Blip2Error) else memory.exhausted(error)
-    if kind is None:
-        return error
-    advice = "lower `max_output_len` or `num_beams`, or free some memory"
-    return memory.OutOfMemory(f"not enough {kind} memory for this request", advice)
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

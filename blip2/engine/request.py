@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 import threading
@@ -16,13 +17,17 @@ from blip2.pipeline import Answer
 _keys = itertools.count()  # no two requests have one, as they may have an address
 
 
+@dataclasses.dataclass(eq=False)
 class Picture:
-    """Something to ask about, looked at once however many ask, and when the first of them is due."""
+    """Something to ask about, looked at once however many ask, and when the first of them is due.
 
-    def __init__(self, pixel_values: torch.Tensor) -> None:
-        """pixel_values: 3 x S x S."""
-        self.pixel_values: torch.Tensor | None = pixel_values  # until it was looked at
-        self.query_output: torch.Tensor | None = None  # n x H_lm, once it was looked at
+    Attributes:
+        pixel_values: 3 x S x S, until it was looked at.
+        query_output: n x H_lm, once it was.
+    """
+
+    pixel_values: torch.Tensor | None
+    query_output: torch.Tensor | None = None
 
 
 class Request:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.decoding import Sampling, Strategy, uniforms
 from blip2.language.session import Generation, GenerationOptions
 
@@ -61,6 +62,16 @@ class _Request:
     def count(self) -> int:
         return self.options.num_beams
 
+    @property
+    def samples(self) -> bool:
+        """Whether its tokens are drawn here: what a beam search does is its strategy's."""
+        return self.strategy is None and self.options.samples
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether its scores are, for what they repeat; as above."""
+        return self.strategy is None and self.options.repetition_penalty != 1
+
 
 class Rows:
     """The rows of a model's cache, and who has them. Not for several threads."""
@@ -89,12 +100,11 @@ class Rows:
         # What the next token of a row is chosen by, and that token.
         self._tokens = state(dtype=torch.int64)
         self._steps = state(dtype=torch.int64)
-        # Temperature, 1 - top_p, repetition penalty and top_k.
         self._settings = state(4, dtype=torch.float64)
         self._uniforms = state(max_new, dtype=torch.float64)
         self._seen: torch.Tensor | None = None  # rows x vocab_size, made when a penalty asks for it
         self._states = [self._tokens, self._steps, self._settings, self._uniforms]
-        self._groups: tuple[list[_Request], torch.Tensor | None] = ([], None)
+        self._sampled: torch.Tensor | None = None  # rows whose tokens are drawn
 
     @property
     def used(self) -> int:
@@ -106,10 +116,28 @@ class Rows:
         """The requests that have rows."""
         return list(self._requests)
 
-    def fits(self, admission: Admission) -> bool:
-        """Whether a request's tokens fit into a row, however many are free."""
-        longest = len(admission.input_ids) + admission.options.max_output_len
-        return longest <= self.max_len and admission.options.max_output_len <= self.max_new
+    def fits(self, prompt_len: int, max_output_len: int) -> bool:
+        """Whether a prompt and its answer fit into a row, however many are free."""
+        return prompt_len + max_output_len <= self.max_len and max_output_len <= self.max_new
+
+    def prepare(self, prompt_len: int, table_rows: int, prompts: int) -> None:
+        """Have what so many prompts and the steps of so many rows need compiled, if anything does.
+
+        Nobody may have rows.
+        """
+        if not self._model.has_kernels:
+            return
+        prompts = min(prompts, self.capacity)
+        ids = torch.zeros(prompts, prompt_len, dtype=torch.int64, device=self._device)
+        lengths = torch.full((prompts,), prompt_len, device=self._device)
+        tables = torch.zeros(
+            prompts, table_rows, self._model.config.hidden_size, device=self._device
+        )
+        with torch.inference_mode(), compile_ahead():
+            self._pool.read(ids, lengths, tables, [(row, 1) for row in range(prompts)])
+            for count in sorted({prepared_rows(rows) for rows in range(1, prompts + 1)}):
+                self._pool.step(self._tokens[: min(count, self.capacity)], count)
+            self._pool.forget(0)
 
     def admit(self, admissions: Sequence[Admission]) -> Chosen:
         """Read prompts into free rows; there have to be enough. Returns their first tokens.
@@ -117,18 +145,22 @@ class Rows:
         Where that fails nobody has got rows.
         """
         with torch.inference_mode(), self._model.computing():
-            lengths = torch.tensor([len(a.input_ids) for a in admissions], device=self._device)
+            lengths = torch.tensor([len(a.input_ids) for a in admissions])
             ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
+            lengths_and_ids = self._copied(torch.cat([lengths[:, None], ids], dim=1))
+            lengths, ids = lengths_and_ids[:, 0], lengths_and_ids[:, 1:]
             tables = torch.stack([a.table for a in admissions]).to(self._device)
+            rows = slice(self.used, self.used + sum(a.options.num_beams for a in admissions))
             begun = [self._begin(admission) for admission in admissions]
-            rows = [row for r in begun for row in range(r.first, r.first + r.count)]
-            spread = [n for n, r in enumerate(begun) for _ in range(r.count)]
             try:
                 places = [(request.first, request.count) for request in begun]
-                logits = self._pool.read(ids.to(self._device), lengths, tables, places)
-                self._set(begun, admissions)
+                logits = self._pool.read(ids, lengths, tables, places)
+                self._set(rows, begun, admissions)
                 self._regroup()
-                return self._choose(begun, self._index(rows), logits[spread])
+                if rows.stop - rows.start > len(begun):  # all beams of a request begin alike
+                    prompts = (n for n, request in enumerate(begun) for _ in range(request.count))
+                    logits = logits[self._index(prompts)]
+                return self._choose(begun, rows, logits)
             except BaseException:
                 self.release([request.key for request in begun])
                 raise
@@ -174,31 +206,28 @@ class Rows:
         self._requests[admission.key] = request
         return request
 
-    def _set(self, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
-        """Fill in the states of new rows, all at once: each is a launch."""
-        alone = [(r, a) for r, a in zip(begun, admissions, strict=True) if r.strategy is None]
-        if not alone:
-            return
-        rows = self._index(request.first for request, _ in alone)
-        settings = [
-            (o.temperature, 1 - o.top_p, o.repetition_penalty, o.top_k or self._vocab_size)
-            for o in (request.options for request, _ in alone)
-        ]
-        self._settings[rows] = torch.tensor(settings, dtype=torch.float64, device=self._device)
+    def _set(self, rows: slice, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
+        """Fill in the states of new rows, all at once: each is a copy."""
+        settings = [s for r in begun for s in [_settings(r.options, self._vocab_size)] * r.count]
+        self._settings[rows] = self._copied(torch.tensor(settings, dtype=torch.float64))
         self._steps[rows] = 0
-        for request, admission in alone:
-            options, row = request.options, request.first
-            if options.samples:
-                drawn = uniforms(options.seed, admission.number, options.max_output_len)
-                self._uniforms[row, : len(drawn)] = drawn.to(self._device)
-            if options.repetition_penalty != 1:
+        if any(request.samples for request in begun):
+            drawn = torch.zeros(len(settings), self.max_new, dtype=torch.float64)
+            for request, admission in zip(begun, admissions, strict=True):
+                if request.samples:
+                    seed, length = request.options.seed, request.options.max_output_len
+                    numbers = uniforms(seed, admission.number, length)
+                    drawn[request.first - rows.start, :length] = numbers
+            self._uniforms[rows] = self._copied(drawn)
+        for request, admission in zip(begun, admissions, strict=True):
+            if request.is_penalised:
                 if self._seen is None:
                     shape = (self.capacity, self._vocab_size)
                     self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
                     self._states.append(self._seen)
                 words = admission.input_ids[admission.input_ids < self._vocab_size].long()
-                self._seen[row] = False
-                self._seen[row, words.to(self._device)] = True
+                self._seen[request.first] = False
+                self._seen[request.first, self._copied(words)] = True
 
     def _move(self, request: _Request, first: int) -> None:
         for offset in range(request.count):  # upwards: of overlapping rows none is lost
@@ -208,37 +237,27 @@ class Rows:
         request.first = first
 
     def _regroup(self) -> None:
-        """Note which rows are chosen for otherwise than by the likeliest token."""
-        searching = [r for r in self._requests.values() if r.strategy is not None]
-        sampled = [
-            r.first for r in self._requests.values() if r.strategy is None and r.options.samples
-        ]
-        rows = torch.tensor(sampled, device=self._device) if sampled else None
-        self._groups = searching, rows
+        """Note whose tokens are drawn."""
+        sampled = [request.first for request in self._requests.values() if request.samples]
+        self._sampled = self._index(sampled) if sampled else None
 
-    def _choose(
-        self, requests: Sequence[_Request], rows: torch.Tensor | slice, logits: torch.Tensor
-    ) -> Chosen:
-        """Choose the next tokens of some rows, of their logits."""
+    def _choose(self, requests: Sequence[_Request], rows: slice, logits: torch.Tensor) -> Chosen:
+        """Choose the next tokens of the rows that some requests have, of their logits."""
         finite = torch.isfinite(logits.float().sum(dim=1))
         scores = logits
-        alone = [r for r in requests if r.strategy is None]
-        if any(r.options.repetition_penalty != 1 for r in alone):
+        is_penalised = any(request.is_penalised for request in requests)
+        if is_penalised:
             penalty, seen = self._settings[rows, 2, None].float(), self._seen[rows]
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, lowered, scores)
         tokens = scores.argmax(dim=-1)
-        places, at = {}, 0
-        for request in requests if isinstance(rows, torch.Tensor) else sorted(requests, key=_first):
-            places[request.key] = at
-            at += request.count
-        sampled = [r for r in alone if r.options.samples]
+        places = {request.key: request.first - rows.start for request in requests}
+        sampled = [request for request in requests if request.samples]
         if sampled:
-            # In a step the same rows as in the last: no list of them is sent to the device.
-            everyone = isinstance(rows, slice)
-            chosen = self._groups[1] if everyone else self._index(r.first for r in sampled)
-            at = chosen if everyone else self._index(places[r.key] for r in sampled)
-            tokens[at] = self._sample(scores[at], chosen)
+            # In a step they are the same as in the last: no list of them is sent to the device.
+            are_all = len(requests) == len(self._requests)
+            at = self._sampled if are_all else self._index(places[r.key] for r in sampled)
+            tokens[at] = self._sample(scores[at], at + rows.start)
         ended = {}
         for request in requests:
             if request.strategy is None:
@@ -251,7 +270,7 @@ class Rows:
             ended[request.key] = request.strategy.ended()
         self._tokens[rows] = tokens
         self._steps[rows] += 1
-        if any(r.options.repetition_penalty != 1 for r in alone):
+        if is_penalised:
             self._seen[rows] = self._seen[rows].scatter(1, tokens[:, None], True)
         return Chosen(
             [(r.key, places[r.key], r.count) for r in requests],
@@ -261,7 +280,13 @@ class Rows:
         )
 
     def _index(self, numbers: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(numbers), device=self._device)
+        return self._copied(torch.tensor(list(numbers)))
+
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The host's tensor on the device. From pageable memory a copy waits for all queued there."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _sample(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         settings = self._settings[rows]
@@ -275,6 +300,12 @@ class Rows:
 
 def _first(request: _Request) -> int:
     return request.first
+
+
+def _settings(options: GenerationOptions, vocab_size: int) -> tuple[float, ...]:
+    """Temperature, 1 - top_p, repetition penalty and top_k."""
+    top_k = options.top_k or vocab_size
+    return options.temperature, 1 - options.top_p, options.repetition_penalty, top_k
 
 
 class Chosen:

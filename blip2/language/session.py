@@ -105,7 +105,7 @@ class LanguageSession(abc.ABC):
     An engine split over several GPUs has one process a GPU. Each opens the session; then
     `takes_requests` says whether this process has to call `generate` too, or only lends its GPU to
     what rank 0 asks, `is_leader` which one of them has the answers to show, and `is_in_step` whether
-    all of them must call it alike.
+    all of them must call it alike. `has_rows` says whether requests can come and go between steps.
     """
 
     device: torch.device
@@ -115,6 +115,7 @@ class LanguageSession(abc.ABC):
     takes_requests: bool = True
     is_leader: bool = True
     is_in_step: bool = False
+    has_rows: bool = False
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -185,20 +186,15 @@ class LanguageSession(abc.ABC):
             generations += self._generate(input_ids[batch], prompt_table[batch], options, start)
         return generations
 
-    def open_rows(
-        self,
-        capacity: int,  # noqa: ARG002 - those that have rows use it
-        prompt_len: int,  # noqa: ARG002
-        max_output_len: int,  # noqa: ARG002
-    ) -> Rows | None:
-        """Rows that requests take and leave between steps; None of an engine that has none.
+    def open_rows(self, capacity: int, prompt_len: int, max_output_len: int) -> Rows:
+        """Rows that requests take and leave between steps, of an engine that has some.
 
         Args:
             capacity: rows, at most; fewer where memory does not suffice.
             prompt_len: input_ids of a request that they have to hold, and
             max_output_len: its new tokens.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} has no rows")
 
     @abc.abstractmethod
     def _generate(

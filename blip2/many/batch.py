@@ -7,8 +7,9 @@
 `workers` are this process (`LocalWorkers`) or the machines of a Ray cluster (`blip2.many.cluster`).
 
 Batches are windows of the input: batch k holds pictures k * size … (k + 1) * size - 1 of it, those
-that cannot be read left out. So a run that goes on, or has many workers, computes the batches that
-an uninterrupted one would, and gives the same answers, sampled ones too.
+that cannot be read left out. Where OPT has rows, answers of several are under way at the same time,
+but for the ends of blocks of windows: a run that goes on begins with a block. So it, and one that has
+many workers, computes what an uninterrupted one would, and gives the same answers, sampled ones too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
-from blip2.many import inputs
+from blip2.many import answering, inputs
 from blip2.many.decoders import Decoders
 from blip2.many.inputs import Picture
 from blip2.many.journal import Journal, StandardOutput
@@ -51,12 +52,16 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run must know of the engines, wherever they are: `prompts` are token ids."""
+    """What a run must know of the engines, wherever they are: `prompts` are token ids.
+
+    `block` is the number of windows after which nothing is under way.
+    """
 
     prompts: list[list[int]]
     options: GenerationOptions
     preprocessing: Preprocessing
     batch_size: int
+    block: int = 1
 
     @classmethod
     def of(
@@ -77,6 +82,7 @@ class Facts:
             options,
             pipeline.vision.preprocessing,
             pipeline.default_batch_size,
+            answering.block_of(pipeline, options),
         )
 
 
@@ -108,6 +114,7 @@ class Work:
         preprocessing: what the engines' ViT takes.
         options: how to decode; of a sampling, `seed` is the first of a series.
         only: places in the input of the pictures to look at; None is all from `start` on.
+        block: windows after which nothing is under way; `start` is where such a block begins.
     """
 
     entries: Sequence[str]
@@ -117,6 +124,7 @@ class Work:
     questions: Sequence[Question]
     options: GenerationOptions
     only: frozenset[int] | None = None
+    block: int = 1
 
     def batches(self) -> Iterator[Batch]:
         """The batches from `start` on, not decoded; of those with none of `only`, nothing."""
@@ -226,13 +234,18 @@ def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> di
     }
 
 
-def find_start(entries: Sequence[str], journal: Journal | StandardOutput, batch_size: int) -> Start:
-    """Where the batch begins that holds the first picture which is not in the journal.
+def find_start(entries: Sequence[str], journal: Journal | StandardOutput, size: int) -> Start:
+    """Where the block begins that holds the first picture which is not in the journal.
+
+    Args:
+        entries: of the input.
+        journal: what was done so far.
+        size: pictures of a block.
 
     Raises:
         Blip2Error: the input is another than that of the journal's pictures.
     """
-    position, number, names = journal.done // batch_size * batch_size, 0, journal.names()
+    position, number, names = journal.done // size * size, 0, journal.names()
     start = Start()
     for index, entry in enumerate(entries):
         for skip, picture in enumerate(inputs.read_pictures([entry])):
@@ -288,7 +301,7 @@ def record(
     watch = Stopwatch()
     with _progress_bar(total, done) as bar:
         for answered in answers:
-            # The first batch may be one that a killed run wrote in part.
+            # The first block may be one that a killed run wrote in part.
             new = answered.lines[max(0, journal.done - answered.position) :]
             with watch.time("write"):
                 journal.append(list(itertools.chain.from_iterable(new)))
@@ -304,7 +317,7 @@ def record(
 def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
     """Answer the pictures again of which the journal has an error; nothing else in it changes.
 
-    A batch is what failed of one window, whatever a run that was killed had answered of it.
+    Answered is what failed of a block, whatever a run that was killed had answered of it.
 
     Args:
         workers: who answers.
@@ -322,7 +335,7 @@ def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
     with journal.retrying() as retry:
         waiting = [number for number in retry.failed if number >= retry.done]
         if waiting:
-            begins = waiting[0] // size * size
+            begins = waiting[0] // (size * work.block) * size * work.block
             only = frozenset(number for number in retry.failed if number >= begins)
             work = dataclasses.replace(work, start=Start(), only=only)
             with (
@@ -366,21 +379,22 @@ class LocalWorkers:
         decoded = zip(
             work.positions(), self._decoders.decode(batches, work.preprocessing), strict=False
         )
-        prompts = [question.prompt for question in work.questions]
-        self._pipeline.prepare(prompts[:1] * work.batch_size, work.options)
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
-        try:
+        watch = Stopwatch()
+
+        def batches() -> Iterator[tuple[Batch, torch.Tensor]]:
             coming = ahead.submit(self._next_batch, decoded)
             while True:
-                watch = Stopwatch()
                 with watch.time(WAIT):
                     batch, values = coming.result()
                 if not batch.pictures:
                     return
                 coming = ahead.submit(self._next_batch, decoded)
-                questions, options = work.questions, work.options
-                yield answer_batch(self._pipeline, batch, values, questions, options, watch)
+                yield batch, values
+
+        try:
+            yield from answer_batches(self._pipeline, batches(), work, watch)
         finally:
             # Not waited for: it may wait for a picture, until the decoders end.
             ahead.shutdown(wait=False, cancel_futures=True)
@@ -409,55 +423,46 @@ def stack_pictures(batch: Batch, vision: VisionSession) -> torch.Tensor:
     return stacked
 
 
-def answer_batch(
+def answer_batches(
     pipeline: Pipeline,
-    batch: Batch,
-    pixel_values: torch.Tensor,
-    questions: Sequence[Question],
-    options: GenerationOptions,
+    batches: Iterable[tuple[Batch, torch.Tensor]],
+    work: Work,
     watch: Stopwatch,
-) -> Answered:
-    """Ask every question of every picture of a decoded batch; the stages are added to `watch`.
+) -> Iterator[Answered]:
+    """Ask every question of every picture of decoded batches, in order.
 
-    `pixel_values` is what `stack_pictures` makes of it.
+    Args:
+        pipeline: the engines.
+        batches: of some blocks of the input, each with what `stack_pictures` makes of it.
+        work: the run's.
+        watch: has the seconds since the batch before was answered.
 
     Raises:
-        Blip2Error: the engines cannot take a question.
+        Blip2Error: the engines cannot take a question, or yield NaN or Inf.
     """
-    outcomes = _outcomes(pipeline, batch, pixel_values, questions, options, watch)
-    lines = [
-        _lines(picture, outcome, questions)
-        for picture, outcome in zip(batch.pictures, outcomes, strict=True)
-    ]
-    return Answered(batch.position, lines, watch.seconds)
+    prompts, options = [question.prompt for question in work.questions], work.options
+    answer = answering.answer_in_rows
+    if not answering.has_rows(pipeline, options):
+        answer = answering.answer_in_batches
+    taken: collections.deque[Batch] = collections.deque()
 
+    def windows() -> Iterator[answering.Window]:
+        for batch, values in batches:
+            taken.append(batch)
+            yield answering.Window(batch.position, len(batch.decoded), values)
 
-def _outcomes(
-    pipeline: Pipeline,
-    batch: Batch,
-    pixel_values: torch.Tensor,
-    questions: Sequence[Question],
-    options: GenerationOptions,
-    watch: Stopwatch,
-) -> list[list[list[Answer]] | str]:
-    """For each picture its answers, question by question, beams best first; or what is wrong."""
-    if not len(pixel_values):
-        return list(batch.decoded)
-    look = pipeline.look(pixel_values, watch)
-    asked = []
-    for number, question in enumerate(questions):
-        # The seed counts requests over: equal draws in every batch would make them alike.
-        seed = options.seed + batch.position * len(questions) + number * len(batch.decoded)
-        with watch.time("OPT"):
-            asked.append(
-                pipeline.ask(
-                    look,
-                    [question.prompt] * len(pixel_values),
-                    dataclasses.replace(options, seed=seed),
-                )
-            )
-    of_picture = (list(answers) for answers in zip(*asked, strict=True))
-    return [outcome if isinstance(outcome, str) else next(of_picture) for outcome in batch.decoded]
+    for asked in answer(pipeline, windows(), prompts, options, work.batch_size, watch):
+        batch, answers = taken.popleft(), zip(*asked, strict=True)
+        outcomes = [
+            outcome if isinstance(outcome, str) else list(next(answers))
+            for outcome in batch.decoded
+        ]
+        lines = [
+            _lines(picture, outcome, work.questions)
+            for picture, outcome in zip(batch.pictures, outcomes, strict=True)
+        ]
+        seconds, watch.seconds = watch.seconds, {}
+        yield Answered(batch.position, lines, seconds)
 
 
 def _lines(

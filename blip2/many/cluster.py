@@ -40,8 +40,9 @@ from blip2.many.batch import (
     Batch,
     Facts,
     Question,
+    Start,
     Work,
-    answer_batch,
+    answer_batches,
     stack_pictures,
 )
 from blip2.many.decoders import decode_picture
@@ -318,9 +319,9 @@ class _Answerer:
             if isinstance(self._opened, Blip2Error):
                 raise self._opened
             values = stack_pictures(batch, self._opened.vision)
-            answered = answer_batch(
-                self._opened, batch, values, self._questions, self._options, watch
-            )
+            preprocessing, size = self._opened.vision.preprocessing, len(batch.decoded)
+            work = Work([], Start(), size, preprocessing, self._questions, self._options)
+            [answered] = answer_batches(self._opened, [(batch, values)], work, watch)
         except Blip2Error as error:
             return _packed(error)
         self._idle_since = time.perf_counter()

@@ -131,9 +131,15 @@ class Job:
             check_length(question.prompt, ids, self.max_txt_len)
         size = self.batch_size or facts.batch_size
         with self._open_output(facts, size) as lines:
-            start = batch.find_start(entries, lines, size)
+            start = batch.find_start(entries, lines, size * facts.block)
             work = batch.Work(
-                entries, start, size, facts.preprocessing, self.questions, facts.options
+                entries,
+                start,
+                size,
+                facts.preprocessing,
+                self.questions,
+                facts.options,
+                block=facts.block,
             )
             again = batch.retry_errors(workers, work, lines) if self.retry_errors else None
             total = inputs.count_pictures(entries)

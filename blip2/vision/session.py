@@ -24,6 +24,7 @@ class VisionSession(abc.ABC):
     preprocessing: Preprocessing
     num_query_tokens: int
     output_size: int  # H_lm, the hidden size of the OPT that the Q-Former is for
+    _is_short_of_memory: bool = False
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -45,6 +46,7 @@ class VisionSession(abc.ABC):
         What larger ones needed is let go.
         """
         self.max_batch_size = max(1, min(size, self.max_batch_size or size) // 2)
+        self._is_short_of_memory = True
         return self.max_batch_size
 
     def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,9 @@ class VisionSession(abc.ABC):
         if len(batch) <= size:
             return stage(batch)
         first = stage(batch[:size])
+        if self._is_short_of_memory and first.is_cuda:
+            # The result would be cut out of a block that the next part needs whole.
+            torch.cuda.empty_cache()
         result = first.new_empty(len(batch), *first.shape[1:])
         # Copied part by part: a stage may return a buffer that its next call overwrites.
         result[:size] = first

@@ -39,7 +39,7 @@ def test_answers_are_those_given_alone(pipeline, values, alone, rows):
     finish(engine)
     equal = [told(request)[0][0] == alone[key][0][0] for key, request in asked]
     assert sum(equal) >= 0.9 * len(equal)
-    assert engine._rows.used == 0
+    assert engine._running.used == 0
 
 
 def test_nothing_is_allocated_once_it_is_warm(pipeline, values):

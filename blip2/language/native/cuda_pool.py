@@ -50,50 +50,43 @@ class CudaPool:
     ) -> torch.Tensor:
         """As `RowPool.read`; of beams the first row has the prompt."""
         self._leave_alone()
-        cache, requests = self._cache, len(rows)
-        firsts = torch.tensor([first for first, _ in rows], device=lengths.device)
+        cache, requests, first = self._cache, len(rows), rows[0][0]
         if requests > _STAGED and all(count == 1 for _, count in rows):
-            # Their rows are side by side: what is read stays where it is written.
-            logits = self._prompt(cache.part(rows[0][0], requests), input_ids, tables)(
-                input_ids, lengths, tables
-            )
-        else:
-            parts = [slice(at, at + _STAGED) for at in range(0, requests, _STAGED)]
-            logits = torch.cat(
-                [
-                    self._read_staged(input_ids[part], lengths[part], tables[part], firsts[part])
-                    for part in parts
-                ]
-            )
-        cache.lengths[firsts] = lengths
-        for prompt, (first, count) in enumerate(rows):
-            if count > 1:
-                taken = slice(first, first + count)
-                cache.lengths[taken] = lengths[prompt]
-                shared = self._slots < lengths[prompt]
-                cache.sources[taken] = torch.where(shared, first, self._own[taken])
-        return logits
+            # Side by side: what is read stays where it is written.
+            cache.lengths[first : first + requests] = lengths
+            prompt = self._prompt(cache.part(first, requests), input_ids, tables)
+            return prompt(input_ids, lengths, tables)
+        logits = []
+        for at in range(0, requests, _STAGED):
+            part = slice(at, at + _STAGED)
+            read = self._read_staged(input_ids[part], lengths[part], tables[part], rows[part])
+            logits.append(read.clone())  # the next few overwrite it
+        return torch.cat(logits)
 
     def _read_staged(
         self,
         input_ids: torch.Tensor,
         lengths: torch.Tensor,
         tables: torch.Tensor,
-        firsts: torch.Tensor,
+        rows: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
         """Read a few prompts where graphs were captured for, and copy them to their rows."""
-        requests, staging = len(input_ids), self._staging
+        requests, staging, cache = len(rows), self._staging, self._cache
         # Few sizes have buffers and graphs: what is missing is the last prompt again.
-        size = prepared_rows(requests)
-        filled = list(range(requests)) + [requests - 1] * (size - requests)
-        ids, lengths, tables = input_ids[filled], lengths[filled], tables[filled]
-        logits = self._prompt(staging.part(0, size), ids, tables)(ids, lengths, tables)
-        for pool, read in (
-            (self._cache.keys, staging.keys),
-            (self._cache.values, staging.values),
-        ):
-            pool.index_copy_(1, firsts, read[:, :requests])
-        return logits[:requests].clone()  # the next few overwrite it
+        more = prepared_rows(requests) - requests
+        filled = (
+            torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])])
+            for tensor in (input_ids, lengths, tables)
+        )
+        ids, all_lengths, all_tables = filled
+        prompt = self._prompt(staging.part(0, requests + more), ids, all_tables)
+        logits = prompt(ids, all_lengths, all_tables)
+        for number, (first, count) in enumerate(rows):
+            cache.keys[:, first] = staging.keys[:, number]
+            cache.values[:, first] = staging.values[:, number]
+            # Of beams the first alone has anything to go on with: all of them continue it.
+            cache.lengths[first : first + count] = lengths[number]
+        return logits[:requests]
 
     def _prompt(self, cache: CudaCache, input_ids: torch.Tensor, tables: torch.Tensor) -> Prompt:
         """What reads such prompts into a cache; kept where it is a graph."""

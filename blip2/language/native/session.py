@@ -32,6 +32,8 @@ class NativeSession(LanguageSession):
     PyTorch's, on the CPU or, for the few OPTs that the kernels do not take, on the GPU.
     """
 
+    has_rows = True
+
     def __init__(self, directory: Path, precision: str | None = None) -> None:
         """Open the checkpoint in `directory`, of which only descriptions are read yet.
 
