@@ -32,11 +32,14 @@ from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline
 
 # Seconds. A group of requests is looked at and read while those under way wait, for 5 ms on an H100
-# and 1.5 ms for each of them: so they are gathered, as long as …
+# and 1.5 ms for each of them: so groups are made large, as long as …
 _PATIENCE = 0.03  # one that would find a row has waited, or …
 _LONG_PATIENCE = 0.2  # none was begun, where more wait than find rows
-_SILENCE = 0.001  # nobody came, of those that may ask again as all answers ended at once, or …
-_AGAIN = 0.005  # they have had
+# Where all answers end at once those who had them may ask again, all at once too. An engine that has
+# nothing else to do waits for them until …
+_SILENCE = 0.002  # nobody came, or …
+_AGAIN = 0.025  # they have had
+
 _REMEMBERED = 1024  # prompts whose ids are kept
 
 
@@ -54,6 +57,8 @@ class Engine:
         self._running = Running(pipeline, max_rows or pipeline.default_rows)
         self._begun_at = 0.0  # when requests were last begun
         self._expected, self._until = 0, 0.0  # requests that may come at once, and till when
+        self._wanted = 1  # arrivals at which the thread is to be woken
+        self._is_silent = False  # nobody came in the last turn
         self._prompts: dict[tuple[str, GenerationOptions], torch.Tensor] = {}
         self._waiting: collections.deque[Request] = collections.deque()
         self._arrivals: list[Request] = []
@@ -128,7 +133,8 @@ class Engine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="blip2", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            if self._calls or len(self._arrivals) >= self._wanted:
+                self._changed.notify()
 
     def _run(self) -> None:
         device = self._pipeline.vision.device
@@ -139,6 +145,7 @@ class Engine:
                 self._wait_for_work()
                 if self._is_closed:
                     break
+                self._is_silent = not self._arrivals
                 self._waiting.extend(self._arrivals)
                 self._arrivals.clear()
                 calls, self._calls = self._calls, []
@@ -159,12 +166,17 @@ class Engine:
     def _wait_for_work(self) -> None:
         """Until there is something to do; called with the lock held."""
         while not (self._is_closed or self._calls or self._running.is_busy):
-            come = len(self._arrivals) + len(self._waiting)
-            if not come:
+            came = len(self._arrivals)
+            if not (came or self._waiting):
                 self._changed.wait()
                 continue
-            is_late = time.monotonic() >= self._until
-            if come >= self._expected or is_late or not self._changed.wait(_SILENCE):
+            wanted = self._expected - len(self._waiting)
+            if came >= wanted or time.monotonic() >= self._until:
+                return
+            self._wanted = wanted  # with fewer nobody wakes this thread, which would slow them down
+            self._changed.wait(_SILENCE)
+            self._wanted = 1
+            if len(self._arrivals) == came:
                 return
 
     @property
@@ -175,12 +187,14 @@ class Engine:
         running = self._running
         self._drop_cancelled()
         running.let_go()
-        if self._waiting:
+        # Whoever has an answer by now may ask again, together with those that wait.
+        if self._waiting and (running.used or not running.is_busy):
             self._begin()
         active = len(running.requests)
         running.turn()
         if active and not running.is_busy:
-            self._expected, self._until = active, time.monotonic() + _AGAIN
+            self._expected = active + len(self._waiting)
+            self._until = time.monotonic() + _AGAIN
 
     def _drop_cancelled(self) -> None:
         self._running.drop(lambda request: request.is_cancelled)
@@ -204,31 +218,34 @@ class Engine:
                 return
         elif not self._is_due():
             return
-        free = running.free
-        begun: list[Request] = []
-        while self._waiting and len(begun) < self._pipeline.default_batch_size:
-            request = self._waiting[0]
-            if request.options.num_beams > free or not running.fits(
-                request.input_ids, request.options
-            ):
-                break  # in order: who is large waits for room, not for ever
-            free -= request.options.num_beams
-            begun.append(self._waiting.popleft())
+        begun = self._next_group()
         if begun:
             running.admit(running.look(begun))
             self._begun_at = time.monotonic()
 
+    def _next_group(self) -> list[Request]:
+        """Those to begin now, in order: who is large waits for room, not for ever."""
+        running, free = self._running, self._running.free
+        group: list[Request] = []
+        for request in itertools.islice(self._waiting, self._pipeline.default_batch_size):
+            free -= request.options.num_beams
+            if free < 0 or not running.fits(request.input_ids, request.options):
+                break
+            group.append(request)
+        for _ in group:
+            self._waiting.popleft()
+        return group
+
     def _is_due(self) -> bool:
         """Whether to look and read now, which those under way have to wait for."""
-        batch = min(self._pipeline.default_batch_size, max(1, self._running.rows.capacity // 2))
-        first, now = self._waiting[0], time.monotonic()
+        running, first, now = self._running, self._waiting[0], time.monotonic()
+        batch = min(self._pipeline.default_batch_size, max(1, running.rows.capacity // 2))
         waiting = sum(r.options.num_beams for r in itertools.islice(self._waiting, batch))
-        free = self._running.free
-        if waiting >= batch:
-            is_due = free >= batch
-        else:
-            is_due = free >= waiting and now - first.arrived > _PATIENCE
-        return is_due or now - self._begun_at > _LONG_PATIENCE
+        if waiting <= running.free:
+            all_came = self._is_silent and waiting >= running.used
+            return waiting >= batch or all_came or now - first.arrived > _PATIENCE
+        is_full = batch <= running.free
+        return is_full or now - self._begun_at > _LONG_PATIENCE
 
     def _answer_batch(self) -> None:
         """For a session without rows: those that wait with the same options, to their end."""

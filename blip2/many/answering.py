@@ -78,7 +78,7 @@ def answer_in_batches(
         for number, prompt in enumerate(prompts):
             with watch.time("OPT"):
                 seeded = _seeded(options, window, number, len(prompts))
-                asked.append(pipeline.ask(look, [prompt] * count, seeded) if look else [])
+                asked.append(pipeline.ask(look, [prompt] * count, seeded) if count else [])
         yield asked
 
 
