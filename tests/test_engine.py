@@ -106,6 +106,9 @@ class FakeRows:
     def fits(self, *_lengths) -> bool:
         return True
 
+    def prepare(self, *_lengths) -> None:
+        pass
+
     def check(self) -> None:
         assert self.used <= self.capacity
 

@@ -116,6 +116,18 @@ class Engine:
         self._tell(lambda: self._calls.append((function, future)))
         return future.result()
 
+    def warm_up(self, text: str, options: GenerationOptions) -> None:
+        """Have all that many such requests at once need made: rows, kernels, graphs.
+
+        On a GPU that takes seconds, and longer where nothing is compiled yet. Without it, whoever is
+        the first to need something waits for it. Before anything is asked.
+
+        Raises:
+            Blip2Error: the engines cannot take such a request, or not even one of them.
+        """
+        input_ids = self._input_ids(text, options)
+        self.call(lambda: self._running.warm_up(input_ids, options))
+
     def close(self) -> None:
         """End what is under way, and the thread. A second call does nothing."""
         with self._changed:
@@ -220,6 +232,8 @@ class Engine:
             return
         begun = self._next_group()
         if begun:
+            if not running.is_busy:  # the first of all wait for what others find made
+                running.prepare(max(len(r.input_ids) for r in begun), len(begun))
             running.admit(running.look(begun))
             self._begun_at = time.monotonic()
 

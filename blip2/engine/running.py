@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from blip2 import memory
-from blip2.engine.request import Request
+from blip2.engine.request import Picture, Request
 from blip2.errors import Blip2Error
 from blip2.language import Generation, GenerationOptions
-from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows
+from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows, prepared_rows
 from blip2.pipeline import Answer, Pipeline, Stopwatch
 
 _STEPS_AHEAD = 1  # that are queued before the tokens of the one before are read
@@ -35,6 +35,7 @@ class Running:
         self.max_rows = max_rows
         self._pipeline = pipeline
         self.rows: Rows | None = None
+        self._prepared: set[tuple[int, int]] = set()
         self._active: dict[int, Request] = {}
         self._leaving: list[int] = []  # those whose rows are to be taken back
         self._coming: collections.deque[Chosen] = collections.deque()
@@ -80,16 +81,55 @@ class Running:
             self.rows = self._pipeline.language.open_rows(self.max_rows, *lengths)
         return True
 
-    def prepare(self, prompt_len: int, prompts: int) -> None:
-        """Have what so many such prompts and all steps behind them need compiled, all at once.
+    def prepare(self, prompt_len: int, count: int) -> None:
+        """Have what so many pictures, prompts and all steps behind them need compiled, all at once.
 
-        Otherwise one kernel after another would be, each when it is first launched.
+        Otherwise one kernel after another would be, each when it is first launched. Nobody may have
+        rows.
         """
+        case = (-(-prompt_len // 16), prepared_rows(count))
+        if case in self._prepared or self.rows is None:
+            return
+        self._prepared.add(case)
+        vision = self._pipeline.vision
         try:
-            self.rows.prepare(prompt_len, self._pipeline.vision.num_query_tokens, prompts)
+            vision.prepare(count)
+            self.rows.prepare(prompt_len, vision.num_query_tokens, count)
         except Exception as error:
             if not memory.exhausted(error):  # else those that begin will say so, or do with less
                 raise
+
+    def warm_up(self, input_ids: torch.Tensor, options: GenerationOptions) -> None:
+        """Go once through all that such requests may need; see `Engine.warm_up`."""
+        if not self.open_for(input_ids, options):
+            return
+        if self._pipeline.vision.device.type != "cuda":
+            self._answer_nothing(input_ids, [1])
+            return
+        batch = min(self._pipeline.default_batch_size, self.rows.capacity)
+        self.prepare(len(input_ids), batch)
+        for count in sorted({prepared_rows(count) for count in range(1, batch + 1)}):
+            for _ in range(2):  # the second time graphs are captured
+                self._answer_nothing(input_ids, [2] * count)
+        # Every number of rows for three steps.
+        lengths = [3 + 3 * (row // 8) for row in range(self.rows.capacity)]
+        self._answer_nothing(input_ids, lengths)
+
+    def _answer_nothing(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Answers of these lengths about pictures of zeros."""
+        vision, decode = self._pipeline.vision, self._pipeline.tokenizer.decode
+        shape = (3, vision.preprocessing.height, vision.preprocessing.width)
+        requests = []
+        for number, length in enumerate(lengths):
+            nothing = torch.zeros(shape, dtype=vision.dtype, device=vision.device)
+            plain = GenerationOptions(end_id=-1, max_output_len=min(length, self.rows.max_new))
+            requests.append(Request(Picture(nothing), input_ids, plain, decode, number))
+        batch = self._pipeline.default_batch_size
+        for start in range(0, len(requests), batch):
+            self.admit(self.look(requests[start : start + batch]))
+        while self.is_busy:
+            self.turn()
+        self.let_go()
 
     def look(self, requests: Sequence[Request]) -> list[Request]:
         """Look at their pictures; those are returned whose pictures could be looked at."""

@@ -151,7 +151,6 @@ class _Asking:
 
     def prepare(self, batch_size: int) -> None:
         """Have what windows of that size need compiled, all at once; the rest waits for it."""
-        self._pipeline.vision.prepare(batch_size)
         longest = max(self._input_ids, key=len)
         self._running.open_for(longest, self._options)
         self._running.prepare(len(longest), batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from engine_runs import (  # noqa: F401 - fixtures among them
     told,
     values,
 )
+
+from blip2.gpu import cuda_graphs
 
 ROWS = (1, 6, 24)
 
@@ -54,3 +57,56 @@ def test_nothing_is_allocated_once_it_is_warm(pipeline, values):
         torch.cuda.synchronize()
         peaks.append(torch.cuda.memory_reserved())
     assert peaks[-1] == peaks[-2]
+
+
+def test_a_warm_engine_captures_and_allocates_nothing_more(pipeline, values):
+    engine = SteppedEngine(pipeline, 24)
+    options = pipeline.options({"max_output_len": 24})
+    engine._running.warm_up(pipeline.encode([QUESTIONS[1]])[0], options)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for count in (1, 5, 16, 24):
+        pictures = [engine.picture(values[number % 3]) for number in range(count)]
+        for length, picture in enumerate(pictures):
+            shorter = pipeline.options({"max_output_len": 1 + length % 24})
+            engine.submit(picture, QUESTIONS[1], shorter)
+        with mock.patch.object(cuda_graphs, "capture", side_effect=AssertionError("captured")):
+            finish(engine)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_no_row_is_lost_in_a_hundred_thousand_events(pipeline, values, alone):
+    """Arrivals, cancellations and ends at random; memory stays what it was half-way."""
+    engine = SteppedEngine(pipeline, 64)
+    chance = random.Random(3)
+    pictures = [engine.picture(picture) for picture in values]
+    kinds = [pipeline.options(how | {"max_output_len": 6}) for how in OPTIONS]
+    plain = pipeline.options({"max_output_len": 5})
+    asked: list = []
+    events, over, allocated = 0, 0, 0
+    while events < 100_000:
+        for _ in range(chance.randrange(24)):
+            options = chance.choice(kinds) if chance.random() < 0.1 else plain
+            asked.append(engine.submit(chance.choice(pictures), chance.choice(QUESTIONS), options))
+            events += 1
+        for request in asked:
+            if chance.random() < 0.02:
+                request.cancel()
+                events += 1
+        engine.take_turn()
+        running = engine._running
+        assert running.used <= running.rows.capacity
+        ended = sum(request.is_over for request in asked)
+        events, over = events + ended, over + ended
+        asked = [request for request in asked if not request.is_over]
+        if not allocated and events > 50_000:
+            finish(engine)
+            allocated = torch.cuda.memory_allocated()
+    finish(engine)
+    assert over > 30_000
+    assert engine._running.used == 0
+    assert torch.cuda.memory_allocated() <= allocated + (1 << 20)
+    last = engine.submit(pictures[0], QUESTIONS[0], pipeline.options(OPTIONS[1]))
+    finish(engine)
+    assert told(last) == alone[0, 0, 1]
