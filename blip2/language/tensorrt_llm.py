@@ -8,6 +8,11 @@ here is right on both: every request has the ids vocab_size + 0 … n - 1 for it
 table is requests x n x hidden size, and prompt_tasks "0,1,…" gives each request its own part.
 Without prompt_tasks every request would see the first picture.
 
+Neither has rows that requests could take and leave: `generate` takes one batch, no larger than the
+engine's, to its end. The executor would batch requests in flight, but ModelRunnerCpp has no call for
+that: it refuses larger batches, and since 1.0 it waits for any answer, so that of two threads which
+call it at the same time one would get the other's.
+
 Where TensorRT-LLM decodes otherwise than the native session (which is Hugging Face's):
 - Sampling draws from its own generator, seeded with `seed` for every request alike: equal requests
   get equal answers, and the answers are not those that the native session draws. The executor of
