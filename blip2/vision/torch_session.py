@@ -17,7 +17,7 @@ import torch
 from blip2.checkpoints import Checkpoint, open_checkpoint
 from blip2.devices import best_device
 from blip2.gpu.cuda_graphs import Graph
-from blip2.gpu.kernel_launch import compile_ahead
+from blip2.gpu.kernel_launch import compile_ahead, is_ahead
 from blip2.images import Preprocessing
 from blip2.vision import modules
 from blip2.vision.session import VisionSession
@@ -183,6 +183,8 @@ class _Prepared:
 
     def run(self, function: Stage) -> None:
         """Have `output` computed of `input`."""
+        if is_ahead() and self.output is not None:
+            return  # it has run, so all is compiled; and its graph's output must stay where it is
 
         def launch() -> None:
             # A graph's output stays where its capture put it; that of the first call is replaced.

@@ -72,6 +72,18 @@ def test_tensors_reach_the_gpu_as_they_are_stored(tmp_path):
     assert torch.equal(mapped(stored["half"]), tensors["half"])
 
 
+def test_what_is_captured_already_may_be_prepared_for(tmp_path):
+    models.tiny_blip2(tmp_path)
+    session = open_checkpoint_session(tmp_path, tmp_path)
+    pixel_values = torch.randn(2, 3, 28, 28, device=GPU).half()
+    expected = session.qformer(session.vit(pixel_values)).clone()
+    session.qformer(session.vit(pixel_values))
+    session.prepare(2)
+    for other in (torch.zeros_like(pixel_values), pixel_values):
+        found = session.qformer(session.vit(other))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("num_heads", [3, 4], ids=["our kernels", "heads that they do not take"])
 def test_stages_of_every_batch_size_are_right_and_share_memory(num_heads, tmp_path):
     models.tiny_blip2(tmp_path, vision={"num_attention_heads": num_heads})
