@@ -38,15 +38,17 @@ class Window:
 def has_rows(pipeline: Pipeline, options: GenerationOptions) -> bool:
     """Whether windows are answered so; else each is one batch.
 
-    A batch's beams are searched for by kernels that take all of them at once.
+    It pays where more than one batch has rows, on a GPU. A batch's beams are searched for by kernels
+    that take all of them at once.
     """
-    return pipeline.language.has_rows and options.num_beams == 1
+    if not pipeline.language.has_rows or options.num_beams > 1:
+        return False
+    return pipeline.default_rows > pipeline.default_batch_size
 
 
 def block_of(pipeline: Pipeline, options: GenerationOptions) -> int:
     """After how many windows nothing is under way: counted from the first of the input."""
-    overlap = has_rows(pipeline, options) and pipeline.default_rows > pipeline.default_batch_size
-    return _BLOCK if overlap else 1
+    return _BLOCK if has_rows(pipeline, options) else 1
 
 
 def answer_in_batches(
