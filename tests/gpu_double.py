@@ -23,6 +23,8 @@ import triton.language as tl
 from torch.nn import functional
 from triton.runtime.interpreter import InterpretedFunction
 
+from blip2.language import decoding
+
 # An H100, as far as the product asks.
 PROPERTIES = types.SimpleNamespace(
     major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
@@ -275,8 +277,34 @@ def _rule(kept: Any, what: str) -> None:
         raise AssertionError(f"a launch that no kernel takes: {what}")
 
 
+def draw(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    scores: torch.Tensor,
+    settings: torch.Tensor,
+    drawn: torch.Tensor,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    shared_bytes: int = 0,
+) -> None:
+    """draw.cu."""
+    rows = len(scores)
+    _rule(grid == (rows, 1) and threads == 1024, "rows")
+    _rule(tuple(scores.shape) == (rows, vocab_size) and scores.is_contiguous(), "scores")
+    _rule(scores.dtype == torch.float32, "the scores' type")
+    _rule(tuple(settings.shape) == (rows, 4) and settings.is_contiguous(), "settings")
+    _rule(settings.dtype == drawn.dtype == torch.float64 and drawn.shape == (rows,), "numbers")
+    _rule(tokens.shape == (rows,) and tokens.dtype == torch.int64, "tokens")
+    rest = macros["ELEMENTS"] - macros["HELD"]
+    _rule(macros["ELEMENTS"] * threads >= vocab_size, "logits are left out")
+    _rule(macros["HELD"] > 0 and shared_bytes == 4 * threads * rest, "shared memory")
+    tokens.copy_(decoding.draw_tokens(scores, settings, drawn))
+
+
 DOUBLES = {
     "attention.cu": attention,
+    "draw.cu": draw,
     "linear.cu": linear,
     "linear_hopper.cu": linear,
     "linear_hopper_packed.cu": linear,

@@ -159,56 +159,17 @@ class Sampling(Greedy):
         requests = range(first_request, first_request + self.requests)
         drawn = [uniforms(options.seed, index, options.max_output_len) for index in requests]
         self._uniforms = torch.stack(drawn).to(device)
+        settings = torch.tensor([sampling_settings(options, vocab_size)], dtype=torch.float64)
+        self._settings = settings.repeat(self.requests, 1).to(device)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
-        return self.draw(self.probabilities(scores), self._uniforms.index_select(1, self._step))
+        drawn = self._uniforms.index_select(1, self._step).squeeze(1)
+        return self._draw(scores, self._settings, drawn)
 
-    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """The distribution to draw from: rows x vocab_size."""
-
-        def of_rows(value: float, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full((len(scores),), value, dtype=dtype, device=scores.device)
-
-        options = self.options
-        return self.distribution(
-            scores,
-            of_rows(options.temperature, torch.float32),
-            of_rows(options.top_k or scores.shape[1], torch.int64),
-            of_rows(1 - options.top_p, torch.float32),
-        )
-
-    @staticmethod
-    def distribution(
-        scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, rest: torch.Tensor
+    def _draw(
+        self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor
     ) -> torch.Tensor:
-        """What rows x vocab_size become by transformers' filters, in its order.
-
-        Args:
-            scores: float32.
-            temperature: of each row.
-            top_k: the same, at least 1.
-            rest: 1 - top_p of each row.
-        """
-        ascending, order = (scores / temperature[:, None]).sort(dim=-1)
-        smallest = (scores.shape[1] - top_k).clamp(min=0)
-        smallest_kept = ascending.gather(1, smallest[:, None])
-        ascending = ascending.masked_fill(ascending < smallest_kept, -torch.inf)
-        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= rest[:, None]
-        dropped[:, -1] = False
-        ascending = ascending.masked_fill(dropped, -torch.inf)
-        return torch.empty_like(scores).scatter_(1, order, ascending).softmax(dim=-1)
-
-    @staticmethod
-    def draw(probabilities: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """A token for each row, of its probabilities and its number in [0, 1), rows x 1."""
-        # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
-        cumulative = probabilities.double().cumsum(dim=-1)
-        # Rounding, or NaN in the scores, can put the target behind the last token.
-        return (
-            torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
-            .squeeze(1)
-            .clamp(max=cumulative.shape[1] - 1)
-        )
+        return draw_tokens(scores, settings, drawn)
 
 
 class BeamSearch(Strategy):
@@ -356,6 +317,48 @@ class RepetitionPenalty:
         """Let each row continue what another row has seen."""
         if self._seen is not None:
             self._seen.copy_(self._seen.index_select(0, source_rows))
+
+
+def sampling_settings(options: GenerationOptions, vocab_size: int) -> tuple[float, ...]:
+    """What `draw_tokens` has to know of a row: temperature, 1 - top_p, repetition penalty, top_k."""
+    top_k = options.top_k or vocab_size
+    return options.temperature, 1 - options.top_p, options.repetition_penalty, top_k
+
+
+def draw_tokens(scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """A token for each row.
+
+    Args:
+        scores: rows x vocab_size, float32, penalties applied.
+        settings: rows x 4, float64: see `sampling_settings`.
+        drawn: a number in [0, 1) for each row, float64.
+    """
+    kept = filtered(scores, settings)
+    # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
+    cumulative = kept.softmax(dim=-1).double().cumsum(dim=-1)
+    # Rounding, or NaN in the scores, can put the target behind the last token.
+    return (
+        torch.searchsorted(cumulative, drawn[:, None] * cumulative[:, -1:], right=True)
+        .squeeze(1)
+        .clamp(max=cumulative.shape[1] - 1)
+    )
+
+
+def filtered(scores: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:
+    """Scores by transformers' filters, in its order: scaled, and -inf of what is dropped.
+
+    Arguments are those of `draw_tokens`.
+    """
+    temperature, rest, _, top_k = settings.unbind(1)
+    temperature, top_k, rest = temperature.float(), top_k.long(), rest.float()
+    ascending, order = (scores / temperature[:, None]).sort(dim=-1)
+    smallest = (scores.shape[1] - top_k).clamp(min=0)
+    smallest_kept = ascending.gather(1, smallest[:, None])
+    ascending = ascending.masked_fill(ascending < smallest_kept, -torch.inf)
+    dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= rest[:, None]
+    dropped[:, -1] = False
+    ascending = ascending.masked_fill(dropped, -torch.inf)
+    return torch.empty_like(scores).scatter_(1, order, ascending)
 
 
 def uniforms(seed: int, request: int, steps: int) -> torch.Tensor:

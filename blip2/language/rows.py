@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2.gpu.kernel_launch import compile_ahead
-from blip2.language.decoding import Sampling, Strategy, uniforms
+from blip2.language.decoding import Strategy, sampling_settings, uniforms
 from blip2.language.session import Generation, GenerationOptions
 
 if TYPE_CHECKING:
@@ -208,7 +208,9 @@ class Rows:
 
     def _set(self, rows: slice, begun: Sequence[_Request], admissions: Sequence[Admission]) -> None:
         """Fill in the states of new rows, all at once: each is a copy."""
-        settings = [s for r in begun for s in [_settings(r.options, self._vocab_size)] * r.count]
+        settings = [
+            s for r in begun for s in [sampling_settings(r.options, self._vocab_size)] * r.count
+        ]
         self._settings[rows] = self._copied(torch.tensor(settings, dtype=torch.float64))
         self._steps[rows] = 0
         if any(request.samples for request in begun):
@@ -289,23 +291,12 @@ class Rows:
         return tensor.to(self._device, non_blocking=True)
 
     def _sample(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        settings = self._settings[rows]
-        temperature, rest, _, top_k = settings.unbind(1)
-        probabilities = Sampling.distribution(
-            scores.float(), temperature.float(), top_k.long(), rest.float()
-        )
-        drawn = self._uniforms[rows].gather(1, self._steps[rows, None])
-        return Sampling.draw(probabilities, drawn)
+        drawn = self._uniforms[rows].gather(1, self._steps[rows, None]).squeeze(1)
+        return self._model.draw_tokens(scores, self._settings[rows], drawn)
 
 
 def _first(request: _Request) -> int:
     return request.first
-
-
-def _settings(options: GenerationOptions, vocab_size: int) -> tuple[float, ...]:
-    """Temperature, 1 - top_p, repetition penalty and top_k."""
-    top_k = options.top_k or vocab_size
-    return options.temperature, 1 - options.top_p, options.repetition_penalty, top_k
 
 
 class Chosen:

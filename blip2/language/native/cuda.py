@@ -15,8 +15,9 @@ import torch
 from blip2.language.decoding import Strategy
 from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
+from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy, CudaSampling
 from blip2.language.native.cuda_pool import CudaPool
+from blip2.language.native.drawing import draw_tokens
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
@@ -105,9 +106,15 @@ class CudaModel(OPTModel):
         vocab_size = self.config.vocab_size
         if options.num_beams > 1:
             return CudaBeamSearch(options, input_ids, vocab_size, device)
-        if not options.samples:
-            return CudaGreedy(options, input_ids, vocab_size, device)
-        return super().new_strategy(options, input_ids, first_request, device)
+        if options.samples:
+            return CudaSampling(options, input_ids, vocab_size, device, first_request)
+        return CudaGreedy(options, input_ids, vocab_size, device)
+
+    def draw_tokens(
+        self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        """As in the base class."""
+        return draw_tokens(scores, settings, drawn)
 
     def new_pool(self, capacity: int, max_len: int, device: torch.device) -> CudaPool:
         """As in the base class."""

@@ -8,8 +8,9 @@ import torch
 import triton
 
 from blip2.gpu.kernel_launch import launch
-from blip2.language.decoding import RULED_OUT, BeamSearch, Greedy
+from blip2.language.decoding import RULED_OUT, BeamSearch, Greedy, Sampling
 from blip2.language.native import beam_kernels, kernels
+from blip2.language.native.drawing import draw_tokens
 from blip2.language.session import GenerationOptions
 
 _BLOCKS = (1024, 2048, 4096, 8192)  # logits that candidates_kernel may search at a time
@@ -54,6 +55,15 @@ class CudaGreedy(Greedy):
             device=logits.device,
         )
         return self._chosen, None
+
+
+class CudaSampling(Sampling):
+    """`Sampling` for logits on a GPU."""
+
+    def _draw(
+        self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        return draw_tokens(scores, settings, drawn)
 
 
 class CudaBeamSearch(BeamSearch):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from blip2.activations import ACTIVATIONS
-from blip2.language.decoding import Strategy, make_strategy
+from blip2.language.decoding import Strategy, draw_tokens, make_strategy
 from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
     Layer,
@@ -94,6 +94,12 @@ class OPTModel:
     ) -> Strategy:
         """What chooses the tokens of these requests: see `make_strategy`."""
         return make_strategy(options, input_ids, self.config.vocab_size, first_request, device)
+
+    def draw_tokens(
+        self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor
+    ) -> torch.Tensor:
+        """As in `decoding`, for requests that share steps."""
+        return draw_tokens(scores, settings, drawn)
 
     def prefill(
         self,
