@@ -50,6 +50,13 @@ COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
 TEXT_TOKENS = 13  # of a question; the picture's are 32 more
 BATCHES = (1, 8, 64)
 STEP_ROWS = (1, 5, 8, 40, 64)
+CHOICES = {
+    "the likeliest": {},
+    "a sample": {"top_k": 0, "temperature": 0.7},
+    "a sample of 50": {"top_k": 50},
+    "a sample of 0.9": {"top_k": 0, "top_p": 0.9},
+    "a sample of 0.9 of 50": {"top_k": 50, "top_p": 0.9},
+}
 # Pictures, new tokens, beams; those of batches that are not BATCHES for the chart.
 WHOLES = [(1, 1, 1), (1, 30, 1), (1, 30, 5), *((n, 20, 1) for n in (2, 4, 8, 16, 32, 64))]
 MANY_BATCHES = 10
@@ -315,6 +322,20 @@ class Bench:
                 ms = median_ms(opt.step, token, cache, inner=4)
                 read = weight_bytes(opt) + rows * cache_bytes(opt, 60)
                 report.add(f"step, {precision}, rows {rows}", ms, theirs, read=read)
+
+        self.choices()
+
+    def choices(self) -> None:
+        """What choosing tokens takes of a step: the likeliest one, and one drawn at random."""
+        opt = self.languages["float16"]._model
+        for rows in (1, STEP_ROWS[-1]):
+            logits = torch.randn(rows, self.vocab_size, device=DEVICE) * 3
+            prompts = [torch.tensor([BEGIN_ID])] * rows
+            for name, how in CHOICES.items():
+                options = GenerationOptions(end_id=-1, max_output_len=500, **how)
+                strategy = opt.new_strategy(options, prompts, 0, DEVICE)
+                ms = median_ms(strategy.advance, logits, inner=4)
+                self.report.add(f"choice of {name}, rows {rows}", ms)
 
     def their_step(self, prompts: torch.Tensor) -> float:
         """Milliseconds that `generate` takes for one more token of each prompt."""
