@@ -326,16 +326,23 @@ class Bench:
         self.choices()
 
     def choices(self) -> None:
-        """What choosing tokens takes of a step: the likeliest one, and one drawn at random."""
-        opt = self.languages["float16"]._model
-        for rows in (1, STEP_ROWS[-1]):
-            logits = torch.randn(rows, self.vocab_size, device=DEVICE) * 3
-            prompts = [torch.tensor([BEGIN_ID])] * rows
-            for name, how in CHOICES.items():
-                options = GenerationOptions(end_id=-1, max_output_len=500, **how)
-                strategy = opt.new_strategy(options, prompts, 0, DEVICE)
-                ms = median_ms(strategy.advance, logits, inner=4)
-                self.report.add(f"choice of {name}, rows {rows}", ms)
+        """Steps with the choice of their tokens: the likeliest, or one drawn at random."""
+        for precision, session in self.languages.items():
+            opt = session._model
+            for rows in (1, STEP_ROWS[-1]):
+                lengths = torch.full((rows,), 45, device=DEVICE)
+                tokens = torch.randint(4, self.image_id, (rows,), device=DEVICE)
+                prompts = [torch.tensor([BEGIN_ID])] * rows
+                for name, how in CHOICES.items():
+                    options = GenerationOptions(end_id=-1, max_output_len=80, **how)
+                    strategy = opt.new_strategy(options, prompts, 0, DEVICE)
+                    cache = opt.new_cache(lengths, 1, 80)
+
+                    def choose(strategy=strategy, opt=opt, tokens=tokens, cache=cache) -> None:
+                        strategy.advance(opt.step(tokens, cache))
+
+                    ms = median_ms(choose, inner=4)
+                    self.report.add(f"step to {name}, {precision}, rows {rows}", ms)
 
     def their_step(self, prompts: torch.Tensor) -> float:
         """Milliseconds that `generate` takes for one more token of each prompt."""

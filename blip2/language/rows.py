@@ -134,7 +134,8 @@ class Rows:
             prompts, table_rows, self._model.config.hidden_size, device=self._device
         )
         with torch.inference_mode(), compile_ahead():
-            self._pool.read(ids, lengths, tables, [(row, 1) for row in range(prompts)])
+            logits = self._pool.read(ids, lengths, tables, [(row, 1) for row in range(prompts)])
+            self._model.likeliest(logits)
             for count in sorted({prepared_rows(rows) for rows in range(1, prompts + 1)}):
                 self._pool.step(self._tokens[: min(count, self.capacity)], count)
             self._pool.forget(0)
@@ -245,14 +246,14 @@ class Rows:
 
     def _choose(self, requests: Sequence[_Request], rows: slice, logits: torch.Tensor) -> Chosen:
         """Choose the next tokens of the rows that some requests have, of their logits."""
-        finite = torch.isfinite(logits.float().sum(dim=1))
         scores = logits
         is_penalised = any(request.is_penalised for request in requests)
         if is_penalised:
             penalty, seen = self._settings[rows, 2, None].float(), self._seen[rows]
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, lowered, scores)
-        tokens = scores.argmax(dim=-1)
+        chosen = self._model.likeliest(scores)
+        tokens = chosen[0]
         places = {request.key: request.first - rows.start for request in requests}
         sampled = [request for request in requests if request.samples]
         if sampled:
@@ -260,6 +261,7 @@ class Rows:
             are_all = len(requests) == len(self._requests)
             at = self._sampled if are_all else self._index(places[r.key] for r in sampled)
             tokens[at] = self._sample(scores[at], at + rows.start)
+            self._steps[rows] += 1
         ended = {}
         for request in requests:
             if request.strategy is None:
@@ -271,12 +273,11 @@ class Rows:
             self._pool.reorder(request.first, request.count, sources)
             ended[request.key] = request.strategy.ended()
         self._tokens[rows] = tokens
-        self._steps[rows] += 1
         if is_penalised:
             self._seen[rows] = self._seen[rows].scatter(1, tokens[:, None], True)
         return Chosen(
             [(r.key, places[r.key], r.count) for r in requests],
-            torch.stack([tokens, finite.to(tokens)]),
+            chosen,
             ended,
             {r.key: r.strategy for r in requests if r.strategy is not None},
         )

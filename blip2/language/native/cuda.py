@@ -15,7 +15,7 @@ import torch
 from blip2.language.decoding import Strategy
 from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy, CudaSampling
+from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy, CudaSampling, likeliest
 from blip2.language.native.cuda_pool import CudaPool
 from blip2.language.native.drawing import draw_tokens
 from blip2.language.native.layered_step import LayeredStep
@@ -109,6 +109,10 @@ class CudaModel(OPTModel):
         if options.samples:
             return CudaSampling(options, input_ids, vocab_size, device, first_request)
         return CudaGreedy(options, input_ids, vocab_size, device)
+
+    def likeliest(self, scores: torch.Tensor) -> torch.Tensor:
+        """As in the base class."""
+        return likeliest(scores)
 
     def draw_tokens(
         self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor

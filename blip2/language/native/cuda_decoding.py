@@ -17,6 +17,23 @@ _BLOCKS = (1024, 2048, 4096, 8192)  # logits that candidates_kernel may search a
 _MOST_CANDIDATES = 4096  # that beams_kernel chooses a request's beams from
 
 
+def likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """As `OPTModel.likeliest`, of contiguous float32 scores on a GPU."""
+    rows, vocab_size = scores.shape
+    out = torch.empty((2, rows), dtype=torch.int64, device=scores.device)
+    launch(
+        kernels.likeliest_kernel,
+        (rows,),
+        scores,
+        out,
+        vocab_size,
+        BLOCK=8192,
+        num_warps=16,
+        device=scores.device,
+    )
+    return out
+
+
 class CudaGreedy(Greedy):
     """`Greedy` for logits that are the same tensor, or a contiguous one, at every step."""
 

@@ -112,9 +112,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   ends[threadIdx.x] = end;
   turn ^= 1;
   __syncthreads();
-  double target = drawn[blockIdx.x] * ends[THREADS - 1];
-  int chosen = min((int)sum(end <= target, parts, turn), THREADS - 1);
-  if (threadIdx.x != chosen) return;
+  double total = ends[THREADS - 1], target = drawn[blockIdx.x] * total;
+  // A product may be rounded up to the total: the last one that has any of it is chosen then.
+  int chosen = sum(end <= target && end < total, parts, turn);
+  if (threadIdx.x != min(chosen, THREADS - 1)) return;
   double reached = chosen ? ends[chosen - 1] : 0;
   int token = first, is_found = 0;  // NaN is never more than the target
   values.each([&](float& x, int i) {

@@ -126,6 +126,44 @@ def prompt_attention_kernel(
 
 
 @triton.jit
+def _likeliest(logits, row, vocab_size, BLOCK: tl.constexpr):
+    """The likeliest token of a row, of several the first, and the sum of its logits."""
+    columns = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        column = start + columns
+        at = row.to(tl.int64) * vocab_size + column
+        values = tl.load(logits + at, mask=column < vocab_size, other=float("-inf"))
+        total += tl.where(column < vocab_size, values, 0.0)
+        where = tl.where(values > highest, column, where)
+        highest = tl.maximum(highest, values)
+    best = tl.max(highest, axis=0)
+    # NaN is no maximum: whatever is chosen then has to be a token.
+    token = tl.min(tl.where(highest == best, where, vocab_size - 1), axis=0)
+    return token, tl.sum(total, axis=0)
+
+
+@triton.jit
+def likeliest_kernel(
+    scores,  # rows x vocab_size, float32
+    out,  # 2 x rows, int64: each row's likeliest token, and whether all its scores are finite
+    vocab_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What is to be known of scores where nothing else chooses."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token, total = _likeliest(scores, row, vocab_size, BLOCK)
+    tl.store(out + row, token.to(tl.int64))
+    tl.store(out + rows + row, (tl.abs(total) < float("inf")).to(tl.int64))  # of NaN too it is not
+
+
+@triton.jit
 def greedy_kernel(
     logits,  # rows x vocab_size, float32
     chosen,  # rows, int64: each row's next token
@@ -142,23 +180,10 @@ def greedy_kernel(
 ):
     """Append to each row the likeliest token, of several the first; a row that has ended is padded."""
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    where = columns
-    total = tl.zeros((BLOCK,), tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    for start in range(0, vocab_size, BLOCK):
-        column = start + columns
-        at = row.to(tl.int64) * vocab_size + column
-        values = tl.load(logits + at, mask=column < vocab_size, other=float("-inf"))
-        total += tl.where(column < vocab_size, values, 0.0)
-        where = tl.where(values > highest, column, where)
-        highest = tl.maximum(highest, values)
-    best = tl.max(highest, axis=0)
-    # NaN is no maximum: whatever is chosen then has to be a token.
-    token = tl.min(tl.where(highest == best, where, vocab_size - 1), axis=0)
+    token, total = _likeliest(logits, row, vocab_size, BLOCK)
     had_ended = tl.load(ended + row)
     token = tl.where(had_ended, pad_id, token).to(tl.int64)
     step = tl.load(steps + row)
@@ -166,4 +191,4 @@ def greedy_kernel(
     tl.store(tokens + row * max_tokens + step, token)
     tl.store(steps + row, step + 1)
     tl.store(ended + row, had_ended | (token == end_id))
-    tl.store(sums + row, tl.load(sums + row) + tl.sum(total, axis=0))
+    tl.store(sums + row, tl.load(sums + row) + total)

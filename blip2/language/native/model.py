@@ -95,6 +95,14 @@ class OPTModel:
         """What chooses the tokens of these requests: see `make_strategy`."""
         return make_strategy(options, input_ids, self.config.vocab_size, first_request, device)
 
+    def likeliest(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of scores, rows x vocab_size, each row's likeliest token and whether all are finite.
+
+        2 x rows, int64.
+        """
+        finite = torch.isfinite(scores.float().sum(dim=1))
+        return torch.stack([scores.argmax(dim=-1), finite.long()])
+
     def draw_tokens(
         self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor
     ) -> torch.Tensor:
