@@ -13,6 +13,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from blip2.errors import Blip2Error
 
@@ -67,6 +68,13 @@ def release() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def free_gpu_bytes(device: Any) -> int:
+    """What a GPU has free, torch's reserve of this process included."""
+    torch = sys.modules["torch"]
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def trim() -> None:

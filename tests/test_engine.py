@@ -262,6 +262,21 @@ def test_rows_that_cannot_be_had_end_who_asks_and_nobody_else(pipeline, values, 
     assert same(told(short), alone[1, 0, 0])
 
 
+def test_beams_for_which_memory_has_no_rows_end_alone(pipeline, values, alone, monkeypatch):
+    engine = stepped(pipeline, 4)
+    pictures = [engine.picture(picture) for picture in values]
+    open_rows = NativeSession.open_rows
+    monkeypatch.setattr(
+        NativeSession, "open_rows", lambda session, _, *lengths: open_rows(session, 2, *lengths)
+    )
+    asked = [submit(engine, pipeline, pictures, (n, 0, how)) for n, how in ((0, 6), (1, 0), (2, 7))]
+    finish(engine)
+    with pytest.raises(Blip2Error, match="`num_beams` is 3, this engine has 2 rows; lower it"):
+        told(asked[0])
+    assert same(told(asked[1]), alone[1, 0, 0])
+    assert same(told(asked[2]), alone[2, 0, 7])
+
+
 @pytest.mark.parametrize("place", ["read", "choose"])
 def test_an_admission_that_fails_leaves_no_rows_behind(pipeline, values, alone, monkeypatch, place):
     monkeypatch.setattr(engine_module, "_PATIENCE", 0)

@@ -98,11 +98,7 @@ class Engine:
         key = (text, dataclasses.replace(options, seed=0))
         if (input_ids := self._prompts.get(key)) is None:
             if options.num_beams > self._running.max_rows:
-                raise Blip2Error(
-                    f"`num_beams` is {options.num_beams}, this engine has"
-                    f" {self._running.max_rows} rows",
-                    "lower it",
-                )
+                raise _too_wide(options, self._running.max_rows)
             self._pipeline.check([text], options)
             if len(self._prompts) >= _REMEMBERED:
                 self._prompts.clear()
@@ -228,6 +224,9 @@ class Engine:
             if not has_rows:
                 self._answer_batch()
                 return
+            if first.options.num_beams > running.rows.capacity:
+                self._waiting.popleft().fail(_too_wide(first.options, running.rows.capacity))
+                return
         elif not self._is_due():
             return
         begun = self._next_group()
@@ -298,6 +297,12 @@ def _shared(request: Request) -> tuple[GenerationOptions, int | None]:
     """What requests of a batch have in common; those that sample are asked alone."""
     alone = request.key if request.options.samples else None
     return dataclasses.replace(request.options, seed=0), alone
+
+
+def _too_wide(options: GenerationOptions, rows: int) -> Blip2Error:
+    return Blip2Error(
+        f"`num_beams` is {options.num_beams}, this engine has {rows} rows", "lower it"
+    )
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

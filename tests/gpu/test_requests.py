@@ -19,6 +19,7 @@ from engine_runs import (  # noqa: F401 - fixtures among them
     values,
 )
 
+from blip2 import memory
 from blip2.gpu import cuda_graphs
 
 ROWS = (1, 6, 24)
@@ -110,3 +111,19 @@ def test_no_row_is_lost_in_a_hundred_thousand_events(pipeline, values, alone):
     last = engine.submit(pictures[0], QUESTIONS[0], pipeline.options(OPTIONS[1]))
     finish(engine)
     assert told(last) == alone[0, 0, 1]
+
+
+def test_rows_take_no_more_than_half_of_the_free_memory(pipeline, monkeypatch):
+    language = pipeline.language
+    config = language._model.config
+    per_row = (
+        2 * 2 * config.num_hidden_layers * config.hidden_size * 128
+    )  # keys and values, float16
+    for rows, expected in ((64, 64), (63, 32), (40, 32), (1, 1), (0, 1)):
+        monkeypatch.setattr(memory, "free_gpu_bytes", lambda _, rows=rows: 2 * rows * per_row)
+        opened = language.open_rows(64, 40, 20)
+        assert opened.max_len == 128
+        assert opened.capacity == expected
+    monkeypatch.undo()
+    free, total = torch.cuda.mem_get_info()
+    assert free <= memory.free_gpu_bytes(language.device) <= total

@@ -95,6 +95,11 @@ class OPTModel:
         """What chooses the tokens of these requests: see `make_strategy`."""
         return make_strategy(options, input_ids, self.config.vocab_size, first_request, device)
 
+    def cache_bytes(self, rows: int, max_len: int) -> int:
+        """What keys and values of so many rows of so many tokens take."""
+        config, itemsize = self.config, self.weights.positions.itemsize
+        return 2 * config.num_hidden_layers * config.hidden_size * rows * max_len * itemsize
+
     def likeliest(self, scores: torch.Tensor) -> torch.Tensor:
         """Of scores, rows x vocab_size, each row's likeliest token and whether all are finite.
 

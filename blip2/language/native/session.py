@@ -93,6 +93,10 @@ class NativeSession(LanguageSession):
         max_new = -(-max_output_len // _ANSWER_MULTIPLE) * _ANSWER_MULTIPLE
         max_len = -(-(prompt_len + max_new) // _ROW_MULTIPLE) * _ROW_MULTIPLE
         max_len = min(max_len, self.limits.max_total_len)
+        if self.device.type == "cuda":  # half of what is free is for looks, prompts, and others
+            room = memory.free_gpu_bytes(self.device) // 2
+            while capacity > 1 and self._model.cache_bytes(capacity, max_len) > room:
+                capacity //= 2
         while True:
             try:
                 with torch.inference_mode():
