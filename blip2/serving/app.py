@@ -28,7 +28,7 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from blip2.serving import chat, fetch
-from blip2.serving.body import Bodies
+from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds, ChatRequest, Reply
 from blip2.serving.engine import Asked, Engines, Facts
 from blip2.serving.engine_process import EngineSettings
@@ -199,7 +199,19 @@ class Service:
         del body
         self._check_open()  # the body may have taken a while
         self._check_room(request.rows)
-        exchange = Exchange(request, Reply(request, settings.model), scope, receive, send)
+        self._rows_wanted += request.rows
+        self._accepted += request.choices
+        try:
+            await self._answer_or_leave(
+                Exchange(request, Reply(request, settings.model), scope, receive, send), incoming
+            )
+        finally:
+            self._rows_wanted -= request.rows
+            self._accepted -= request.choices
+
+    async def _answer_or_leave(self, exchange: Exchange, incoming: Incoming) -> None:
+        """Answer, unless the client leaves, it takes too long, or the server stops."""
+        settings = self.settings
         work = asyncio.create_task(self._answer(exchange))
         gone = asyncio.create_task(incoming.until_gone())
         self._running.add(work)
@@ -233,10 +245,7 @@ class Service:
 
     async def _answer(self, exchange: Exchange) -> None:
         """Everything between a request that was understood and the last byte of its answer."""
-        request = exchange.request
         begun = time.perf_counter()
-        self._rows_wanted += request.rows
-        self._accepted += request.choices
         try:
             async with self._ask(exchange) as asked:
                 await self._reply(exchange, asked, begun)
@@ -244,9 +253,6 @@ class Service:
             self.metrics.request.observe(time.perf_counter() - begun)
         except Refusal as refusal:
             await exchange.fail(refusal)
-        finally:
-            self._rows_wanted -= request.rows
-            self._accepted -= request.choices
 
     @contextlib.asynccontextmanager
     async def _ask(self, exchange: Exchange) -> AsyncIterator[list[Asked]]:

@@ -61,7 +61,7 @@ class Target:
             is_literal = parts.netloc.startswith("[")
             if is_literal:
                 ipaddress.IPv6Address(host)
-            if parts.scheme not in ("http", "https") or "@" in parts.netloc:
+            if parts.scheme not in ("http", "https") or re.search("[@%]", parts.netloc):
                 raise ValueError
             if not is_literal and not _NAME.fullmatch(host):
                 raise ValueError

@@ -75,6 +75,9 @@ class Decoders:
         try:
             if not is_wanted():
                 raise Unwanted
+            if peer is not None and not peer.is_alive:  # killed while it had nothing to do
+                self._end(peer)
+                peer = None
             if peer is None:
                 peer = await self._start()
             try:

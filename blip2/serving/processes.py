@@ -76,6 +76,11 @@ class Peer:
         self._process.join()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    @property
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid

@@ -145,16 +145,14 @@ async def sweep(server: uvicorn.Server, idle_timeout: float) -> None:
     and for a client that does not read the last bytes of its answer.
     """
     loop = asyncio.get_running_loop()
-    idle_since: dict[Any, float] = {}
+    idle_since: dict[tuple[H11Protocol, Any], float] = {}
     while True:
         await asyncio.sleep(min(_SWEEP_SECONDS, idle_timeout / 4))
         now, connections = loop.time(), list(server.server_state.connections)
-        idle_since = {
-            connection: idle_since.get(connection, now)
-            for connection in connections
-            if not _is_busy(connection)
-        }
-        for connection, since in idle_since.items():
+        # Since its last request, which is another one than a moment ago where it has asked meanwhile.
+        idle = [(c, c.cycle) for c in connections if not _is_busy(c)]
+        idle_since = {one: idle_since.get(one, now) for one in idle}
+        for (connection, _), since in idle_since.items():
             if now - since > idle_timeout and connection.transport is not None:
                 connection.transport.abort()
 
@@ -165,10 +163,19 @@ def _is_busy(connection: H11Protocol) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    listening = None
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # With TCP by name: asyncio leaves Nagle's algorithm on for sockets that only imply it, and
+        # every answer would wait 40 ms for the client to acknowledge its headers.
+        listening = socket.socket(family, kind, protocol or socket.IPPROTO_TCP)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
     except OSError as error:
+        if listening is not None:
+            listening.close()
         raise Blip2Error(
             f"cannot listen on {host}:{port} ({error.strerror or error})",
             "give another `host` or `port`",

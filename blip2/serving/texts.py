@@ -62,9 +62,12 @@ class GrowingText:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins; None where there is none."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
+    """Where the stop text begins that is whole first; None where there is none.
+
+    However the text comes in pieces, it ends there.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
