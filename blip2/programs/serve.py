@@ -15,9 +15,8 @@ from typing import NoReturn
 
 from blip2 import cli
 from blip2.errors import Blip2Error
+from blip2.serving.client import KEY_VARIABLE
 from blip2.serving.engine_process import EngineSettings
-
-KEY_VARIABLE = "BLIP2_API_KEY"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -156,12 +156,11 @@ class Service:
         return JSONResponse(self._described())
 
     def _described(self) -> dict[str, Any]:
-        return {
-            "id": self.settings.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "blip2-suite",
-        }
+        described = {"id": self.settings.model, "object": "model", "created": 0}
+        described["owned_by"] = "blip2-suite"
+        if self._has_engines:
+            described["fingerprint"] = self._engines.facts.fingerprint
+        return described
 
     @property
     def _has_engines(self) -> bool:

@@ -24,7 +24,10 @@ from blip2.templates import TEMPLATE
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a server must know of its engines; lengths in tokens."""
+    """What a server must know of its engines; lengths in tokens.
+
+    `fingerprint` changes with them, and with nothing else.
+    """
 
     preprocessing: Preprocessing
     dtype: str
@@ -32,6 +35,7 @@ class Facts:
     max_txt_len: int
     max_output_len: int
     max_beams: int
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ that one process answers `/health` whatever the other does.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import queue
 import sys
 import threading
@@ -78,7 +80,10 @@ class Host:
         from blip2.pipeline import open_pipeline
 
         self._channel = channel
-        self._pipeline = open_pipeline(Places.of(**settings.places), settings.verify)
+        places = Places.of(**settings.places)
+        self._pipeline = open_pipeline(places, settings.verify)
+        parts = json.dumps(places.fingerprints(), sort_keys=True)
+        self._fingerprint = hashlib.sha256(parts.encode("ascii")).hexdigest()
         if self._pipeline.language.is_in_step:
             raise Blip2Error(
                 "several processes cannot serve together",
@@ -130,6 +135,7 @@ class Host:
             "max_txt_len": self._max_txt_len,
             "max_output_len": self._settings.max_output_len,
             "max_beams": min(filter(None, beams)),
+            "fingerprint": self._fingerprint,
         }
 
     def _take_picture(self, frame: Frame) -> None:
