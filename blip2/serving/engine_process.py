@@ -143,6 +143,9 @@ class Host:
 
         dtype = getattr(torch, frame.message["dtype"])
         values = torch.frombuffer(frame.content, dtype=dtype).view(frame.message["shape"])
+        if self._pipeline.vision.device.type == "cuda":
+            # From other memory the copy would be waited for, and it waits for the steps before it.
+            values = values.pin_memory()
         self._pictures[frame.message["key"]] = self._engine.picture(values)
 
     def _ask(self, frame: Frame) -> None:
