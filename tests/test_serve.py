@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import json
 import os
 import re
@@ -453,3 +454,40 @@ def test_a_port_that_is_taken(server):
     done = run_program("serve.py", "--port", str(server.port))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{server.port}")
+
+
+def documented(name: str, kind: str, holding: str) -> str:
+    """The block of a page that holds some words."""
+    fenced = re.split(r"^```", (ROOT / name).read_text(), flags=re.MULTILINE)[1::2]
+    blocks = (block.removeprefix(f"{kind}\n") for block in fenced if block.startswith(f"{kind}\n"))
+    return next(block for block in blocks if holding in block)
+
+
+def with_server(text: str, server: Server) -> str:
+    return text.replace("http://127.0.0.1:8000", server.url).replace('"none"', repr(KEY))
+
+
+def test_what_the_readme_shows(server, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    python = documented("README.md", "python", "openai.OpenAI")
+    test = doctest.DocTestParser().get_doctest(with_server(python, server), {}, "README", None, 0)
+    assert doctest.DocTestRunner().run(test) == (0, len(test.examples))
+    lines = documented("README.md", "", "base64 -w0").splitlines()
+    command = "\n".join(line[2:] for line in lines[:-1]).replace(
+        " | jq -r .choices[0].message.content", ""
+    )
+    command = with_server(command, server).replace(
+        " -d @-", f' -H "Authorization: Bearer {KEY}" -d @-'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == lines[-1] == "red"
+
+
+def test_what_its_page_shows(server, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(with_server(documented("docs/serving.md", "python", "openai.OpenAI"), server), {})
+    assert capsys.readouterr().out == "red\nred"
+    flags = re.findall(r"`(--\w+)`", (ROOT / "docs" / "serving.md").read_text())
+    known = run_program("serve.py", "--help").stdout + run_program("run.py", "--help").stdout
+    assert flags
+    assert not [flag for flag in flags if flag not in known]
