@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import doctest
+import http.client
 import json
 import os
 import re
@@ -398,6 +400,29 @@ def test_sigterm_waits_no_longer_than_it_may(tmp_path):
         assert (running[0].status, running[0].error["code"]) == (503, "stopping")
     finally:
         server.process.kill()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    server = start(tmp_path / "s")
+    try:
+        server.wait_ready()
+        with server.slowly():
+            asking = threading.Thread(target=_ask_in_vain, args=(server,))
+            asking.start()
+            assert wait_for(lambda: used(server) == 1, 5)
+            server.process.send_signal(signal.SIGINT)
+            assert wait_for(lambda: server.get("/ready").status == 503, 0.8)
+            assert server.stop(signal.SIGINT, seconds=1.0) == 1
+            asking.join()
+        assert wait_for(lambda: not server.processes(), 5)
+        assert "Traceback" not in server.said()
+    finally:
+        server.process.kill()
+
+
+def _ask_in_vain(server: Server) -> None:
+    with contextlib.suppress(ConnectionError, http.client.HTTPException):
+        assert server.ask("").status == 503
 
 
 def test_engines_that_die_end_the_server(tmp_path):

@@ -10,13 +10,17 @@ docs/serving.md has the rest: what clients can ask for, keys, limits, metrics.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip2 import cli
 from blip2.errors import Blip2Error
 from blip2.serving.client import KEY_VARIABLE
 from blip2.serving.engine_process import EngineSettings
+
+if TYPE_CHECKING:
+    from blip2.serving.app import ServiceSettings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,8 +93,42 @@ def parse_arguments() -> argparse.Namespace:
         "--hf_model_location",
         help="tokenizer: directory or hub id (default: the checkpoint's, or by the query tokens)",
     )
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="a replica on every GPU of a Ray cluster; without an address, of this machine",
+    )
+    add(
+        "--ray_replicas", type=cli.positive_int, metavar="N", help="with --ray (default: one a GPU)"
+    )
+    add(
+        "--ray_autoscaling",
+        type=json_object,
+        metavar="JSON",
+        help="with --ray: Ray Serve's autoscaling_config, as"
+        ' \'{"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 64}\'',
+    )
     add("--no_verify", action="store_true", help="do not compare large files with their hashes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("ray_replicas", "ray_autoscaling"):
+        if getattr(args, name) and not args.ray:
+            parser.error(f"--{name} goes with --ray")
+    if args.ray_replicas and args.ray_autoscaling:
+        parser.error("--ray_replicas goes without --ray_autoscaling")
+    return args
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """argparse type: a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
 
 
 def main() -> None:
@@ -110,6 +148,9 @@ def main() -> None:
         picture_timeout=args.picture_timeout,
         decoders=args.workers or default_workers(),
     )
+    if args.ray:
+        serve_on_ray(args, service)
+        return
     settings = ServerSettings(
         service,
         engine_settings(args),
@@ -119,6 +160,24 @@ def main() -> None:
         args.shutdown_timeout,
     )
     serve(settings)
+
+
+def serve_on_ray(args: argparse.Namespace, service: ServiceSettings) -> None:
+    """Serve with replicas."""
+    from blip2.serving.replicas import ReplicaSettings, serve_replicas
+
+    serve_replicas(
+        ReplicaSettings(
+            service,
+            engine_settings(args),
+            args.ray,
+            args.host,
+            args.port,
+            args.shutdown_timeout,
+            args.ray_replicas,
+            args.ray_autoscaling,
+        )
+    )
 
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:

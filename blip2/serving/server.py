@@ -86,7 +86,8 @@ async def _serve(settings: ServerSettings, listening: socket.socket) -> None:
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, asked_to_stop, server)
+        # Not by the loop's own way, which Windows has not.
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(_stop, asked_to_stop))
     tasks = [
         asyncio.create_task(server.serve(sockets=[listening])),
         asyncio.create_task(sweep(server, settings.idle_timeout)),
@@ -108,10 +109,9 @@ async def _serve(settings: ServerSettings, listening: socket.socket) -> None:
         service.close()
 
 
-def _stop(asked: asyncio.Event, server: _Server) -> None:
+def _stop(asked: asyncio.Event) -> None:
     """Asked once: finish what runs; asked again: at once."""
     if asked.is_set():
-        server.force_exit = True
         sys.exit(1)
     asked.set()
 
