@@ -101,16 +101,14 @@ def test_follow_ups_are_a_conversation_about_the_same_picture(page):
     page.drop()
     page.ask("What colour is the circle?")
     page.wait_for_answers(1)
-    with page.page.expect_response("**/chat/completions") as sent:
+    with page.page.expect_request("**/chat/completions") as sent:
         page.ask("What colour is the triangle?")
     page.wait_for_answers(2)
-    body = json.loads(sent.value.request.post_data)
-    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
-    assert '"known":true' in sent.value.text()
-    assert (
-        "Question: What colour is the circle? Answer: red. Question: What colour is the triangle?"
-        in sent.value.text()
-    )
+    first, answer, second = json.loads(sent.value.post_data)["messages"]
+    assert [part["type"] for part in first["content"]] == ["image_url", "text"]
+    assert (answer["role"], answer["content"]) == ("assistant", "red")
+    assert second["content"] == [{"type": "text", "text": "What colour is the triangle?"}]
+    assert "ViT" not in page.page.locator(".times").last.inner_text()  # it was looked at before
     assert page.answers()[0] == "red"
     page.page.click("#anew")
     assert page.answers() == []

@@ -8,36 +8,34 @@ uvicorn serves service.app
 from __future__ import annotations
 
 import asyncio
-import base64
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import math
-import re
 import sys
 import time
 from collections.abc import AsyncIterator
-from importlib import resources
 from typing import Any, TextIO
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from blip2.serving import chat, fetch
 from blip2.serving.body import Bodies, Incoming
-from blip2.serving.chat import Bounds, ChatRequest, Reply
+from blip2.serving.chat import Bounds
 from blip2.serving.engine import Asked, Engines, Facts
 from blip2.serving.engine_process import EngineSettings
 from blip2.serving.errors import Refusal, broken, loading, stopping
-from blip2.serving.front import CLIENT_LEFT, Front, respond
+from blip2.serving.exchange import LAST_WORD_SECONDS, Exchange
+from blip2.serving.front import CLIENT_LEFT, Front
 from blip2.serving.metrics import CONTENT_TYPE, Metrics
+from blip2.serving.page import Page
 from blip2.serving.pictures import Decoders, Held, Pictures
+from blip2.serving.replies import Reply
 
-_LAST_WORD_SECONDS = 1.0  # for what a client that reads slowly is told at the end
 _BODIES_TOGETHER = 16  # times the largest
 
 
@@ -106,7 +104,7 @@ class Service:
         for task in list(self._running):
             task.cancel()
         if self._running:
-            await asyncio.wait(set(self._running), timeout=_LAST_WORD_SECONDS)
+            await asyncio.wait(set(self._running), timeout=LAST_WORD_SECONDS)
 
     def close(self) -> None:
         """End the processes."""
@@ -121,7 +119,7 @@ class Service:
         return [] if self._decoders is None else self._decoders.pids
 
     def _routes(self) -> Router:
-        page = _Page.load()
+        page = Page.load()
         return Router(
             [
                 Route("/", page.respond),
@@ -331,70 +329,6 @@ class Service:
             self.metrics.token.observe(seconds / (longest - 1))
 
 
-class Exchange:
-    """A request that was understood, and what its client has been sent."""
-
-    def __init__(
-        self, request: ChatRequest, reply: Reply, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Begin with nothing sent."""
-        self.request, self.reply = request, reply
-        self.seconds: dict[str, float] = {}
-        self.picture: Held | None = None
-        self._scope, self._receive, self._send = scope, receive, send
-        self._has_begun = self._is_over = False
-
-    def note(self, **facts: Any) -> None:
-        """For the log."""
-        self._scope["blip2"].update(facts)
-
-    async def stream(self, pieces: list[tuple[int, str]]) -> None:
-        """Send pieces of choices."""
-        events = []
-        if not self._has_begun:
-            await self._begin_stream()
-            events += self.reply.first_chunks()
-        events += [self.reply.chunk(choice, text) for choice, text in pieces]
-        if events:
-            await self._send_body(b"".join(map(chat.event, events)))
-
-    async def finish(self) -> None:
-        """Send the end of the answer, or all of it."""
-        picture = {"sha256": self.picture.sha256, "known": not self.picture.is_new}
-        extras = self.reply.extras(self.seconds, picture)
-        if not self.request.streams:
-            self._has_begun = self._is_over = True
-            response = JSONResponse(self.reply.whole(extras))
-            await response(self._scope, self._receive, self._send)
-            return
-        events = b"".join(map(chat.event, self.reply.last_chunks(extras)))
-        self._is_over = True
-        await self._send_body(events + chat.DONE, more=False)
-
-    async def fail(self, refusal: Refusal) -> None:
-        """Say what went wrong, in a stream that has begun as its last event."""
-        self.note(error=refusal.code or refusal.kind)
-        if not self._has_begun:
-            self._has_begun = self._is_over = True
-            await respond(refusal, self._scope, self._receive, self._send)
-        elif not self._is_over:
-            self._is_over = True
-            self.note(status=refusal.status)
-            with contextlib.suppress(asyncio.TimeoutError, OSError):
-                last = self._send_body(chat.event(refusal.to_json()), more=False)
-                await asyncio.wait_for(last, _LAST_WORD_SECONDS)
-
-    async def _begin_stream(self) -> None:
-        self._has_begun = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        headers.append((b"x-accel-buffering", b"no"))  # nginx would keep events back
-        start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
-        await self._send(start)
-
-    async def _send_body(self, content: bytes, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": content, "more_body": more})
-
-
 class _Endpoint:
     """A method as an ASGI application, for `Route`, which takes functions for something else."""
 
@@ -403,35 +337,3 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._application(scope, receive, send)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Page:
-    """The page to ask on, and what a browser may do on it: nothing but what is in it."""
-
-    content: bytes
-    policy: str
-
-    @classmethod
-    def load(cls) -> _Page:
-        text = resources.files("blip2.serving").joinpath("page.html").read_text("utf-8")
-        allowed = {}
-        for kind in ("script", "style"):
-            parts = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
-            hashes = (hashlib.sha256(part.encode()).digest() for part in parts)
-            encoded = (base64.b64encode(one).decode() for one in hashes)
-            allowed[kind] = " ".join(f"'sha256-{one}'" for one in encoded)
-        policy = (
-            f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']};"
-            " img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none';"
-            " frame-ancestors 'none'"
-        )
-        return cls(text.encode(), policy)
-
-    async def respond(self, _request: Request) -> Response:
-        headers = {
-            "content-security-policy": self.policy,
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-cache",
-        }
-        return Response(self.content, media_type="text/html; charset=utf-8", headers=headers)
