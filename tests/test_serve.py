@@ -147,10 +147,15 @@ def test_beams_choices_and_draws(server):
     assert [c["message"]["content"] for c in found["choices"]] == [b["text"] for b in beams[:2]]
     assert beams[0]["text"] == "red"
     assert [b["score"] for b in beams] == sorted((b["score"] for b in beams), reverse=True)
+    streamed = events(server.ask("What colour is the circle?", num_beams=3, n=2, stream=True).body)
+    texts = ["", ""]
+    for choice in (e["choices"][0] for e in streamed[:-1]):
+        texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert texts == [b["text"] for b in beams[:2]]
     drawn = [server.ask("", temperature=3, seed=5, n=2, max_tokens=6).json for _ in range(2)]
-    texts = [[c["message"]["content"] for c in one["choices"]] for one in drawn]
-    assert texts[0] == texts[1]  # the same draws
-    assert texts[0][0] != texts[0][1]  # of each choice its own
+    one, other = ([c["message"]["content"] for c in found["choices"]] for found in drawn)
+    assert one == other  # the same draws
+    assert one[0] != one[1]  # of each choice its own
     assert server.ask("", temperature=0, top_p=0.5).text == CAPTION
     assert server.ask("", top_p=1).text == CAPTION
 

@@ -252,71 +252,55 @@ class Service:
             await exchange.fail(refusal)
 
     @contextlib.asynccontextmanager
-    async def _ask(self, exchange: Exchange) -> AsyncIterator[list[Asked]]:
+    async def _ask(self, exchange: Exchange) -> AsyncIterator[Asked]:
         """Within, the engines work on the request's choices."""
-        request, asked = exchange.request, []
-        begun = time.perf_counter()
-        try:
-            content = request.picture
-            if isinstance(content, str):
-                content = await fetch.fetch(content, self.settings.max_body)
-                exchange.seconds["fetch"] = time.perf_counter() - begun
-                begun = time.perf_counter()
-            held_picture = self._pictures.hold(content)
-            async with contextlib.AsyncExitStack() as stack:
-                held = await self._enter_picture(stack, held_picture)
-                exchange.picture = held
-                exchange.seconds["decode"] = time.perf_counter() - begun
-                count = 1 if request.question.options["num_beams"] > 1 else request.choices
-                try:
-                    for number in range(count):
-                        asked.append(await self._engines.ask(held.name, request.question, number))
-                    yield asked
-                except OSError:
-                    raise broken() from None
-                except Refusal as refusal:
-                    if refusal.status >= 500:
-                        self._pictures.forget(held.sha256)
-                    raise
-        finally:
-            for one in asked:
-                one.cancel()
+        request, begun = exchange.request, time.perf_counter()
+        content = request.picture
+        if isinstance(content, str):
+            content = await fetch.fetch(content, self.settings.max_body)
+            exchange.seconds["fetch"] = time.perf_counter() - begun
+            begun = time.perf_counter()
+        async with self._hold(content) as held:
+            exchange.picture = held
+            exchange.seconds["decode"] = time.perf_counter() - begun
+            choices = 1 if request.question.options["num_beams"] > 1 else request.choices
+            try:
+                asked = await self._engines.ask(held.name, request.question, choices)
+            except OSError:
+                raise broken() from None
+            try:
+                yield asked
+            except Refusal as refusal:
+                if refusal.status >= 500:
+                    self._pictures.forget(held.sha256)
+                raise
+            finally:
+                asked.cancel()
 
-    async def _enter_picture(self, stack: contextlib.AsyncExitStack, held_picture: Any) -> Held:
-        try:
-            held = await stack.enter_async_context(held_picture)
-        except Refusal:
-            self.metrics.pictures.labels("refused").inc()
-            raise
-        self.metrics.pictures.labels("looked_at" if held.is_new else "known").inc()
-        return held
+    @contextlib.asynccontextmanager
+    async def _hold(self, content: bytes) -> AsyncIterator[Held]:
+        """Within, the engines have this picture; counts what became of it."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                held = await stack.enter_async_context(self._pictures.hold(content))
+            except Refusal:
+                self.metrics.pictures.labels("refused").inc()
+                raise
+            self.metrics.pictures.labels("looked_at" if held.is_new else "known").inc()
+            yield held
 
-    async def _reply(self, exchange: Exchange, asked: list[Asked], begun: float) -> None:
+    async def _reply(self, exchange: Exchange, asked: Asked, begun: float) -> None:
         """Send what the engines make, as it is made or at the end."""
         reply, first = exchange.reply, None
-        waiting = {asyncio.create_task(one.news()): n for n, one in enumerate(asked)}
-        try:
-            while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                pieces = []
-                for task in done:
-                    choice = waiting.pop(task)
-                    text, end = task.result()
-                    if text:
-                        reply.add(choice, text)
-                        pieces.append((choice, text))
-                    if end is not None:
-                        reply.end(choice, end)
-                    else:
-                        waiting[asyncio.create_task(asked[choice].news())] = choice
-                if first is None:
-                    first = time.perf_counter()
-                    self.metrics.first_token.observe(first - begun)
-                if exchange.request.streams:
-                    await exchange.stream(pieces)
-        finally:
-            for task in waiting:
-                task.cancel()
+        while not reply.is_whole:
+            news = await asked.news()
+            if first is None:
+                first = time.perf_counter()
+                self.metrics.first_token.observe(first - begun)
+            for one in news:
+                reply.take(one)
+            if exchange.request.streams:
+                await exchange.stream()
         self._count_tokens(reply, time.perf_counter() - first)
         exchange.note(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
         await exchange.finish()

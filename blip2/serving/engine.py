@@ -80,7 +80,7 @@ class Engines:
         """Made by `start`."""
         self._peer = peer
         self._numbers = itertools.count()
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, tuple[Asked, int]] = {}  # with the number of the choice
         self._loads: list[asyncio.Future[Load]] = []
         self._ready: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Task[None] = asyncio.create_task(self._listen())
@@ -118,15 +118,16 @@ class Engines:
         """Let a picture go; requests that have it keep it."""
         self._peer.send_soon({"do": "forget", "key": key})
 
-    async def ask(self, picture: str, question: Question, number: int = 0) -> Asked:
-        """Ask about a picture that they have. `number` tells requests of one seed apart.
+    async def ask(self, picture: str, question: Question, choices: int = 1) -> Asked:
+        """Ask about a picture that they have, `choices` times; each draws numbers of its own.
 
         Raises:
             OSError: the engines have ended.
         """
-        asked = Asked(next(self._numbers), self)
-        self._asked[asked.number] = asked
+        asked = Asked(self)
         message = {
+            "do": "ask",
+            "picture": picture,
             "question": question.text,
             "turns": question.turns,
             "options": question.options,
@@ -134,8 +135,11 @@ class Engines:
             "template": question.template,
             "max_txt_len": question.max_txt_len,
         }
-        given = {"do": "ask", "id": asked.number, "picture": picture, "number": number}
-        await self._peer.send({**given, **message})
+        for choice in range(choices):
+            number = next(self._numbers)
+            self._asked[number] = (asked, choice)
+            asked.numbers.append(number)
+            await self._peer.send({**message, "id": number, "number": choice})
         return asked
 
     async def load(self) -> Load:
@@ -148,9 +152,10 @@ class Engines:
         return await waiting
 
     def cancel(self, asked: Asked) -> None:
-        """Have nobody work for a request any more; does nothing where it is over."""
-        if self._asked.pop(asked.number, None) is not None and not self.ended.done():
-            self._peer.send_soon({"do": "cancel", "id": asked.number})
+        """Have nobody work for a request any more; does nothing for what of it is over."""
+        for number in asked.numbers:
+            if self._asked.pop(number, None) is not None and not self.ended.done():
+                self._peer.send_soon({"do": "cancel", "id": number})
 
     def close(self) -> None:
         """End the process."""
@@ -168,18 +173,18 @@ class Engines:
             if not self._ready.done():
                 self._ready.set_exception(gone)
                 self._ready.exception()  # nobody need wait for it
-            for asked in self._asked.values():
-                asked.put({"error": "engine"})
+            for asked, choice in self._asked.values():
+                asked.put(choice, {"error": "engine"})
             self._asked.clear()
             for waiting in self._loads:
                 waiting.cancel()
 
     def _take(self, message: dict[str, Any]) -> None:
         for number, event in message.get("news", ()):
-            asked = self._asked.get(number)
-            if asked is None:  # cancelled
+            if number not in self._asked:  # cancelled
                 continue
-            asked.put(event)
+            asked, choice = self._asked[number]
+            asked.put(choice, event)
             if "text" not in event:
                 del self._asked[number]
         if "load" in message:
@@ -208,22 +213,32 @@ class End:
     answers: list[dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What a choice has grown by, and how it ended if it has."""
+
+    choice: int
+    text: str
+    end: End | None = None
+
+
 class Asked:
     """A request that the engines have. Its news wait here, however slowly they are taken."""
 
-    def __init__(self, number: int, engines: Engines) -> None:
+    def __init__(self, engines: Engines) -> None:
         """Made by `Engines.ask`."""
-        self.number, self._engines = number, engines
-        self._news: list[dict[str, Any]] = []
+        self.numbers: list[int] = []  # that the engines call its choices
+        self._engines = engines
+        self._news: list[tuple[int, dict[str, Any]]] = []
         self._has_news = asyncio.Event()
 
-    def put(self, event: dict[str, Any]) -> None:
+    def put(self, choice: int, event: dict[str, Any]) -> None:
         """Add news."""
-        self._news.append(event)
+        self._news.append((choice, event))
         self._has_news.set()
 
-    async def news(self) -> tuple[str, End | None]:
-        """The text that has come since, and how it ended once it has.
+    async def news(self) -> list[News]:
+        """What has come since, at most one piece of news of each choice; waits for some.
 
         Raises:
             Refusal: the engines could not answer.
@@ -231,11 +246,15 @@ class Asked:
         await self._has_news.wait()
         self._has_news.clear()
         news, self._news = self._news, []
-        for event in news:
+        texts: dict[int, str] = {}
+        ends: dict[int, End] = {}
+        for choice, event in news:
             if "error" in event:
                 raise _refusal(event["error"], self._engines)
-        text = "".join(event.get("text", "") for event in news)
-        return text, End(**news[-1]["end"]) if "end" in news[-1] else None
+            texts[choice] = texts.get(choice, "") + event.get("text", "")
+            if "end" in event:
+                ends[choice] = End(**event["end"])
+        return [News(choice, text, ends.get(choice)) for choice, text in texts.items()]
 
     def cancel(self) -> None:
         """Let nobody work for it any more."""

@@ -36,13 +36,13 @@ class Exchange:
         """For the log."""
         self._scope["blip2"].update(facts)
 
-    async def stream(self, pieces: list[tuple[int, str]]) -> None:
-        """Send pieces of choices."""
+    async def stream(self) -> None:
+        """Send what the reply has grown by."""
         events = []
         if not self._has_begun:
             await self._begin_stream()
             events += self.reply.first_chunks()
-        events += [self.reply.chunk(choice, text) for choice, text in pieces]
+        events += self.reply.chunks()
         if events:
             await self._send_body(b"".join(map(replies.event, events)))
 

@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from blip2.serving.chat import ChatRequest
-from blip2.serving.engine import End
+from blip2.serving.engine import End, News
 
 
 class Reply:
@@ -25,15 +25,15 @@ class Reply:
         }
         self.ends: dict[int, End] = {}
         self._texts = [""] * request.choices
+        self._sent = [0] * request.choices  # letters, in chunks
 
-    def add(self, choice: int, piece: str) -> None:
-        """Note what a choice has grown by."""
-        self._texts[choice] += piece
-
-    def end(self, choice: int, end: End) -> None:
-        """Note how a choice has ended; a beam search ends all, with a beam each."""
+    def take(self, news: News) -> None:
+        """Note what a choice has grown by, and how it ended; a beam search ends all at once."""
+        self._texts[news.choice] += news.text
+        if (end := news.end) is None:
+            return
         if len(end.answers) == 1:
-            self.ends[choice] = end
+            self.ends[news.choice] = end
             return
         for number, answer in enumerate(end.answers[: self.request.choices]):
             self._texts[number] = answer["text"]
@@ -91,9 +91,14 @@ class Reply:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(number, delta, None) for number in range(self.request.choices)]
 
-    def chunk(self, choice: int, piece: str) -> dict[str, Any]:
-        """A piece of text."""
-        return self._chunk(choice, {"content": piece}, None)
+    def chunks(self) -> list[dict[str, Any]]:
+        """What choices have grown by since."""
+        grown = []
+        for choice, text in enumerate(self._texts):
+            if len(text) > self._sent[choice]:
+                grown.append(self._chunk(choice, {"content": text[self._sent[choice] :]}, None))
+                self._sent[choice] = len(text)
+        return grown
 
     def last_chunks(self, extras: dict[str, Any]) -> list[dict[str, Any]]:
         """What a stream ends with, before [DONE]."""
