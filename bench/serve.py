@@ -2,13 +2,14 @@
 
     python -m bench.serve                          # random weights of the real shapes: no download
     python -m bench.serve --model_dir DIRECTORY    # a BLIP-2 of your own
-    python -m bench.serve --model_dir demo/checkpoint --picture demo/scene.png --seconds 5    # on a CPU
+    python -m bench.serve --model_dir demo/checkpoint --text "" --seconds 5    # on a CPU
 
 Clients in closed loops, each asking again when it has its answer; then arrivals at random (Poisson) at
 shares of what 64 clients got. Every request brings a picture that the server has not seen, as a data:
-URL. Answers of random weights do not end by themselves: each has TOKENS tokens. "Offline" are fixed
-batches of pictures that are decoded already. "First" is from sending to the first text; it includes
-the decoding of the picture, which is said apart. "Token" is from one token of an answer to the next.
+URL. Answers of random weights hardly end by themselves: most have TOKENS tokens. "Offline" is what
+`run.py --output` does with pictures that are decoded already. "First" is from sending to the first
+text; it includes the decoding of the picture, which is said apart. "Token" is from one token of an
+answer to the next.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ def main() -> None:
             model = random_checkpoint(Path(directory, "checkpoint"))
         alone = offline(model)
         print(
-            f"offline, batches of {alone['batch']}: {alone['rate']:.1f} captions/s;"
-            f" first token of one alone: {alone['first_ms']:.1f} ms",
+            f"offline: {alone['rate']:.1f} captions/s; first token of one alone:"
+            f" {alone['first_ms']:.1f} ms",
             flush=True,
         )
         with serving(model, args.workers) as server:
-            load = Load(server, args.picture.read_bytes() if args.picture else photograph())
+            picture = args.picture.read_bytes() if args.picture else photograph()
+            load = Load(server, picture, args.text)
             asyncio.run(measure(load, args.seconds, alone))
 
 
@@ -70,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model_dir", type=Path, help="BLIP-2 checkpoint (default: random weights)"
     )
     parser.add_argument("--picture", type=Path, help="JPEG or PNG (default: noise, 36 kB of JPEG)")
+    parser.add_argument("--text", default=TEXT, help="the question; empty: a caption")
     parser.add_argument(
         "--seconds", type=cli.positive_float, default=15.0, help="of each line, after a warm-up"
     )
@@ -104,30 +107,40 @@ def offline(model: Path) -> dict[str, float]:
 
 
 def print_offline(model: str) -> None:
-    """Captions a second in fixed batches, and milliseconds to the first token of one alone."""
+    """Captions a second of a folder that is decoded, and milliseconds to the first token of one."""
     import torch
 
     from blip2.engines import Places
+    from blip2.many import answering
     from blip2.pipeline import Stopwatch, open_pipeline
 
     pipeline = open_pipeline(Places.of(model, model))
-    batch, sides = pipeline.default_batch_size, pipeline.vision.preprocessing
-    values = torch.randn(batch, 3, sides.height, sides.width).to(pipeline.vision.dtype)
+    size, sides = pipeline.default_batch_size, pipeline.vision.preprocessing
+    values = torch.randn(size, 3, sides.height, sides.width).to(pipeline.vision.dtype)
     if pipeline.vision.device.type == "cuda":
         values = values.pin_memory()
 
-    def seconds(count: int, tokens: int, repeats: int) -> float:
-        options = dataclasses.replace(pipeline.options({"max_output_len": tokens}), end_id=-1)
-        found = []
-        for _ in range(repeats + 2):
-            begun = time.perf_counter()
-            look = pipeline.look(values[:count], Stopwatch())
-            pipeline.ask(look, [TEXT] * count, options)
-            found.append(time.perf_counter() - begun)
-        return statistics.median(found[2:])
+    options = dataclasses.replace(pipeline.options({"max_output_len": TOKENS}), end_id=-1)
+    block = answering.block_of(pipeline, options)
+    windows = (answering.Window(n * size, size, values) for n in range(max(8, 3 * block)))
+    answer = answering.answer_in_batches
+    if answering.has_rows(pipeline, options):
+        answer = answering.answer_in_rows
+    ended = []
+    for _ in answer(pipeline, windows, [TEXT], options, size, Stopwatch()):
+        ended.append(time.perf_counter())
+    # Of whole blocks, behind one that warms up; of batches behind two.
+    first = max(2, block) - 1
+    rate = (len(ended) - 1 - first) * size / (ended[-1] - ended[first])
 
-    rate, first = batch / seconds(batch, TOKENS, 8), seconds(1, 1, 20)
-    print(json.dumps({"batch": batch, "rate": rate, "first_ms": 1e3 * first}))
+    options = dataclasses.replace(options, max_output_len=1)
+    seconds = []
+    for _ in range(22):
+        begun = time.perf_counter()
+        pipeline.ask(pipeline.look(values[:1], Stopwatch()), [TEXT], options)
+        seconds.append(time.perf_counter() - begun)
+    first_ms = 1e3 * statistics.median(seconds[2:])
+    print(json.dumps({"rate": rate, "first_ms": first_ms}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +260,12 @@ class Connection:
 class Load:
     """Requests without end, each with a picture of its own."""
 
-    def __init__(self, server: Server, picture: bytes) -> None:
+    def __init__(self, server: Server, picture: bytes, text: str) -> None:
         self.server, self._numbers = server, itertools.count()
         padded = picture + b"\0" * (-len(picture) % 3)  # base64 of parts is that of the whole
         marker = "@@@"
         url = "data:image/jpeg;base64," + base64.b64encode(padded).decode() + marker
-        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": TEXT}]
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
         body = {
             "messages": [{"role": "user", "content": parts}],
             "max_tokens": TOKENS,
@@ -301,7 +314,7 @@ class Load:
 
 async def measure(load: Load, seconds: float, alone: dict[str, float]) -> None:
     """Print a line for each load."""
-    print(f"{'':<22}{'answers/s':>10}{'offline':>9}", end="")
+    print(f"{'':<22}{'answers/s':>10}{'offline':>9}{'tokens':>8}", end="")
     for name in ("first", "token", "whole"):
         print(f"{name + ', ms: p50':>17}{'p95':>8}{'p99':>8}", end="")
     print(flush=True)
@@ -336,7 +349,8 @@ async def measure(load: Load, seconds: float, alone: dict[str, float]) -> None:
 
 def line(name: str, rate: float, offline_rate: float, samples: Sequence[Sample]) -> None:
     """Print a load's numbers."""
-    print(f"{name:<22}{rate:>10.1f}{rate / offline_rate:>9.0%}", end="")
+    tokens = statistics.mean(sample.tokens for sample in samples)
+    print(f"{name:<22}{rate:>10.1f}{rate / offline_rate:>9.0%}{tokens:>8.1f}", end="")
     parts: tuple[Callable[[Sample], float], ...] = (
         lambda s: s.first,
         lambda s: s.token,

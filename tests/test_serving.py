@@ -96,6 +96,21 @@ def test_public_addresses(address):
     assert is_public(address)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.1.2.3", "172.31.255.255", "192.168.0.1", "169.254.169.254", "0.0.0.0"),
+        *("100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1"),
+        *("255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1"),
+        *("2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1", "no address", ""),
+    ],
+)
+def test_addresses_that_are_not_public(address):
+    """As IANA's registries have them, and what carries another address in it."""
+    assert not is_public(address)
+
+
 class Web:
     """Names and what is behind them: servers here, at addresses that look public."""
 
