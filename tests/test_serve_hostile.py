@@ -451,6 +451,13 @@ def test_a_decoder_that_is_killed_costs_one_request_at_most(server):
     assert server.ask("", SCENE + b"killed idle").text == CAPTION
 
 
+def test_decoders_have_a_limit_of_memory(server):
+    [decoder] = server.decoders()
+    lines = Path(f"/proc/{decoder}/limits").read_text().splitlines()
+    [limit] = [line.split()[3] for line in lines if line.startswith("Max address space")]
+    assert 4 << 30 < int(limit) < 64 << 30
+
+
 def test_one_bad_request_among_others_fails_alone(server):
     good = [lambda: server.ask("What colour is the circle?")] * 6
     bad = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
+import json
 import socket
 from collections.abc import Callable
 
@@ -13,12 +15,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving_runs import question
 
 pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
 
 from blip2.images import Preprocessing, pixel_array
-from blip2.serving import decoding, fetch, server
+from blip2.serving import chat, decoding, fetch, server
+from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
+from blip2.serving.chat import Bounds
 from blip2.serving.conversation import fitting_prompt, prompt_of
 from blip2.serving.errors import Refusal
 from blip2.serving.fetch import Target, is_public
@@ -31,6 +36,50 @@ from blip2.templates import TEMPLATE
 def decode(ids: list[int]) -> str:
     """As byte-level tokenizers do it: a byte a token, without blanks around."""
     return bytes(ids).decode("utf-8", "replace").strip()
+
+
+BOUNDS = Bounds("blip2", max_beams=10, max_output_len=64, takes_urls=False)
+GREEDY = {"max_output_len": 64, "num_beams": 1}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, GREEDY),
+        ({"temperature": 0}, GREEDY),
+        ({"temperature": 0, "top_p": 0.5, "top_k": 7, "seed": 3}, GREEDY),
+        ({"temperature": None, "top_p": 1, "stop": None, "n": None}, GREEDY),
+        ({"max_tokens": 1000}, GREEDY),
+        ({"max_tokens": 5, "max_completion_tokens": 7}, {**GREEDY, "max_output_len": 7}),
+        ({"num_beams": 4, "length_penalty": -1}, {**GREEDY, "num_beams": 4, "length_penalty": -1}),
+        ({"temperature": 0.5, "seed": 3}, {**GREEDY, "temperature": 0.5, "top_k": 0, "seed": 3}),
+        (
+            {"top_p": 0.9, "seed": 3},
+            {**GREEDY, "temperature": 1, "top_k": 0, "top_p": 0.9, "seed": 3},
+        ),
+        ({"top_k": 5, "seed": 3}, {**GREEDY, "temperature": 1, "top_k": 5, "seed": 3}),
+    ],
+)
+def test_how_an_answer_is_decoded(fields, expected):
+    """Greedy, as run.py does it, unless something says otherwise; a temperature of 0 does not."""
+    body = json.dumps(question("what?", b"picture", **fields)).encode()
+    assert chat.parse(body, BOUNDS).question.options == expected
+
+
+def test_draws_without_a_seed_are_others_each_time():
+    body = json.dumps(question("", b"picture", temperature=1)).encode()
+    assert len({chat.parse(body, BOUNDS).question.options["seed"] for _ in range(5)}) == 5
+
+
+def test_pictures_are_fetched_only_where_the_operator_has_asked_for_it():
+    """LMDeploy's CVE-2026-33626: whoever installed it had a way into his network."""
+    body = json.dumps(question("", "https://example.com/a.png")).encode()
+    with pytest.raises(Refusal) as caught:
+        chat.parse(body, BOUNDS)
+    assert caught.value.code == "image_urls_not_allowed"
+    allowed = dataclasses.replace(BOUNDS, takes_urls=True)
+    assert chat.parse(body, allowed).picture == "https://example.com/a.png"
+    assert not ServiceSettings().takes_urls
 
 
 letters = st.text(alphabet="ab é\N{WHITE SMILING FACE}", max_size=20)
@@ -225,6 +274,7 @@ def test_a_name_is_resolved_once_for_each_request(web):
         ("https://bücher.example/a", "xn--bcher-kva.example", "/a"),
         ("http://good.test\\@inside.test/", None, None),
         ("http://good.test\r\nX: y/", None, None),
+        ("http://good.test/a\\b", None, None),
         ("http://a@good.test/", None, None),
         ("http://[fe80::1%25eth0]/", None, None),
     ],

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from blip2.images import Preprocessing
 from blip2.serving.frames import Channel
 
 MAX_PIXELS = 50_000_000  # some 400 MB while they are decoded
-_MEMORY = 4 << 30  # bytes of address space: what a decoder may make of a picture that lies
+_MEMORY = 4 << 30  # bytes: what a decoder may make of a picture that lies
 
 
 def run(channel: Channel) -> None:
@@ -77,9 +78,12 @@ def _limit_memory() -> None:
         return
     import resource
 
+    # Beside what libraries have reserved, which is more the more processors there are.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    wanted = pages * resource.getpagesize() + _MEMORY
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(ValueError, OSError):  # a lower one is set already
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, most))
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, most))
 
 
 def first_message(preprocessing: Preprocessing, dtype: str) -> dict[str, Any]:
