@@ -11,11 +11,14 @@ import sys
 import pytest
 from batch_runs import read, scene, wait_for
 from conftest import ROOT, run_program
-from serving_runs import CAPTION, KEY
-
-from blip2.serving.client import Client
+from serving_runs import CAPTION, KEY, question
 
 pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
+
+from blip2.language import GenerationOptions
+from blip2.serving import chat, client
+from blip2.serving.chat import Bounds
+
 pytestmark = pytest.mark.xdist_group("serve")
 
 SCENE = ROOT / "demo" / "scene.png"
@@ -49,6 +52,20 @@ def test_answers_are_those_of_its_own_engines(server, arguments):
         assert mine["score"] == pytest.approx(theirs["score"], abs=1e-4)
     assert {"start", "load picture", "decode", "wait", "OPT"} <= set(other["seconds"])
     assert sum(other["seconds"].values()) <= other["total_seconds"]
+
+
+def test_sampling_is_what_it_is_without_a_server():
+    """There any of its three flags means sampling; a server takes top_p 1 for no wish at all."""
+    body = {"messages": question()["messages"]}
+    bounds = Bounds("blip2", max_beams=10, max_output_len=64, takes_urls=False)
+    none = {"max_output_len": 30, "num_beams": 1, "seed": 7}
+    for given, samples in (({}, False), ({"top_p": 1.0}, True), ({"temperature": 1.0}, True)):
+        fields = client._fields({**none, "top_k": None, **given})
+        parsed = chat.parse(json.dumps({**body, **fields}).encode(), bounds)
+        options = GenerationOptions(end_id=0, **parsed.question.options)
+        assert options.samples == samples
+        assert options.seed == (7 if samples else 0)
+        assert options.max_output_len == 30
 
 
 def test_it_prints_as_run_py_does(server):
@@ -108,8 +125,8 @@ def test_a_run_that_was_killed_is_gone_on_with(server, tmp_path):
         picture = tmp_path / "photos" / f"{number:02}.png"
         picture.parent.mkdir(exist_ok=True)
         scene(number % 9).image.save(picture)
-    with Client(server.url, KEY) as client:
-        fingerprint = client.model()["fingerprint"]
+    with client.Client(server.url, KEY) as asking:
+        fingerprint = asking.model()["fingerprint"]
     output = tmp_path / "out.jsonl"
     command = ["--server", server.url, "--input_dir", tmp_path / "photos", "--output", output]
     command += ["--workers", "2", "--temperature", "2", "--seed", "3", "--max_output_len", "8"]

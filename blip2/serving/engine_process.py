@@ -21,6 +21,7 @@ from blip2.errors import Blip2Error
 from blip2.serving.conversation import fitting_prompt
 from blip2.serving.frames import Channel, Frame
 from blip2.serving.texts import GrowingText, first_stop
+from blip2.templates import TEMPLATE, fill_template
 
 if TYPE_CHECKING:
     from blip2.engine import Engine, Picture, Request
@@ -107,7 +108,7 @@ class Host:
 
     def run(self) -> None:
         """Answer until the server has gone; raises EOFError or OSError then."""
-        _warm_up(self._engine, self._pipeline)
+        _warm_up(self._engine, self._pipeline, self._max_beams)
         threading.Thread(target=self._tell, daemon=True).start()
         self._write({"ready": self._facts()})
         doers = {
@@ -126,17 +127,22 @@ class Host:
             self._channel.write(message)
 
     def _facts(self) -> dict[str, Any]:
-        vision, limits = self._pipeline.vision, self._pipeline.language.limits
-        beams = [self._settings.max_beams, self._engine.load.rows, limits.max_num_beams]
+        vision = self._pipeline.vision
         return {
             "preprocessing": dataclasses.asdict(vision.preprocessing),
             "dtype": str(vision.dtype).removeprefix("torch."),
             "rows": self._engine.load.rows,
             "max_txt_len": self._max_txt_len,
             "max_output_len": self._settings.max_output_len,
-            "max_beams": min(filter(None, beams)),
+            "max_beams": self._max_beams,
             "fingerprint": self._fingerprint,
         }
+
+    @property
+    def _max_beams(self) -> int:
+        limits = self._pipeline.language.limits
+        most = [self._settings.max_beams, self._engine.load.rows, limits.max_num_beams]
+        return min(filter(None, most))
 
     def _take_picture(self, frame: Frame) -> None:
         import torch
@@ -276,21 +282,30 @@ def _longest_prompt(pipeline: Pipeline, settings: EngineSettings) -> int:
     return settings.max_txt_len or min(room, _USUAL_TXT_LEN)
 
 
-def _warm_up(engine: Engine, pipeline: Pipeline) -> None:
+def _warm_up(engine: Engine, pipeline: Pipeline, max_beams: int) -> None:
     """Have everything compiled, and graphs made for every number of rows, before anyone waits."""
     import torch
 
-    vision = pipeline.vision
+    vision, rows = pipeline.vision, engine.load.rows
     sides = vision.preprocessing.height, vision.preprocessing.width
-    options = pipeline.options({"max_output_len": 2})
-    counts = [1]
-    if vision.device.type == "cuda":
-        rows = engine.load.rows
-        counts += [n for n in (2, 4, *range(8, rows + 1, 8)) if n <= rows]
-    for count in counts:
+
+    def ask(count: int, text: str, **decoding: object) -> None:
+        options = pipeline.options({"max_output_len": 2, **decoding})
         blank = (engine.picture(torch.zeros(3, *sides)) for _ in range(count))
-        for request in [engine.submit(picture, "", options) for picture in blank]:
+        for request in [engine.submit(picture, text, options) for picture in blank]:
             request.answers()
+
+    ask(1, "")
+    if vision.device.type != "cuda":
+        return
+    question = fill_template(TEMPLATE, "what is this?")
+    for count in (1, 2, 4, *range(8, rows + 1, 8)):
+        if count <= rows:
+            ask(count, "")
+            ask(count, question)
+    ask(1, question, temperature=1.0)
+    if max_beams > 1:
+        ask(1, question, num_beams=min(5, max_beams))
 
 
 def _is_memory(error: BaseException) -> bool:
