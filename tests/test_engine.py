@@ -425,14 +425,14 @@ def test_rows_have_room_for_the_longest_from_the_start(pipeline, values):
     """Otherwise a long request would wait until no short one is under way."""
     engine = stepped(pipeline, 4)
     assert engine.load == Load(0, 0, 0, 4)
-    engine = SteppedEngine(pipeline, 4, prompt_len=40, max_output_len=50)
+    engine = SteppedEngine(pipeline, 4, prompt_len=20, max_output_len=100)
     picture = engine.picture(values[0])
     short = engine.submit(picture, "", pipeline.options({"max_output_len": 20}))
     engine.take_turn()
     engine._note_load()
     assert engine.load == Load(0, 1, 1, 4)
     rows = engine._running.rows
-    long = engine.submit(picture, "what " * 20, pipeline.options({"max_output_len": 50}))
+    long = engine.submit(picture, "", pipeline.options({"max_output_len": 100}))
     finish(engine)
     assert short.is_over
     assert long.is_over
