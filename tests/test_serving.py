@@ -19,6 +19,8 @@ from serving_runs import question
 
 pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
 
+from starlette.responses import JSONResponse
+
 from blip2.images import Preprocessing, pixel_array
 from blip2.serving import chat, decoding, fetch, server
 from blip2.serving.app import ServiceSettings
@@ -28,6 +30,7 @@ from blip2.serving.conversation import fitting_prompt, prompt_of
 from blip2.serving.errors import Refusal
 from blip2.serving.fetch import Target, is_public
 from blip2.serving.frames import Frame
+from blip2.serving.front import Front
 from blip2.serving.pictures import Pictures
 from blip2.serving.texts import GrowingText
 from blip2.templates import TEMPLATE
@@ -369,6 +372,39 @@ def test_pictures_are_kept_by_content_and_let_go_in_time():
         assert held.name not in engines.has
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.parametrize(
+    "host, is_local, status",
+    [
+        *(("localhost:8000", True, 200), ("LOCALHOST", True, 200), ("127.0.0.1:8000", True, 200)),
+        *(("[::1]:8000", True, 200), ("127.9.9.9", True, 200), ("evil.example", True, 421)),
+        *(("localhost.evil.example:8000", True, 421), ("10.0.0.1", True, 421), ("", True, 421)),
+        ("evil.example", False, 200),
+    ],
+)
+def test_a_name_that_comes_to_mean_this_machine_gets_nothing(host, is_local, status):
+    """DNS rebinding: the browser takes its page and this server for one site."""
+
+    async def app(scope, receive, send) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/health",
+        "headers": [(b"host", host.encode())],
+    }
+    asyncio.run(Front(app, (), io.StringIO(), is_local=is_local)(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_bodies_are_bounded_together():

@@ -135,11 +135,13 @@ def main() -> None:
     args = parse_arguments()
     from blip2.many.decoders import default_workers
     from blip2.serving.app import ServiceSettings
+    from blip2.serving.front import is_loopback
     from blip2.serving.server import ServerSettings, serve
 
+    keys = api_keys(args.api_key)
     service = ServiceSettings(
         model=args.model_name,
-        api_keys=api_keys(args.api_key),
+        api_keys=keys,
         takes_urls=args.allow_image_urls,
         max_waiting=args.max_waiting,
         max_body=int(args.max_body_mb * (1 << 20)),
@@ -147,6 +149,7 @@ def main() -> None:
         request_timeout=args.request_timeout,
         picture_timeout=args.picture_timeout,
         decoders=args.workers or default_workers(),
+        is_local=is_loopback(args.host) and not keys,
     )
     if args.ray:
         serve_on_ray(args, service)

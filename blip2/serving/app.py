@@ -52,6 +52,7 @@ class ServiceSettings:
     request_timeout: float = 60.0
     picture_timeout: float = 10.0
     decoders: int = 2
+    is_local: bool = False  # only for requests to localhost
 
 
 class Service:
@@ -60,7 +61,9 @@ class Service:
     def __init__(self, settings: ServiceSettings, log: TextIO = sys.stdout) -> None:
         """Make it, without engines yet; until they are there chat requests get 503."""
         self.settings, self.metrics = settings, Metrics()
-        self.app = Front(self._routes(), settings.api_keys, log, self.metrics.count)
+        self.app = Front(
+            self._routes(), settings.api_keys, log, self.metrics.count, settings.is_local
+        )
         self._bodies = Bodies(
             settings.max_body, settings.body_timeout, _BODIES_TOGETHER * settings.max_body
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
 import sys
@@ -37,6 +38,7 @@ class Front:
         keys: Sequence[str],
         log: TextIO,
         count: Callable[[int], None] = lambda _: None,
+        is_local: bool = False,
     ) -> None:
         """Stand before another.
 
@@ -45,8 +47,9 @@ class Front:
             keys: any of which a request must bring; none: nobody needs one.
             log: gets a line of JSON for every request.
             count: is told the status of every chat request.
+            is_local: nobody but this machine's users may ask, who call it by no name of a site.
         """
-        self._app, self._log, self._count = app, log, count
+        self._app, self._log, self._count, self._is_local = app, log, count, is_local
         self._keys = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,6 +77,7 @@ class Front:
 
         try:
             try:
+                self._check_host(headers)
                 self._check_key(scope["path"], headers)
                 await self._app(scope, incoming.receive, answer)
             except Gone:
@@ -95,6 +99,19 @@ class Front:
                     await respond(refusal, scope, incoming.receive, answer)
         finally:
             self._write_log(scope, status, time.perf_counter() - begun, notes)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Keep out the pages of sites whose names have come to mean this machine (DNS rebinding).
+
+        Raises:
+            Refusal: the request is for another host than this machine.
+        """
+        if self._is_local and not is_loopback(_without_port(headers.get("host", ""))):
+            raise Refusal(
+                421,
+                "this server has no API key, and answers only to localhost; give it a key",
+                code="host_not_allowed",
+            )
 
     def _check_key(self, path: str, headers: Headers) -> None:
         """Compare in a time that says nothing of the keys, before anything else is looked at.
@@ -153,6 +170,20 @@ async def respond(
     if refusal.status in (408, 413):
         headers["connection"] = "close"  # what still comes is no request
     await JSONResponse(refusal.to_json(), refusal.status, headers)(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine, whoever is asked for it."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: str) -> bytes:
