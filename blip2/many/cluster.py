@@ -89,7 +89,7 @@ class Cluster:
         """
         self._open_pipeline, self._decoders = open_pipeline, decoders
         self._directory = os.getcwd()
-        _connect(address)
+        connect(address)
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
         self.count = actors or gpus or sum(node["Alive"] for node in ray.nodes())
@@ -164,7 +164,12 @@ class Cluster:
                 yield answered
 
 
-def _connect(address: str) -> None:
+def connect(address: str) -> None:
+    """Join a Ray cluster, or start one of this machine ("local"); `blip2` is sent along.
+
+    Raises:
+        Blip2Error: there is none at the address.
+    """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)

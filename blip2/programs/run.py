@@ -5,6 +5,7 @@
     python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
     python run.py --input_dir photos/ --output captions.jsonl        # many pictures, resumable
     python run.py --input_dir photos/ --output captions.jsonl --ray  # on every GPU here
+    python run.py --server http://127.0.0.1:8000 --input_dir photo.jpg     # asks serve.py
     mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
 What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans, ONNX files or a
@@ -30,13 +31,26 @@ from blip2.templates import TEMPLATE
 if TYPE_CHECKING:
     import torch
 
+    from blip2.answers import Answer
     from blip2.engines import Places
     from blip2.language import GenerationOptions
-    from blip2.pipeline import Answer, Pipeline
+    from blip2.pipeline import Pipeline
 
 
 STANDARD_OUTPUT = Path("-")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
+# What is for engines of this process, not for a server's.
+ENGINE_FLAGS = (
+    *(
+        "engine_dir",
+        "opt_engine_dir",
+        "query_tokens",
+        "hf_model_location",
+        "no_verify",
+        "benchmark",
+    ),
+    *("batch_size", "ray", "html", "retry_errors"),
+)
 SAMPLING = ("top_k", "top_p", "temperature")
 
 
@@ -85,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
-        " --ray: as many as are free)",
+        " --ray: as many as are free); with --server: pictures asked about at once (default: 32)",
     )
     add(
         "--ray",
@@ -99,6 +113,12 @@ def parse_arguments() -> argparse.Namespace:
         type=cli.positive_int,
         metavar="N",
         help="with --ray: copies of the engines (default: one a GPU, or without any one a machine)",
+    )
+    add(
+        "--server",
+        metavar="URL",
+        help="ask a server that serve.py started, instead of opening engines; its key is that of"
+        " $BLIP2_API_KEY",
     )
     add(
         "--query_tokens",
@@ -162,6 +182,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("several --input_text need --output")
     if not many and len(args.input_dir or []) > 1:
         parser.error("several pictures need --output")
+    if args.server:
+        for name in ENGINE_FLAGS:
+            if getattr(args, name):
+                parser.error(f"--{name} goes without --server")
+        if not args.input_dir:
+            parser.error("with --server give --input_dir the picture")
     args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
     return args
 
@@ -180,6 +206,8 @@ def template(text: str) -> str:
 
 def main() -> int | None:
     args = parse_arguments()
+    if args.server:
+        return ask_server_of_many(args) if args.output else ask_server(args)
     if args.output:
         return answer_many(args)
     answer_one(args)
@@ -222,6 +250,63 @@ def answer_one(args: argparse.Namespace) -> None:
         print(json.dumps(as_json(question, answers, times)))
     else:
         print(as_text(question, answers, times))
+
+
+def ask_server(args: argparse.Namespace) -> None:
+    """Print a server's answer about one picture. Imports no torch."""
+    from blip2.serving.client import Client, read_picture
+
+    seconds = {"start": cli.seconds_since_start()}
+    [text], [picture] = args.input_text, args.input_dir
+    if picture.endswith(".pt"):
+        raise Blip2Error(f"{picture} is a tensor", "give `input_dir` a picture")
+    begun = time.perf_counter()
+    content = read_picture(picture)
+    seconds["load picture"] = time.perf_counter() - begun
+    with Client(args.server) as client:
+        answered = client.ask(content, text, server_options(args))
+    question = Asked(text, answered.prompt)
+    times = Times({**seconds, **answered.seconds}, cli.seconds_since_start())
+    answers = [answered.answers]
+    if args.json:
+        print(json.dumps(as_json(question, answers, times)))
+    else:
+        print(as_text(question, answers, times))
+
+
+def ask_server_of_many(args: argparse.Namespace) -> int:
+    """As `answer_many`, of a server. Imports no torch."""
+    from blip2.serving.many import REQUESTS, ServedJob
+
+    printed = args.output == STANDARD_OUTPUT
+    job = ServedJob(
+        url=args.server,
+        sources=args.input_dir,
+        questions=args.input_text,
+        options=server_options(args),
+        output=None if printed else args.output,
+        requests=args.workers or REQUESTS,
+    )
+    begun = time.perf_counter()
+    try:
+        summary = job.run()
+    except KeyboardInterrupt:
+        if printed:
+            raise
+        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
+    rate = summary.new / (time.perf_counter() - begun)
+    table = (
+        f"{summary.done} pictures done, {summary.failed} of them failed; {summary.new} in this run,"
+        f" {rate:.1f} pictures/s"
+    )
+    print(table, file=sys.stderr if printed else sys.stdout)
+    return 1 if summary.failed else 0
+
+
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a server is told of how to decode."""
+    more = {"prompt_template": args.prompt_template, "max_txt_len": args.max_txt_len}
+    return {**decoding_options(args), **more}
 
 
 @dataclasses.dataclass(frozen=True)
