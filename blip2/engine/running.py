@@ -120,8 +120,8 @@ class Running:
         for count in sorted({prepared_rows(count) for count in range(1, batch + 1)}):
             for _ in range(2):  # the second time graphs are captured
                 self._answer_nothing(input_ids, [2] * count)
-        # Every number of rows for three steps.
-        lengths = [3 + 3 * (row // 8) for row in range(self.rows.capacity)]
+        # Every number of rows for two steps.
+        lengths = [3 + 2 * (row // 8) for row in range(self.rows.capacity)]
         self._answer_nothing(input_ids, lengths)
 
     def _answer_nothing(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> None:

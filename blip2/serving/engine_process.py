@@ -286,26 +286,21 @@ def _warm_up(engine: Engine, pipeline: Pipeline, max_beams: int) -> None:
     """Have everything compiled, and graphs made for every number of rows, before anyone waits."""
     import torch
 
-    vision, rows = pipeline.vision, engine.load.rows
-    sides = vision.preprocessing.height, vision.preprocessing.width
+    vision = pipeline.vision
+    question = fill_template(TEMPLATE, "what is this?")
 
-    def ask(count: int, text: str, **decoding: object) -> None:
+    def ask(**decoding: object) -> None:
+        blank = torch.zeros(3, vision.preprocessing.height, vision.preprocessing.width)
         options = pipeline.options({"max_output_len": 2, **decoding})
-        blank = (engine.picture(torch.zeros(3, *sides)) for _ in range(count))
-        for request in [engine.submit(picture, text, options) for picture in blank]:
-            request.answers()
+        engine.submit(engine.picture(blank), question, options).answers()
 
-    ask(1, "")
+    engine.warm_up(question, pipeline.options({"max_output_len": 2}))
+    ask()
     if vision.device.type != "cuda":
         return
-    question = fill_template(TEMPLATE, "what is this?")
-    for count in (1, 2, 4, *range(8, rows + 1, 8)):
-        if count <= rows:
-            ask(count, "")
-            ask(count, question)
-    ask(1, question, temperature=1.0)
+    ask(temperature=1.0)
     if max_beams > 1:
-        ask(1, question, num_beams=min(5, max_beams))
+        ask(num_beams=min(5, max_beams))
 
 
 def _is_memory(error: BaseException) -> bool:
