@@ -2,7 +2,7 @@
 
 with Decoders(workers=4) as decoders:
     for batch in decoders.decode(batches, preprocessing):   # batches of inputs.Picture
-        batch.pixel_values, batch.errors
+        ...
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Decoders:
     def decode(
         self, batches: Iterable[Sequence[Picture]], preprocessing: Preprocessing
     ) -> Iterator[tuple[Sequence[Picture], list[np.ndarray | str]]]:
-        """Each batch with, for each picture, its 3 x S x S float32 values or what is wrong with it.
+        """Each batch with, for each picture, its 3 x S x S bytes or what is wrong with it.
 
         Raises:
             Blip2Error: a worker was killed.
@@ -193,9 +193,9 @@ def _load(picture: Picture) -> Image.Image:
 
 
 def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
-    """A picture's 3 x S x S float32 values, or what is wrong with it."""
+    """A picture's 3 x S x S bytes, not normalised, or what is wrong with it."""
     try:
-        return images.pixel_array(_load(picture), preprocessing)
+        return images.resized_pixels(_load(picture), preprocessing)
     except (Blip2Error, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 

@@ -232,7 +232,7 @@ def answer_one(args: argparse.Namespace) -> None:
     with watch.time("load engines"):
         pipeline = open_pipeline(places, verify=not args.no_verify)
     with watch.time("load picture"):
-        pixel_values = load_pixel_values(source, pipeline)
+        pixel_values = load_pictures(source, pipeline)
     options = pipeline.options(decoding_options(args))
     prompt_ids = pipeline.tokenizer.encode(question.prompt)
     check_length(question.prompt, prompt_ids, args.max_txt_len)
@@ -391,14 +391,17 @@ def places_of(args: argparse.Namespace) -> Places:
     )
 
 
-def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
-    """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+def load_pictures(source: str, pipeline: Pipeline) -> torch.Tensor:
+    """image.pt as saved by the export, or the pixels of one picture: B x 3 x S x S for the ViT."""
+    import torch
+
     from blip2 import images
 
     if source.endswith(".pt"):
         return load_saved_picture(Path(source))
     picture = images.load_image(source)
-    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+    pixels = images.resized_pixels(picture, pipeline.vision.preprocessing)
+    return torch.from_numpy(pixels)[None]
 
 
 def load_saved_picture(path: Path) -> torch.Tensor:
