@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
 import errno
 import html
 import html.parser
@@ -52,6 +53,7 @@ from blip2.many.batch import (
 )
 from blip2.many.decoders import Decoders, decode_picture
 from blip2.many.journal import Journal
+from blip2.many.processes import Killed, Processes
 from blip2.pipeline import Answer
 from blip2.templates import fill_template
 from demo import scenes
@@ -536,7 +538,7 @@ def test_a_decoding_process_is_small(decoders, tmp_path):
     """Many run at once: what starts slowly and takes hundreds of megabytes is imported in none."""
     batches = [[inputs.Picture(file)] for file in gray(tmp_path, 3)]
     list(decoders.decode(batches, Preprocessing(4, 4)))
-    modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
+    [modules] = decoders._processes.map(eval, ["set(__import__('sys').modules)"]).result()
     assert {"numpy", "PIL"} <= modules
     assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
 
@@ -557,7 +559,7 @@ def test_decoding_processes_that_cannot_start_are_one_sentence(monkeypatch):
 def test_decoding_processes_never_hear_of_an_interrupt(decoders):
     """Not even while they start, when no handler of ours is set yet; this process does."""
     ask = "__import__('signal').pthread_sigmask(0, [])"
-    assert signal.SIGINT in decoders._pool.submit(eval, ask).result()
+    assert signal.SIGINT in decoders._processes.map(eval, [ask]).result()[0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -565,11 +567,10 @@ ABANDON = """
 import sys, time
 from blip2.many.decoders import Decoders
 for delay in range(12):
-    decoders = Decoders(1)
-    decoders._submit(int).result()
-    decoders._submit(bytes, 100_000_000)
-    time.sleep(0.01 * delay)
-    decoders.__exit__(KeyboardInterrupt)
+    with Decoders(1) as decoders:
+        decoders._processes.map(int, [1]).result()
+        decoders._processes.map(bytes, [100_000_000])
+        time.sleep(0.01 * delay)
 """
 
 
@@ -577,6 +578,78 @@ def test_a_process_that_ends_while_it_answers_holds_nobody_up():
     """At some of these moments it has sent half of a result."""
     done = subprocess.run([sys.executable, "-c", ABANDON], cwd=ROOT, timeout=100)
     assert done.returncode == 0
+
+
+def test_a_picture_that_kills_its_process_is_given_up(decoders, tmp_path):
+    """After three tries, with its name; the others of its batch, and later ones, are decoded."""
+    files = gray(tmp_path, 30)
+    bad = os.fsencode(files[5]), os.fsencode(files[6]), os.fsencode(files[29])
+    pids = tmp_path / "pids"
+
+    batches = [
+        [inputs.Picture(file) for file in files[start : start + 10]] for start in (0, 10, 20)
+    ]
+    results = []
+    for batch in batches:
+        together = [decoders._processes.map(die_of, batch[n : n + 5], bad, pids) for n in (0, 5)]
+        results += [result for future in together for result in future.result()]
+    for file, result in zip(files, results, strict=True):
+        assert isinstance(result, Killed) == (os.fsencode(file) in bad)
+        if os.fsencode(file) not in bad:
+            assert np.array_equal(result, resized_pixels(load_image(file), Preprocessing(4, 4)))
+    killed = pids.read_text().split()
+    assert len(killed) == len(set(killed)) == 9
+
+
+def die_of(picture: inputs.Picture, bad: list[bytes], pids: Path) -> np.ndarray | str:
+    """A picture's pixels; of those in `bad` the end of the process, as when memory runs out."""
+    if os.fsencode(picture.path) in bad:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode_picture(picture, Preprocessing(4, 4))
+
+
+def test_what_killed_its_process_is_a_line_of_its_own(decoders, tmp_path, monkeypatch):
+    pictures = [inputs.Picture(file) for file in gray(tmp_path, 2)]
+    monkeypatch.setattr(batch_decoders, "decode_picture", die)
+    monkeypatch.setattr(batch_decoders, "_thumbnail", die)
+    pictures[1] = inputs.Picture("s.tar", "1.png", b"")
+    [(_, [first, second])] = decoders.decode([pictures], Preprocessing(4, 4))
+    assert first.startswith(f"{pictures[0].path} has ended each of the 3 processes that decoded it")
+    assert second.startswith("s.tar/1.png has ended each of")
+    assert list(decoders.thumbnails([pictures])) == [(pictures, [None, None])]
+
+
+def die(_picture: inputs.Picture, *_arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_that_are_killed_while_they_work_lose_nothing():
+    """Whatever they are about: some have half of a result sent."""
+    with Processes(2) as processes:
+        futures = [processes.map(repeated, range(n, n + 5), 300_000) for n in range(0, 200, 5)]
+        for chunk in (0, 5, 12, 13, 25, 38):
+            [*_, (pid, _)] = futures[chunk].result()
+            time.sleep(random.random() * 0.02)
+            with contextlib.suppress(ProcessLookupError):  # it may have been killed before
+                os.kill(pid, signal.SIGKILL)
+        results = [result for future in futures for result in future.result()]
+    assert [(len(result), result[:1]) for _, result in results] == [
+        (300_000, bytes([number])) for number in range(200)
+    ]
+    assert len({pid for pid, _ in results}) >= 4
+
+
+def repeated(number: int, count: int) -> tuple[int, bytes]:
+    time.sleep(0.005)
+    return os.getpid(), bytes([number]) * count
+
+
+def test_a_bug_in_a_process_keeps_its_traceback(decoders):
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError"):
+        decoders._processes.map(eval, ["1", "1 / 0", "2"]).result()
+    assert decoders._processes.map(eval, ["1", "2"]).result() == [1, 2]
 
 
 def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
