@@ -18,7 +18,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -135,16 +134,6 @@ class Work:
             if chosen:
                 yield Batch(position, chosen)
             position += len(batch)
-
-    def positions(self) -> Iterator[int]:
-        """Where the windows of the batches begin; without `only`, also behind the last of them."""
-        if self.only is None:
-            return itertools.count(self.start.position, self.batch_size)
-        return iter(sorted({n // self.batch_size * self.batch_size for n in self.only}))
-
-    def most_batches(self) -> int | float:
-        """More than that there cannot be; of a whole input only a reading of it says how many."""
-        return math.inf if self.only is None else len(self.only)
 
     def is_wanted(self, number: int) -> bool:
         """Whether picture `number` of the input is to be looked at."""
@@ -373,38 +362,48 @@ class LocalWorkers:
         """Do the work, batch by batch.
 
         Raises:
-            Blip2Error: a decoding process was killed, or the engines cannot take a question.
+            Blip2Error: no decoding process can be started, or the engines cannot take a question.
         """
-        batches = (batch.pictures for batch in work.batches())
-        decoded = zip(
-            work.positions(), self._decoders.decode(batches, work.preprocessing), strict=False
-        )
+        return self.answer_some(work.batches(), work)
+
+    def answer_some(self, batches: Iterable[Batch], work: Work) -> Generator[Answered, None, None]:
+        """Do some of the work: batches of whole blocks, not decoded, which are taken ahead.
+
+        Raises:
+            Blip2Error: as `answer`.
+        """
+        named, taken = itertools.tee(batches)
+        pictures = (batch.pictures for batch in taken)
+        decoded = zip(named, self._decoders.decode(pictures, work.preprocessing), strict=False)
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         watch = Stopwatch()
 
-        def batches() -> Iterator[tuple[Batch, torch.Tensor]]:
+        def laid_out() -> Iterator[tuple[Batch, torch.Tensor]]:
             coming = ahead.submit(self._next_batch, decoded)
             while True:
                 with watch.time(WAIT):
-                    batch, values = coming.result()
-                if not batch.pictures:
+                    found = coming.result()
+                if found is None:
                     return
                 coming = ahead.submit(self._next_batch, decoded)
-                yield batch, values
+                yield found
 
         try:
-            yield from answer_batches(self._pipeline, batches(), work, watch)
+            yield from answer_batches(self._pipeline, laid_out(), work, watch)
         finally:
             # Not waited for: it may wait for a picture, until the decoders end.
             ahead.shutdown(wait=False, cancel_futures=True)
 
     def _next_batch(
-        self,
-        decoded: Iterator[tuple[int, tuple[Sequence[Picture], list[np.ndarray | str]]]],
-    ) -> tuple[Batch, torch.Tensor]:
-        position, (pictures, values) = next(decoded, (0, ((), [])))
-        batch = Batch(position, pictures, values)
+        self, decoded: Iterator[tuple[Batch, tuple[Sequence[Picture], list[np.ndarray | str]]]]
+    ) -> tuple[Batch, torch.Tensor] | None:
+        if (found := next(decoded, None)) is None:
+            return None
+        batch, (_, values) = found
+        # From here on the names are enough.
+        pictures = [dataclasses.replace(picture, content=None) for picture in batch.pictures]
+        batch = Batch(batch.position, pictures, values)
         return batch, stack_pictures(batch, self._pipeline.vision)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2 import artifacts
 from blip2.engines import Places
@@ -22,6 +22,9 @@ from blip2.many.decoders import Decoders, default_workers
 from blip2.many.journal import Journal, StandardOutput
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 from blip2.prompts import check_length
+
+if TYPE_CHECKING:
+    from blip2.many.cluster import Cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,8 @@ class Job:
         output: a file of JSON lines, which a later run goes on with; None is standard output.
         html: a page of the output to make afterwards.
         batch_size: pictures at once; None is what suits the engines.
-        workers: processes that decode pictures; None is half of the processors, or in a cluster all
-            that are free.
-        cluster: address of a Ray cluster to work on; "local" is one of this machine.
-        ray_actors: copies of the engines in it; None is one a GPU.
+        workers: processes that decode pictures here; None is half of the processors.
+        cluster: whose machines answer; None is this process.
         max_txt_len: tokens that a prompt may have.
         retry_errors: ask again about pictures of which the output has an error.
         verify: compare the engines' large files with their hashes.
@@ -53,8 +54,7 @@ class Job:
     html: Path | None = None
     batch_size: int | None = None
     workers: int | None = None
-    cluster: str | None = None
-    ray_actors: int | None = None
+    cluster: Cluster | None = None
     max_txt_len: int = 32
     retry_errors: bool = False
     verify: bool = True
@@ -108,11 +108,10 @@ class Job:
     @contextlib.contextmanager
     def _workers(self, watch: Stopwatch) -> Iterator[tuple[Facts, Workers]]:
         """Who answers, until the end of the context, and what a run must know of their engines."""
-        if self.cluster:
-            from blip2.many.cluster import Cluster  # Ray is an extra
-
-            with Cluster(self.cluster, self._open, self.ray_actors, self.workers) as cluster:
-                yield cluster.facts(self.questions, self.decoding), cluster
+        if self.cluster is not None:
+            with watch.time("load engines"):
+                facts = self.cluster.open(self._open, self.questions, self.decoding)
+            yield facts, self.cluster
             return
         with Decoders(self._decoding_processes) as decoders:
             with watch.time("load engines"):

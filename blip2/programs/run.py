@@ -15,6 +15,7 @@ BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from blip2.answers import Answer
     from blip2.engines import Places
     from blip2.language import GenerationOptions
+    from blip2.many.cluster import Cluster
     from blip2.pipeline import Pipeline
 
 
@@ -99,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
-        " --ray: as many as are free); with --server: pictures asked about at once (default: 32)",
+        " --ray: for each copy of the engines); with --server: pictures asked about at once (default: 32)",
     )
     add(
         "--ray",
@@ -350,11 +352,27 @@ def benchmark(
 
 def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    with contextlib.ExitStack() as open_until_the_end:
+        stages, cluster = {"start": cli.seconds_since_start()}, None
+        if args.ray:
+            from blip2.many.cluster import Cluster
+
+            # Its processes import PyTorch while this one does.
+            cluster = open_until_the_end.enter_context(
+                Cluster(args.ray, args.ray_actors, args.workers)
+            )
+            stages["start Ray"] = cli.seconds_since_start() - stages["start"]
+        return answer_on(cluster, args, stages)
+
+
+def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[str, float]) -> int:
+    """As `answer_many`, on a cluster or here; `stages` are those before, in seconds."""
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
     from blip2.templates import fill_template
 
+    stages["import"] = cli.seconds_since_start() - sum(stages.values())
     printed = args.output == STANDARD_OUTPUT
     job = Job(
         sources=args.input_dir,
@@ -365,14 +383,13 @@ def answer_many(args: argparse.Namespace) -> int:
         html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
-        cluster=args.ray,
-        ray_actors=args.ray_actors,
+        cluster=cluster,
         max_txt_len=args.max_txt_len,
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
     )
     try:
-        summary = job.run(Stopwatch({"start": cli.seconds_since_start()}))
+        summary = job.run(Stopwatch(stages))
     except KeyboardInterrupt:
         if printed:
             raise
