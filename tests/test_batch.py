@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import codecs
 import contextlib
+import dataclasses
 import errno
 import html
 import html.parser
@@ -40,12 +41,14 @@ from blip2.language import GenerationOptions
 from blip2.many import decoders as batch_decoders
 from blip2.many import inputs, report
 from blip2.many.batch import (
+    Answered,
     Batch,
     LocalWorkers,
     Question,
     Start,
     Summary,
     Work,
+    _progress_bar,
     find_start,
     record,
     retry_errors,
@@ -410,11 +413,52 @@ def test_a_table_of_times_adds_up_to_what_the_clock_says():
     several = Summary(4, 0, 4, 5.0, {"ViT": 9.0}, 2, {"start": 4.0}).table(10.0)
     assert "sum of 2 workers" in several.splitlines()[1]
     assert [row.split()[-3:] for row in several.splitlines()[2:]] == [
-        ["9.0", "s", "45%"],
-        ["11.0", "s", "55%"],
-        ["20.0", "s", "100%"],
+        ["9.0", "s", "90%"],
+        ["1.0", "s", "10%"],
+        ["10.0", "s", "100%"],
     ]
-    assert "total, 2 x 10.0 s" in several
+    assert "total, 2 x 5.0 s" in several
+
+
+def test_a_start_and_the_middle_of_a_run_are_told_apart(tmp_path, monkeypatch):
+    """Batches of 10 pictures, 5 s after the command the first; the last five are slower."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def answers(count, faster):
+        for number in range(count):
+            clock[0] += 3.0 if number in (0, *range(count - 5, count)) else 0.5 / faster
+            lines = [lines_of(f"{10 * number + n}") for n in range(10)]
+            yield Answered(10 * number, lines, {}, clock[0])
+
+    for count, rate in ((40, 20.0), (40, 40.0), (8, 0.0)):
+        with journal(tmp_path / f"{count}-{rate}.jsonl") as lines:
+            begun = clock[0] - 2.0
+            summary = record(answers(count, rate / 20 or 1), 1, 10 * count, lines, begun)
+        assert summary.first_after == 5.0
+        assert summary.middle_rate == pytest.approx(rate)
+        about = dataclasses.replace(summary, before={"start": 2.0}).table(30.0).splitlines()[1]
+        assert about == "first answer after 5.0 s (start 2.0)" + (
+            f"; {rate:.1f} pictures/s in the middle of the run" if rate else ""
+        )
+
+
+def test_the_progress_bar_shows_the_rate_of_the_last_seconds(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    with _progress_bar(total=1000, done=500) as bar:
+        assert bar.format_dict["rate"] is None
+        clock[0] += 60  # engines load
+        for _ in range(40):
+            bar.update(10)
+            clock[0] += 1
+        assert bar.format_dict["rate"] == pytest.approx(10, rel=0.15)
+        for _ in range(40):
+            bar.update(2)
+            clock[0] += 1
+        assert bar.format_dict["rate"] == pytest.approx(2, rel=0.15)
+        clock[0] += 100
+        assert bar.format_dict["rate"] < 0.3
 
 
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):

@@ -28,6 +28,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,10 @@ class Cluster:
             for answered in actor.take(report):
                 # Of a block that was lost some may have come before.
                 if answers.get(answered.position, answered) is None:
-                    answers[answered.position] = answered
+                    # By this machine's clock.
+                    answers[answered.position] = dataclasses.replace(
+                        answered, moment=time.perf_counter()
+                    )
             while answers and (answered := answers[next(iter(answers))]) is not None:
                 del answers[answered.position]
                 yield answered

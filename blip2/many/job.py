@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,11 @@ class Job:
             Blip2Error: something to mend; the output has what was answered.
         """
         watch = watch or Stopwatch()
+        begun = time.perf_counter() - sum(watch.seconds.values())
         self._check_places()
         entries = inputs.list_entries(self.sources)
         with self._workers(watch) as (facts, workers):
-            summary = self._answer(entries, facts, workers)
+            summary = self._answer(entries, facts, workers, begun)
         afterwards = Stopwatch()
         if self.html:
             with Decoders(self._decoding_processes) as decoders, afterwards.time("page"):
@@ -124,8 +126,10 @@ class Job:
             facts = Facts.of(pipeline, self.questions, self.decoding)
             yield facts, batch.LocalWorkers(pipeline, decoders)
 
-    def _answer(self, entries: Sequence[str], facts: Facts, workers: Workers) -> Summary:
-        """Have the workers answer, and write it."""
+    def _answer(
+        self, entries: Sequence[str], facts: Facts, workers: Workers, begun: float
+    ) -> Summary:
+        """Have the workers answer, and write it; `begun` is when the run began."""
         for question, ids in zip(self.questions, facts.prompts, strict=True):
             check_length(question.prompt, ids, self.max_txt_len)
         size = self.batch_size or facts.batch_size
@@ -143,7 +147,7 @@ class Job:
             again = batch.retry_errors(workers, work, lines) if self.retry_errors else None
             total = inputs.count_pictures(entries)
             with contextlib.closing(workers.answer(work)) as answers:
-                summary = batch.record(answers, workers.count, total, lines)
+                summary = batch.record(answers, workers.count, total, lines, begun)
             return summary.following(again) if again else summary
 
     def _open_output(self, facts: Facts, batch_size: int) -> Journal | StandardOutput:
