@@ -716,8 +716,16 @@ def test_a_shard_is_read_as_webdataset_reads_it(tmp_path, mode):
         theirs = wds.tariterators.tar_file_expander([{"url": "", "stream": stream}], eof_value=None)
         expected = [(m["fname"], m["data"]) for m in theirs if m["fname"].endswith("png")]
     found = list(inputs.read_pictures(inputs.list_entries([str(shard)])))
-    assert [(picture.key, picture.content) for picture in found] == expected
+    assert [(picture.key, picture.read()) for picture in found] == expected
     assert len(expected) == inputs.count_pictures([str(shard)]) == 3
+    # Of one that is not compressed nothing travels but where to read.
+    assert all((picture.content is None) == (mode == "w") for picture in found)
+    os.truncate(shard, 600)
+    decoded = decode_picture(found[-1], Preprocessing(4, 4))
+    if mode == "w":
+        assert decoded == f"{shard} has become shorter; replace the file"
+        shard.unlink()
+        assert "cannot read" in decode_picture(found[-1], Preprocessing(4, 4))
 
 
 def test_a_shard_cut_anywhere_gives_what_it_has_and_one_error(tmp_path):

@@ -22,6 +22,9 @@ from conftest import ROOT, run_program
 from PIL import Image
 
 from blip2.errors import Blip2Error
+from blip2.images import Preprocessing
+from blip2.language import GenerationOptions
+from blip2.many.batch import Answered, Start, Work
 
 pytest.importorskip("ray", reason="a cluster needs: pip install -r requirements-ray.txt")
 
@@ -275,6 +278,72 @@ def test_nothing_is_lost_or_there_twice_whatever_is_killed_when(
 
 def decoders_of(marker: str) -> list[int]:
     return [pid for pid in processes_of(marker) if b"spawn_main" in name_of(pid)]
+
+
+def fake_engines(directory: Path, dies: str):
+    """Engines that answer without any; they end as if killed, where `dies` says, once or always.
+
+    "in block 1" is once, behind two of its batches; "at block 1" is whenever they get to it.
+    """
+
+    class FakeEngines:
+        def open(self, *_arguments):
+            if dies == "opening":
+                os._exit(1)
+            self.batches = []
+            return "facts"
+
+        def begin(self, _work):
+            pass
+
+        def exchange(self, batches, is_all):
+            self.batches += batches
+            if not is_all and len(self.batches) < 2:
+                return cluster._Report([], 2)
+            if not self.batches:
+                return cluster._Report([], 2)
+            batch = self.batches.pop(0)
+            if dies == "in block 1" and batch.position == 12:
+                with contextlib.suppress(FileExistsError):
+                    (directory / "died").touch(exist_ok=False)
+                    os._exit(1)
+            if dies == "at block 1" and batch.position == 8:
+                os._exit(1)
+            lines = [[picture.name] for picture in batch.pictures]
+            return cluster._Report([Answered(batch.position, lines, {})], 1)
+
+    return FakeEngines
+
+
+@pytest.mark.parametrize(
+    "dies, message",
+    [
+        ("in block 1", None),
+        ("at block 1", "each of 3 actors was lost that answered the pictures from 8.png to 15.png"),
+        ("opening", "every actor was lost 3 times before it answered anything"),
+    ],
+)
+def test_blocks_of_lost_actors_begin_anew(tmp_path, monkeypatch, capfd, dies, message):
+    """Blocks of four batches: what came of one before its actor was lost is not there twice."""
+    monkeypatch.setattr(cluster, "_Engines", fake_engines(tmp_path, dies))
+    names = [f"{number}.png" for number in range(61)]
+    work = Work(names, Start(), 2, Preprocessing(4, 4), [], GenerationOptions(end_id=0), block=4)
+    answered: list[str] = []
+
+    def run() -> None:
+        with cluster.Cluster("local", 2) as machines:
+            assert machines.open(None, [], {}) == "facts"
+            for batch in machines.answer(work):
+                answered.extend(line["path"] for [line] in batch.lines)
+
+    if message is None:
+        run()
+        assert answered == names
+        assert capfd.readouterr().err.count("note: an actor was lost") == 1
+    else:
+        with pytest.raises(Blip2Error, match=message):
+            run()
+        assert answered == names[: 8 * (dies == "at block 1")]
 
 
 def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch):

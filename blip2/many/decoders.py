@@ -142,12 +142,13 @@ def _killed(picture: Picture) -> str:
 def _load(picture: Picture) -> Image.Image:
     if picture.error:
         raise Blip2Error(picture.error)
-    if picture.content is None:
+    if picture.key is None:
         return images.load_image(picture.path)
     name = f"{picture.path}/{picture.key}"
-    if not picture.content:
+    content = picture.read()
+    if not content:
         raise Blip2Error(f"{name} is empty", "replace the file")
-    return images.decode_image(picture.content, name)
+    return images.decode_image(content, name)
 
 
 def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
