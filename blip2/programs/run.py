@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
-        " --ray: for each copy of the engines); with --server: pictures asked about at once (default: 32)",
+        " --ray: of each actor); with --server: pictures asked about at once (default: 32)",
     )
     add(
         "--ray",
