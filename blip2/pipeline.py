@@ -164,7 +164,7 @@ class Pipeline:
         """Ask `texts[i]` of picture i: for each picture its beams, best first.
 
         Args:
-            pixel_values: B x 3 x S x S.
+            pixel_values: B x 3 x S x S, or their pixels: see `VisionSession.vit`.
             texts: B prompts.
             options: how to decode; `end_id` and `pad_id` are the tokenizer's.
             stopwatch: where to add the seconds of each stage.
@@ -180,7 +180,7 @@ class Pipeline:
             return self.ask(look, texts, options)
 
     def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
-        """What the ViT and the Q-Former make of pictures, pixel_values B x 3 x S x S.
+        """What the ViT and the Q-Former make of pictures, B x 3 x S x S: see `VisionSession.vit`.
 
         A batch for which memory does not suffice is halved, once, for good.
 

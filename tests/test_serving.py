@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import socket
+import tarfile
 from collections.abc import Callable
 
 import numpy as np
@@ -21,8 +22,9 @@ pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
 
 from starlette.responses import JSONResponse
 
-from blip2.images import Preprocessing, pixel_array
-from blip2.serving import chat, decoding, fetch, server
+from blip2.images import Preprocessing, resized_pixels
+from blip2.many import inputs
+from blip2.serving import chat, decoding, fetch, many, server
 from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
@@ -296,9 +298,8 @@ class FakeEngines:
 
     def __init__(self) -> None:
         self.has: list[str] = []
-        self.facts = type("Facts", (), {"dtype": "float32"})
 
-    async def load_picture(self, key, _shape, _dtype, _values) -> None:
+    async def load_picture(self, key, _shape, _pixels) -> None:
         self.has.append(key)
 
     def forget_picture(self, key) -> None:
@@ -440,16 +441,26 @@ def test_bodies_are_bounded_together():
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
-def test_decoded_values_are_those_of_every_other_way():
+def test_decoded_pixels_are_those_of_every_other_way():
     preprocessing = Preprocessing(24, 24)
     image = Image.effect_noise((40, 60), 90).convert("RGB")
     content = io.BytesIO()
     image.save(content, "PNG")
-    expected = pixel_array(image, preprocessing)
-    for dtype in ("float32", "float16"):
-        found = decoding.decode(content.getvalue(), preprocessing, dtype)
-        assert found.dtype == np.dtype(dtype)
-        assert np.array_equal(found, expected.astype(dtype))
+    found = decoding.decode(content.getvalue(), preprocessing)
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, resized_pixels(image, preprocessing))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_shard_is_sent_picture_by_picture(tmp_path, mode):
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, mode) as writer:
+        for name in ("a.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            writer.addfile(member, io.BytesIO(name[:1].encode() * 600))
+    contents = [many._content(picture) for picture in inputs.read_pictures([str(shard)])]
+    assert contents == [b"a" * 600, b"b" * 600]
 
 
 def test_the_socket_has_no_algorithm_that_waits():

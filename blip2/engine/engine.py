@@ -89,11 +89,14 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def picture(self, pixel_values: torch.Tensor) -> Picture:
-        """Something to ask about: 3 x S x S, as the ViT takes it. It is copied to its device now."""
+        """Something to ask about: 3 x S x S, as `VisionSession.pixel_values` takes it.
+
+        It is copied to the ViT's device now.
+        """
         vision = self._pipeline.vision
         on_gpu = vision.device.type == "cuda"
         with torch.cuda.device(vision.device) if on_gpu else contextlib.nullcontext():
-            return Picture(pixel_values.to(vision.device, vision.dtype, non_blocking=True))
+            return Picture(vision.pixel_values(pixel_values))
 
     @property
     def load(self) -> Load:

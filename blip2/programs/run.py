@@ -15,6 +15,7 @@ BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from blip2.answers import Answer
     from blip2.engines import Places
     from blip2.language import GenerationOptions
+    from blip2.many.cluster import Cluster
     from blip2.pipeline import Pipeline
 
 
@@ -99,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
-        " --ray: as many as are free); with --server: pictures asked about at once (default: 32)",
+        " --ray: of each actor); with --server: pictures asked about at once (default: 32)",
     )
     add(
         "--ray",
@@ -232,7 +234,7 @@ def answer_one(args: argparse.Namespace) -> None:
     with watch.time("load engines"):
         pipeline = open_pipeline(places, verify=not args.no_verify)
     with watch.time("load picture"):
-        pixel_values = load_pixel_values(source, pipeline)
+        pixel_values = load_pictures(source, pipeline)
     options = pipeline.options(decoding_options(args))
     prompt_ids = pipeline.tokenizer.encode(question.prompt)
     check_length(question.prompt, prompt_ids, args.max_txt_len)
@@ -350,11 +352,27 @@ def benchmark(
 
 def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    with contextlib.ExitStack() as open_until_the_end:
+        stages, cluster = {"start": cli.seconds_since_start()}, None
+        if args.ray:
+            from blip2.many.cluster import Cluster
+
+            # Its processes import PyTorch while this one does.
+            cluster = open_until_the_end.enter_context(
+                Cluster(args.ray, args.ray_actors, args.workers)
+            )
+            stages["start Ray"] = cli.seconds_since_start() - stages["start"]
+        return answer_on(cluster, args, stages)
+
+
+def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[str, float]) -> int:
+    """As `answer_many`, on a cluster or here; `stages` are those before, in seconds."""
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
     from blip2.templates import fill_template
 
+    stages["import"] = cli.seconds_since_start() - sum(stages.values())
     printed = args.output == STANDARD_OUTPUT
     job = Job(
         sources=args.input_dir,
@@ -365,14 +383,13 @@ def answer_many(args: argparse.Namespace) -> int:
         html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
-        cluster=args.ray,
-        ray_actors=args.ray_actors,
+        cluster=cluster,
         max_txt_len=args.max_txt_len,
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
     )
     try:
-        summary = job.run(Stopwatch({"start": cli.seconds_since_start()}))
+        summary = job.run(Stopwatch(stages))
     except KeyboardInterrupt:
         if printed:
             raise
@@ -391,14 +408,17 @@ def places_of(args: argparse.Namespace) -> Places:
     )
 
 
-def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
-    """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+def load_pictures(source: str, pipeline: Pipeline) -> torch.Tensor:
+    """image.pt as saved by the export, or the pixels of one picture: B x 3 x S x S for the ViT."""
+    import torch
+
     from blip2 import images
 
     if source.endswith(".pt"):
         return load_saved_picture(Path(source))
     picture = images.load_image(source)
-    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+    pixels = images.resized_pixels(picture, pipeline.vision.preprocessing)
+    return torch.from_numpy(pixels)[None]
 
 
 def load_saved_picture(path: Path) -> torch.Tensor:

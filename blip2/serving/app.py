@@ -89,7 +89,6 @@ class Service:
             self.settings.decoders,
             self.settings.picture_timeout,
             facts.preprocessing,
-            facts.dtype,
         )
         await self._decoders.start()
         self._pictures = Pictures(self._engines, self._decoders)

@@ -28,25 +28,24 @@ _MEMORY = 4 << 30  # bytes: what a decoder may make of a picture that lies
 def run(channel: Channel) -> None:
     """Decode what comes until the server has gone; raises EOFError or OSError then.
 
-    A frame has the picture's file; the first one the preprocessing too. The answer has the values,
+    A frame has the picture's file; the first one the preprocessing. The answer has the pixels,
     3 x S x S, or the code of what is wrong.
     """
     _limit_memory()
     frame = channel.read()
     preprocessing = Preprocessing.from_dict(frame.message["preprocessing"])
-    dtype = frame.message["dtype"]
     channel.write({})
     while True:
         frame = channel.read()
-        values = decode(bytes(frame.content), preprocessing, dtype)
-        if isinstance(values, str):
-            channel.write({"wrong": values})
+        pixels = decode(bytes(frame.content), preprocessing)
+        if isinstance(pixels, str):
+            channel.write({"wrong": pixels})
         else:
-            channel.write({"shape": list(values.shape)}, values.tobytes())
+            channel.write({"shape": list(pixels.shape)}, pixels.tobytes())
 
 
-def decode(content: bytes, preprocessing: Preprocessing, dtype: str) -> np.ndarray | str:
-    """A file's values, 3 x S x S of `dtype`; or "unknown", "large" or "damaged".
+def decode(content: bytes, preprocessing: Preprocessing) -> np.ndarray | str:
+    """A file's pixels at the ViT's size, 3 x S x S, uint8; or "unknown", "large" or "damaged".
 
     Of an animation that is its first frame, whatever follows; turned as EXIF says, transparency over
     white: as `blip2.images` does it everywhere.
@@ -63,8 +62,7 @@ def decode(content: bytes, preprocessing: Preprocessing, dtype: str) -> np.ndarr
             if opened.width * opened.height > MAX_PIXELS:
                 return "large"
             image = images.decode_image(content, "the picture")
-            with np.errstate(over="ignore"):
-                return images.pixel_array(image, preprocessing).astype(dtype)
+            return images.resized_pixels(image, preprocessing)
     except (MemoryError, memory.OutOfMemory):
         return "large"
     except Blip2Error:  # which says why in the decoder's own words
@@ -86,6 +84,6 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (wanted, most))
 
 
-def first_message(preprocessing: Preprocessing, dtype: str) -> dict[str, Any]:
+def first_message(preprocessing: Preprocessing) -> dict[str, Any]:
     """What a decoding process is told before anything else."""
-    return {"preprocessing": dataclasses.asdict(preprocessing), "dtype": dtype}
+    return {"preprocessing": dataclasses.asdict(preprocessing)}

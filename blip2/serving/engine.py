@@ -30,7 +30,6 @@ class Facts:
     """
 
     preprocessing: Preprocessing
-    dtype: str
     rows: int
     max_txt_len: int
     max_output_len: int
@@ -110,9 +109,9 @@ class Engines:
         """Of engines that are ready."""
         return self._ready.result()
 
-    async def load_picture(self, key: str, shape: list[int], dtype: str, values: bytes) -> None:
+    async def load_picture(self, key: str, shape: list[int], pixels: bytes) -> None:
         """Give them a picture, to be called `key`. Raises OSError: they have ended."""
-        await self._peer.send({"do": "picture", "key": key, "shape": shape, "dtype": dtype}, values)
+        await self._peer.send({"do": "picture", "key": key, "shape": shape}, pixels)
 
     def forget_picture(self, key: str) -> None:
         """Let a picture go; requests that have it keep it."""

@@ -130,7 +130,6 @@ class Host:
         vision = self._pipeline.vision
         return {
             "preprocessing": dataclasses.asdict(vision.preprocessing),
-            "dtype": str(vision.dtype).removeprefix("torch."),
             "rows": self._engine.load.rows,
             "max_txt_len": self._max_txt_len,
             "max_output_len": self._settings.max_output_len,
@@ -147,12 +146,11 @@ class Host:
     def _take_picture(self, frame: Frame) -> None:
         import torch
 
-        dtype = getattr(torch, frame.message["dtype"])
-        values = torch.frombuffer(frame.content, dtype=dtype).view(frame.message["shape"])
+        pixels = torch.frombuffer(frame.content, dtype=torch.uint8).view(frame.message["shape"])
         if self._pipeline.vision.device.type == "cuda":
             # From other memory the copy would be waited for, and it waits for the steps before it.
-            values = values.pin_memory()
-        self._pictures[frame.message["key"]] = self._engine.picture(values)
+            pixels = pixels.pin_memory()
+        self._pictures[frame.message["key"]] = self._engine.picture(pixels)
 
     def _ask(self, frame: Frame) -> None:
         message = frame.message

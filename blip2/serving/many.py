@@ -148,10 +148,8 @@ class _Unreadable(Blip2Error):
 def _content(picture: Picture) -> bytes:
     if picture.error:
         raise _Unreadable(picture.error)
-    if picture.content is not None:
-        return picture.content
     try:
-        return read_picture(picture.path)
+        return read_picture(picture.path) if picture.key is None else picture.read()
     except Blip2Error as error:
         raise _Unreadable(error.problem, error.remedy) from None
 

@@ -41,19 +41,16 @@ class Unwanted(Exception):
 class Decoders:
     """Processes that decode a picture each, at most for so long."""
 
-    def __init__(
-        self, count: int, seconds: float, preprocessing: Preprocessing, dtype: str
-    ) -> None:
+    def __init__(self, count: int, seconds: float, preprocessing: Preprocessing) -> None:
         """Start none yet.
 
         Args:
             count: processes.
             seconds: that a picture may take.
             preprocessing: what the ViT takes.
-            dtype: of the values, by numpy's name.
         """
         self._seconds = seconds
-        self._first = decoding.first_message(preprocessing, dtype)
+        self._first = decoding.first_message(preprocessing)
         # None is a process that is to be started.
         self._idle: asyncio.LifoQueue[Peer | None] = asyncio.LifoQueue()
         for _ in range(count):
@@ -61,7 +58,7 @@ class Decoders:
         self._peers: set[Peer] = set()
 
     async def decode(self, content: bytes, is_wanted: Callable[[], bool]) -> Frame:
-        """A picture's values and their shape.
+        """A picture's pixels and their shape.
 
         Args:
             content: the file's.
@@ -198,10 +195,9 @@ class Pictures:
     async def _load(self, digest: str, kept: _Kept, content: bytes) -> None:
         try:
             frame = await self._decoders.decode(content, lambda: kept.is_wanted)
-            dtype = self._engines.facts.dtype
             try:
                 shape = frame.message["shape"]
-                await self._engines.load_picture(kept.name, shape, dtype, frame.content)
+                await self._engines.load_picture(kept.name, shape, frame.content)
             except OSError:
                 raise broken() from None
         except Unwanted:
