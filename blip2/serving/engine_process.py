@@ -76,6 +76,8 @@ class Host:
         Raises:
             Blip2Error: they cannot be opened, or have no room for such requests.
         """
+        import torch
+
         from blip2.engine import Engine
         from blip2.engines import Places
         from blip2.pipeline import open_pipeline
@@ -83,6 +85,10 @@ class Host:
         self._channel = channel
         places = Places.of(**settings.places)
         self._pipeline = open_pipeline(places, settings.verify)
+        if self._pipeline.vision.device.type == "cuda":
+            # What is left for processors is small. More threads would spin for what comes next, and
+            # take the engine's thread its turn.
+            torch.set_num_threads(1)
         parts = json.dumps(places.fingerprints(), sort_keys=True)
         self._fingerprint = hashlib.sha256(parts.encode("ascii")).hexdigest()
         if self._pipeline.language.is_in_step:
