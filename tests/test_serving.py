@@ -261,6 +261,15 @@ def test_what_is_not_fetched(web, url):
         assert telltale not in caught.value.message
 
 
+def test_three_redirects_are_followed(web):
+    for number in range(1, 5):
+        place = f"/r{number - 1}" if number > 1 else "/a"
+        web.pages[f"/r{number}"] = page(b"", "307 Temporary Redirect", Location=place)
+    assert web.fetch("http://good.test/r3") == b"picture"
+    with pytest.raises(Refusal, match="redirects too often"):
+        web.fetch("http://good.test/r4")
+
+
 def test_a_name_is_resolved_once_for_each_request(web):
     """A second answer, which leads inside, is never asked for."""
     assert web.fetch("http://again.test/a") == b"picture"
