@@ -20,7 +20,8 @@ def free_port() -> int:
 
 
 def test_two_replicas_are_one_server(tmp_path, free_port):
-    flags = {"--port": str(free_port), "--ray": "local", "--ray_replicas": "2"}
+    autoscaling = '{"min_replicas": 2, "max_replicas": 2}'
+    flags = {"--port": str(free_port), "--ray": "local", "--ray_autoscaling": autoscaling}
     server = start(tmp_path / "s", script="serve.py", **flags)
     try:
         assert wait_for(lambda: "is ready" in server.said() or server.process.poll(), 120)
@@ -48,6 +49,7 @@ def test_two_replicas_are_one_server(tmp_path, free_port):
 
 def test_engines_that_cannot_be_opened_are_said_in_a_line(tmp_path, free_port):
     flags = {"--port": str(free_port), "--ray": "local", "--engine_dir": "nowhere"}
+    flags["--ray_replicas"] = "1"
     server = start(tmp_path / "s", script="serve.py", **flags)
     try:
         assert server.process.wait(120) == 2
