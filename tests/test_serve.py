@@ -467,6 +467,9 @@ def _trackers(server: Server) -> set[int]:
         (["--host", "no.such.host.invalid"], "error: cannot listen on no.such.host.invalid:"),
         (["--max_output_len", "500"], "error: this OPT takes 128 tokens: 16 for the picture"),
         (["--max_body_mb", "0"], "is not a number above 0"),
+        (["--ray_replicas", "2"], "--ray_replicas goes with --ray"),
+        (["--ray", "--ray_autoscaling", "[]"], "'[]' is not a JSON object"),
+        (["--ray", "--ray_autoscaling", "{}", "--ray_replicas", "2"], "goes without --ray_auto"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, says):

@@ -29,6 +29,7 @@ from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
 from blip2.serving.conversation import fitting_prompt, prompt_of
+from blip2.serving.engine import Engines, Question
 from blip2.serving.errors import Refusal
 from blip2.serving.fetch import Target, is_public
 from blip2.serving.frames import Frame
@@ -263,6 +264,15 @@ def test_what_is_not_fetched(web, url):
         assert telltale not in caught.value.message
 
 
+def test_three_redirects_are_followed(web):
+    for number in range(1, 5):
+        place = f"/r{number - 1}" if number > 1 else "/a"
+        web.pages[f"/r{number}"] = page(b"", "307 Temporary Redirect", Location=place)
+    assert web.fetch("http://good.test/r3") == b"picture"
+    with pytest.raises(Refusal, match="redirects too often"):
+        web.fetch("http://good.test/r4")
+
+
 def test_a_name_is_resolved_once_for_each_request(web):
     """A second answer, which leads inside, is never asked for."""
     assert web.fetch("http://again.test/a") == b"picture"
@@ -468,3 +478,88 @@ def test_the_socket_has_no_algorithm_that_waits():
     with server._listen("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
         assert listening.getsockname()[0] == "127.0.0.1"
+
+
+class FakePeer:
+    """The process with the engines, as far as it is asked."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict] = []
+        self.frames: asyncio.Queue[Frame] = asyncio.Queue()
+        self.may = asyncio.Event()
+
+    async def send(self, message, _content=b"") -> None:
+        self.sent.append(message)
+        await self.may.wait()
+
+    def send_soon(self, message) -> None:
+        self.sent.append(message)
+
+    async def receive(self) -> Frame:
+        return await self.frames.get()
+
+
+READY = {
+    "preprocessing": dataclasses.asdict(Preprocessing(2, 2)),
+    **{"dtype": "float32", "rows": 4, "max_txt_len": 9, "max_output_len": 9, "max_beams": 2},
+    "fingerprint": "x",
+}
+
+
+def test_who_leaves_while_he_is_asking_leaves_nothing_behind():
+    """Between two choices of one request, or before the engines have said what they have to do."""
+
+    async def run() -> None:
+        peer = FakePeer()
+        engines = Engines(peer)
+        peer.frames.put_nowait(Frame({"ready": dict(READY)}, b""))
+        await engines.ready()
+        asking = asyncio.create_task(engines.ask("picture", Question("what?"), 3))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert [message["do"] for message in peer.sent] == ["ask", "cancel"]
+        assert peer.sent[0]["id"] == peer.sent[1]["id"]
+        assert not engines._asked
+        peer.may.set()
+        leaving, staying = (asyncio.create_task(engines.load()) for _ in range(2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        leaving.cancel()
+        for rows in (1, 2):
+            load = {"waiting": 0, "running": 0, "rows_used": rows, "rows": 4}
+            peer.frames.put_nowait(Frame({"load": load}, b""))
+        assert (await staying).rows_used == 2
+        assert engines.are_ready
+        engines.ended.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_news_wait_for_a_slow_reader_and_come_together():
+    async def run() -> None:
+        peer = FakePeer()
+        peer.may.set()
+        engines = Engines(peer)
+        peer.frames.put_nowait(Frame({"ready": dict(READY)}, b""))
+        await engines.ready()
+        asked = await engines.ask("picture", Question("what?"), 2)
+        one, other = asked.numbers
+        end = {
+            **{"finish_reason": "stop", "prompt": "", "prompt_tokens": 3, "completion_tokens": 2},
+            **{"seconds": {}, "answers": [{"text": "ab"}]},
+        }
+        for news in ([[one, {"text": "a"}], [other, {"text": "x"}]], [[one, {"text": "b"}]]):
+            peer.frames.put_nowait(Frame({"news": news}, b""))
+        peer.frames.put_nowait(Frame({"news": [[one, {"end": end}]]}, b""))
+        await asyncio.sleep(0.01)
+        found = {news.choice: news for news in await asked.news()}
+        assert (found[0].text, found[0].end.completion_tokens) == ("ab", 2)
+        assert (found[1].text, found[1].end) == ("x", None)
+        peer.frames.put_nowait(Frame({"news": [[other, {"error": "engine"}]]}, b""))
+        with pytest.raises(Refusal) as caught:
+            await asked.news()
+        assert caught.value.status == 500
+        engines.ended.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))

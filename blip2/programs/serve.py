@@ -113,9 +113,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--no_verify", action="store_true", help="do not compare large files with their hashes")
     args = parser.parse_args()
     for name in ("ray_replicas", "ray_autoscaling"):
-        if getattr(args, name) and not args.ray:
+        if getattr(args, name) is not None and not args.ray:
             parser.error(f"--{name} goes with --ray")
-    if args.ray_replicas and args.ray_autoscaling:
+    if args.ray_replicas and args.ray_autoscaling is not None:
         parser.error("--ray_replicas goes without --ray_autoscaling")
     return args
 

@@ -115,11 +115,6 @@ class Service:
         if self._engines is not None:
             self._engines.close()
 
-    @property
-    def decoder_pids(self) -> list[int]:
-        """Of the processes that decode pictures."""
-        return [] if self._decoders is None else self._decoders.pids
-
     def _routes(self) -> Router:
         page = Page.load()
         return Router(

@@ -134,11 +134,15 @@ class Engines:
             "template": question.template,
             "max_txt_len": question.max_txt_len,
         }
-        for choice in range(choices):
-            number = next(self._numbers)
-            self._asked[number] = (asked, choice)
-            asked.numbers.append(number)
-            await self._peer.send({**message, "id": number, "number": choice})
+        try:
+            for choice in range(choices):
+                number = next(self._numbers)
+                self._asked[number] = (asked, choice)
+                asked.numbers.append(number)
+                await self._peer.send({**message, "id": number, "number": choice})
+        except BaseException:  # the client may leave between two of them
+            self.cancel(asked)
+            raise
         return asked
 
     async def load(self) -> Load:
@@ -187,7 +191,9 @@ class Engines:
             if "text" not in event:
                 del self._asked[number]
         if "load" in message:
-            self._loads.pop(0).set_result(Load(**message["load"]))
+            waiting = self._loads.pop(0)
+            if not waiting.done():  # who asked may have left
+                waiting.set_result(Load(**message["load"]))
         if "failed" in message:
             self._ready.set_exception(Blip2Error(message["failed"]))
         if "ready" in message:

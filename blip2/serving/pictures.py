@@ -116,11 +116,6 @@ class Decoders:
         self._peers.discard(peer)
         peer.kill()
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the processes that run."""
-        return [peer.pid for peer in self._peers]
-
     def close(self) -> None:
         """End them."""
         for peer in list(self._peers):
@@ -174,6 +169,8 @@ class Pictures:
             # A name is used once: what is let go late is never another's.
             kept = self._kept[digest] = _Kept(str(next(self._names)))
             kept.loading = asyncio.create_task(self._load(digest, kept, content))
+            # Who asked may have left: then nobody hears of it, and asyncio need not complain.
+            kept.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._kept.move_to_end(digest)
         kept.users += 1
         try:

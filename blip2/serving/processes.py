@@ -22,6 +22,7 @@ class Peer:
     ) -> None:
         """Made by `start`."""
         self.name, self._reader, self._writer, self._process = name, reader, writer, process
+        self._draining = asyncio.Lock()  # asyncio before 3.10.6 lets only one task wait for that
 
     @classmethod
     async def start(cls, name: str, target: Callable[..., None], *arguments: object) -> Peer:
@@ -49,7 +50,8 @@ class Peer:
             OSError: it has ended.
         """
         self._writer.writelines(frames.encode(message, content))
-        await self._writer.drain()
+        async with self._draining:
+            await self._writer.drain()
 
     def send_soon(self, message: dict[str, Any]) -> None:
         """Send a small frame without waiting; to a process that has ended nothing is sent."""
@@ -79,11 +81,6 @@ class Peer:
     def is_alive(self) -> bool:
         """Whether it has not ended."""
         return self._process.is_alive()
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
 
 
 def _run(target: Callable[..., None], connection: socket.socket, arguments: tuple) -> None:
