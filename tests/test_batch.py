@@ -315,7 +315,7 @@ class FakePipeline:
         self.looks.append(len(pixel_values))
         return pixel_values[:, :1, 0, 0].float()
 
-    def ask(self, query_output, texts, options):
+    def ask(self, query_output, texts, options, _prefix):
         self.asked.append((texts, options.seed))
         return [[Answer(f"{value:.3f}")] for [value] in query_output.tolist()]
 

@@ -44,10 +44,14 @@ _RECENT = 10.0  # seconds whose rate the progress bar shows
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What a line of the output is asked, and the prompt that OPT reads for it."""
+    """What a line of the output is asked, and the prompt that OPT reads for it.
+
+    `prefix` is the end of the prompt that the answer is to begin with.
+    """
 
     text: str
     prompt: str
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +244,7 @@ def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> di
     return {
         "--input_text or --prompt_template": [dataclasses.asdict(q) for q in questions],
         "--batch_size": batch_size,
-        **{f"--{name}": value for name, value in dataclasses.asdict(facts.options).items()},
+        **{f"--{name}": value for name, value in facts.options.to_json().items()},
         "tokenizer": facts.prompts,
     }
 
@@ -525,7 +529,8 @@ def answer_batches(
             taken.append(batch)
             yield answering.Window(batch.position, len(batch.decoded), values)
 
-    for asked in answer(pipeline, windows(), prompts, options, work.batch_size, watch):
+    [prefix] = {question.prefix for question in work.questions}  # of a run there is one
+    for asked in answer(pipeline, windows(), prompts, options, work.batch_size, watch, prefix):
         batch, answers = taken.popleft(), zip(*asked, strict=True)
         outcomes = [
             outcome if isinstance(outcome, str) else list(next(answers))
@@ -547,7 +552,10 @@ def _lines(
     lines = []
     for question, beams in zip(questions, outcome, strict=True):
         best = beams[0]
-        line = {**picture.name, "question": question.text, "answer": best.text, "flags": best.flags}
+        line = {**picture.name, "question": question.text, "answer": best.text}
+        # Digits behind these depend on what else is in a batch.
+        score = None if best.log_prob is None else round(best.log_prob, 4)
+        line |= {"score": score, "flags": best.flags}
         if len(beams) > 1:
             line["beams"] = [beam.to_json() for beam in beams]
         lines.append(line)

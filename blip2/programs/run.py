@@ -72,6 +72,8 @@ def parse_arguments() -> argparse.Namespace:
         default=TEMPLATE,
         help="replace the {} in it by each text that has not its form yet; '{}': the text as it is",
     )
+    add("--prefix", metavar="TEXT", default="", help="how every answer begins: 'a photo of'")
+    add("--keep_prefix", action="store_true", help="print it with the answers")
     add(
         "--input_dir",
         nargs="+",
@@ -142,7 +144,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--max_txt_len", type=cli.positive_int, default=32, help="longest prompt, in tokens")
     add("--max_output_len", type=cli.positive_int, default=30, help="longest answer, in tokens")
+    add("--min_output_len", type=cli.non_negative_int, default=0, help="shortest answer, in tokens")
+    add("--stop", action="append", metavar="TEXT", help="answers end behind it; several times")
     add("--num_beams", type=cli.positive_int, default=1, help="beam search if above 1")
+    add(
+        "--num_return_sequences",
+        type=cli.positive_int,
+        metavar="N",
+        help="answers to each question: draws, or the best beams (default: 1, or all beams)",
+    )
     add("--length_penalty", type=cli.finite_float, default=1.0, help="above 1: longer beams win")
     add("--repetition_penalty", type=cli.positive_float, default=1.0, help="above 1: fewer repeats")
     add(
@@ -176,6 +186,8 @@ def parse_arguments() -> argparse.Namespace:
     for flag, value in {"--html": args.html, "--retry_errors": args.retry_errors}.items():
         if value and printed:
             parser.error(f"{flag} needs --output FILE, which lines are read from")
+    if args.keep_prefix and not args.prefix.strip():
+        parser.error("--keep_prefix goes with --prefix")
     if many and (args.json or args.benchmark):
         parser.error("--output goes without --json and --benchmark")
     if many and not args.input_dir:
@@ -222,10 +234,11 @@ def answer_one(args: argparse.Namespace) -> None:
     from blip2.many import inputs
     from blip2.pipeline import Stopwatch, open_pipeline
     from blip2.prompts import check_length
-    from blip2.templates import fill_template
+    from blip2.templates import begin_answer, fill_template
 
     [text] = args.input_text
-    question = Asked(text, fill_template(args.prompt_template, text))
+    prompt = begin_answer(fill_template(args.prompt_template, text), args.prefix)
+    question, prefix = Asked(text, prompt), kept_prefix(args)
     places = places_of(args)
     [source] = args.input_dir or [places.picture]
     if inputs.is_collection(source):
@@ -241,9 +254,9 @@ def answer_one(args: argparse.Namespace) -> None:
 
     texts = [question.prompt] * len(pixel_values)
     if args.benchmark:
-        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark)
+        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark, prefix)
     else:
-        answers = pipeline.answer(pixel_values, texts, options, watch)
+        answers = pipeline.answer(pixel_values, texts, options, watch, prefix)
         times = Times(watch.seconds, cli.seconds_since_start())
 
     if not pipeline.language.is_leader:
@@ -334,15 +347,16 @@ def benchmark(
     texts: Sequence[str],
     options: GenerationOptions,
     repeats: int,
+    prefix: str,
 ) -> tuple[list[list[Answer]], Times]:
     """The answers, and the medians of `repeats` runs behind one that warms up."""
     from blip2.pipeline import Stopwatch
 
-    answers = pipeline.answer(pixel_values, texts, options)
+    answers = pipeline.answer(pixel_values, texts, options, prefix=prefix)
     runs, totals = [Stopwatch() for _ in range(repeats)], []
     for run in runs:
         begun = time.perf_counter()
-        answers = pipeline.answer(pixel_values, texts, options, run)
+        answers = pipeline.answer(pixel_values, texts, options, run, prefix)
         totals.append(time.perf_counter() - begun)
     stages = {
         stage: statistics.median(run.seconds[stage] for run in runs) for stage in runs[0].seconds
@@ -370,13 +384,17 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
-    from blip2.templates import fill_template
+    from blip2.templates import begin_answer, fill_template
 
     stages["import"] = cli.seconds_since_start() - sum(stages.values())
     printed = args.output == STANDARD_OUTPUT
+    questions = []
+    for text in args.input_text:
+        prompt = begin_answer(fill_template(args.prompt_template, text), args.prefix)
+        questions.append(Question(text, prompt, kept_prefix(args)))
     job = Job(
         sources=args.input_dir,
-        questions=[Question(t, fill_template(args.prompt_template, t)) for t in args.input_text],
+        questions=questions,
         places=places_of(args),
         decoding=decoding_options(args),
         output=None if printed else args.output,
@@ -438,8 +456,14 @@ def load_saved_picture(path: Path) -> torch.Tensor:
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """For `Pipeline.options`."""
-    search = ("max_output_len", "num_beams", "length_penalty", "repetition_penalty")
-    return {name: getattr(args, name) for name in (*search, *SAMPLING, "seed")}
+    lengths = ("max_output_len", "min_output_len", "stop")
+    search = ("num_beams", "num_return_sequences", "length_penalty", "repetition_penalty")
+    return {name: getattr(args, name) for name in (*lengths, *search, *SAMPLING, "seed")}
+
+
+def kept_prefix(args: argparse.Namespace) -> str:
+    """What of --prefix answers show."""
+    return args.prefix.strip() if args.keep_prefix else ""
 
 
 def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:
