@@ -113,9 +113,17 @@ def load_image(source: str | Path) -> Image.Image:
     Raises:
         Blip2Error: missing, unreadable, no picture, damaged, too large, or an unsupported format.
     """
+    return decode_image(read_picture(source), str(source))
+
+
+def read_picture(source: str | Path) -> bytes:
+    """A picture file as it is; `source` as in `load_image`.
+
+    Raises:
+        Blip2Error: missing, unreadable or too large.
+    """
     name = str(source)
-    content = downloads.download(name) if downloads.is_url(name) else _read(Path(source))
-    return decode_image(content, name)
+    return downloads.download(name) if downloads.is_url(name) else _read(Path(source))
 
 
 def decode_image(content: bytes, source: str) -> Image.Image:

@@ -58,7 +58,8 @@ class Question:
 class Facts:
     """What a run must know of the engines, wherever they are: `prompts` are token ids.
 
-    `block` is the number of windows after which nothing is under way.
+    `block` is the number of windows after which nothing is under way; `has_scores` whether answers
+    have one.
     """
 
     prompts: list[list[int]]
@@ -66,6 +67,7 @@ class Facts:
     preprocessing: Preprocessing
     batch_size: int
     block: int = 1
+    has_scores: bool = True
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Facts:
             pipeline.vision.preprocessing,
             pipeline.default_batch_size,
             answering.block_of(pipeline, options),
+            pipeline.language.has_scores(options),
         )
 
 

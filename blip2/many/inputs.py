@@ -119,6 +119,23 @@ def list_entries(sources: Sequence[str]) -> list[str]:
     return [entry for source in sources for name in expand(source) for entry in _entries_of(name)]
 
 
+def part_of(entries: Sequence[str], first: int, end: int, count: int) -> list[str]:
+    """The parts `first` to `end` of a list cut in `count` parts as equal as can be, side by side.
+
+    The parts of a list, one behind the other, are the list.
+
+    Raises:
+        Blip2Error: there is nothing in them.
+    """
+    cuts = [len(entries) * number // count for number in (first, end + 1)]
+    if cuts[0] == cuts[1]:
+        raise Blip2Error(
+            f"parts {first} to {end} of {count} of {len(entries)} pictures and shards are empty",
+            "give `shards` fewer parts",
+        )
+    return list(entries[cuts[0] : cuts[1]])
+
+
 def expand(source: str) -> list[str]:
     """The names that braces in a source stand for: {000..009}, {a,b}; itself if a file has it."""
     found = None if os.path.lexists(source) else _BRACES.search(source)

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     from blip2.engines import Places
     from blip2.language import GenerationOptions
     from blip2.many.cluster import Cluster
+    from blip2.many.outputs import Target
     from blip2.pipeline import Pipeline
 
 
-STANDARD_OUTPUT = Path("-")
+STANDARD_OUTPUT = "-"
+FLAGS = ("empty", "loop", "length")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
 # What is for engines of this process, not for a server's.
 ENGINE_FLAGS = (
@@ -52,7 +55,10 @@ ENGINE_FLAGS = (
         "benchmark",
     ),
     *("batch_size", "ray", "html", "retry_errors"),
+    *("min_output_len", "stop", "num_return_sequences", "prefix"),
+    *("shards", "shard_size", "overwrite", "min_score", "reject"),
 )
+OTHER_FORMS = (".csv", ".parquet", ".tar", "/")  # of output than JSON lines
 SAMPLING = ("top_k", "top_p", "temperature")
 
 
@@ -84,9 +90,37 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--output",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="a line for each picture and question; -: print them, without going on later",
+        metavar="FILE",
+        help="a line for each picture and question: FILE.jsonl, .csv or .parquet; .tar: shards for"
+        " webdataset; FOLDER/: a .txt for each picture; -: print them, without going on later",
+    )
+    add(
+        "--shards",
+        type=parts,
+        metavar="A..B/N",
+        help="with --output: of the pictures and shards, cut in N parts, parts A to B: 0..9/100, 3/100",
+    )
+    add(
+        "--shard_size",
+        type=cli.positive_int,
+        help="with --output FILE.tar: pictures (default: 1000)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="with --output FOLDER/: write over a .txt that is there",
+    )
+    add(
+        "--min_score",
+        type=cli.finite_float,
+        help="with --output FILE: lines of a lower score go to FILE.rejected.jsonl",
+    )
+    add(
+        "--reject",
+        nargs="+",
+        choices=FLAGS,
+        metavar="FLAG",
+        help="with --output FILE: so do those with one of these flags: empty, loop, length",
     )
     add(
         "--retry_errors",
@@ -172,7 +206,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
     many, printed = args.output is not None, args.output == STANDARD_OUTPUT
+    routed = {"--min_score": args.min_score, "--reject": args.reject}
     for flag, value in {
+        **routed,
+        "--shards": args.shards,
+        "--shard_size": args.shard_size,
+        "--overwrite": args.overwrite or None,
         "--html": args.html,
         "--batch_size": args.batch_size,
         "--workers": args.workers,
@@ -183,8 +222,9 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{flag} goes with --output")
     if args.ray_actors and not args.ray:
         parser.error("--ray_actors goes with --ray")
-    for flag, value in {"--html": args.html, "--retry_errors": args.retry_errors}.items():
-        if value and printed:
+    kept = {"--html": args.html, "--retry_errors": args.retry_errors or None, **routed}
+    for flag, value in kept.items():
+        if value is not None and printed:
             parser.error(f"{flag} needs --output FILE, which lines are read from")
     if args.keep_prefix and not args.prefix.strip():
         parser.error("--keep_prefix goes with --prefix")
@@ -198,8 +238,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("several pictures need --output")
     if args.server:
         for name in ENGINE_FLAGS:
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False, 0, ""):
                 parser.error(f"--{name} goes without --server")
+        if many and args.output.lower().endswith(OTHER_FORMS):
+            parser.error("with --server --output is a FILE.jsonl")
         if not args.input_dir:
             parser.error("with --server give --input_dir the picture")
     args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
@@ -209,6 +251,15 @@ def parse_arguments() -> argparse.Namespace:
 def source(text: str) -> str:
     """argparse type: a path without what makes no difference, "photos" for "./photos/"; or a URL."""
     return str(Path(text)) if text and "://" not in text else text
+
+
+def parts(text: str) -> tuple[int, int, int]:
+    """argparse type: "A..B/N", or "A/N": parts A to B of N, counted from 0."""
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?/(\d+)", text)
+    first, last, count = (int(found[n] or found[1]) for n in (1, 2, 3)) if found else (0, 0, 0)
+    if not first <= last < count:
+        raise argparse.ArgumentTypeError(f"{text!r} are no parts A..B/N, counted from 0")
+    return first, last, count
 
 
 def template(text: str) -> str:
@@ -299,7 +350,7 @@ def ask_server_of_many(args: argparse.Namespace) -> int:
         sources=args.input_dir,
         questions=args.input_text,
         options=server_options(args),
-        output=None if printed else args.output,
+        output=None if printed else Path(args.output),
         requests=args.workers or REQUESTS,
     )
     begun = time.perf_counter()
@@ -321,7 +372,8 @@ def ask_server_of_many(args: argparse.Namespace) -> int:
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """What a server is told of how to decode."""
     more = {"prompt_template": args.prompt_template, "max_txt_len": args.max_txt_len}
-    return {**decoding_options(args), **more}
+    known = {n: value for n, value in decoding_options(args).items() if n not in ENGINE_FLAGS}
+    return {**known, **more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,7 +449,8 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
         questions=questions,
         places=places_of(args),
         decoding=decoding_options(args),
-        output=None if printed else args.output,
+        output=None if printed else target_of(args),
+        part=args.shards,
         html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
@@ -415,6 +468,18 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
     table = summary.table(cli.seconds_since_start())
     print(table, file=sys.stderr if printed else sys.stdout)
     return 1 if summary.failed else 0
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """Where the answers go."""
+    from blip2.many.outputs import Rule, Target
+
+    return Target.of(
+        args.output,
+        rule=Rule(args.min_score, args.reject or ()),
+        shard_size=args.shard_size or 1000,
+        overwrite=args.overwrite,
+    )
 
 
 def places_of(args: argparse.Namespace) -> Places:
