@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,4 +48,20 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """As the programs print it."""
-        return {"text": self.text, "score": self.score, "flags": self.flags}
+        return {
+            "text": self.text,
+            "score": self.score,
+            "log_prob": self.log_prob,
+            "flags": self.flags,
+        }
+
+
+def line_of(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What a line of many pictures' output says of the answers to a question, best first."""
+    best = answers[0]
+    # Digits behind these depend on what else is in a batch.
+    score = None if best.log_prob is None else round(best.log_prob, 4) + 0.0  # not -0.0
+    line: dict[str, Any] = {"answer": best.text, "score": score, "flags": best.flags}
+    if len(answers) > 1:
+        line["beams"] = [answer.to_json() for answer in answers]
+    return line

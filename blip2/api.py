@@ -242,7 +242,9 @@ class Model:
                     opened[id(picture)] = self._open(picture)
                 prompt = begin_answer(fill_template(prompt_template, question), prefix)
                 looked_at = opened[id(picture)]
-                requests.append(self._engine.submit(looked_at, prompt, options, number, kept))
+                requests.append(
+                    self._engine.submit(looked_at, prompt, options, number, prefix=kept)
+                )
                 if number >= _AHEAD:
                     requests[number - _AHEAD].answers()
             answers = [_answer(request.answers()) for request in requests]

@@ -110,7 +110,7 @@ def test_a_run_continued_anywhere_writes_what_one_run_does(tmp_path, files, form
 def test_a_table_has_a_row_for_each_line(tmp_path, files):
     pyarrow = pytest.importorskip("pyarrow.parquet")
     pictures = answered(files)
-    pictures[0][0]["beams"] = [{"text": "a", "score": -0.5, "flags": []}]
+    pictures[0][0]["beams"] = [{"text": "a", "score": -0.5, "log_prob": -0.5, "flags": []}]
     pictures[1][0] = {**pictures[1][0], "path": "shard.tar", "key": "x/1.png", "score": None}
     pictures[1][1] = {**pictures[1][1], "path": "shard.tar", "key": "x/1.png"}
     pictures[4][0]["path"] = "bad\udcff.png"

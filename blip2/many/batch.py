@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from blip2.answers import Answer, line_of
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
@@ -35,7 +36,7 @@ from blip2.many import answering, inputs
 from blip2.many.decoders import Decoders
 from blip2.many.inputs import Picture
 from blip2.many.journal import Journal, StandardOutput
-from blip2.pipeline import Answer, Pipeline, Stopwatch
+from blip2.pipeline import Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
 
 WAIT = "wait for pictures"  # the stage of a worker that has none to look at
@@ -552,14 +553,7 @@ def _lines(
 ) -> list[dict[str, Any]]:
     if isinstance(outcome, str):
         return [{**picture.name, "error": outcome}]
-    lines = []
-    for question, beams in zip(questions, outcome, strict=True):
-        best = beams[0]
-        line = {**picture.name, "question": question.text, "answer": best.text}
-        # Digits behind these depend on what else is in a batch.
-        score = None if best.log_prob is None else round(best.log_prob, 4)
-        line |= {"score": score, "flags": best.flags}
-        if len(beams) > 1:
-            line["beams"] = [beam.to_json() for beam in beams]
-        lines.append(line)
-    return lines
+    return [
+        {**picture.name, "question": question.text, **line_of(answers)}
+        for question, answers in zip(questions, outcome, strict=True)
+    ]

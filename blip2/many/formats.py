@@ -125,7 +125,7 @@ class Parquet(Writer):
             ) from None
         self._arrow, self._path, self._begun = pyarrow, path, _begun(path)
         text, number = pyarrow.string(), pyarrow.float64()
-        beam = {"text": text, "score": number, "flags": pyarrow.list_(text)}
+        beam = {"text": text, "score": number, "log_prob": number, "flags": pyarrow.list_(text)}
         types = dict.fromkeys(_COLUMNS, text)
         types |= {"score": number, "flags": pyarrow.list_(text)}
         types["beams"] = pyarrow.list_(pyarrow.struct(beam))

@@ -548,7 +548,8 @@ def as_text(question: Asked, answers: list[list[Answer]], times: Times) -> str:
     lines = [f"[Q] {question.prompt or '(caption)'}"]
     for beams in answers:
         for beam in beams:
-            score = [] if beam.score is None else [f"   ({beam.score:.4f})"]
+            is_one_of_several = beam.score is not None and len(beams) > 1
+            score = [f"   ({beam.score:.4f})"] if is_one_of_several else []
             flags = [f"({flag})" for flag in beam.flags]
             lines.append(" ".join(["[A]", *filter(None, [beam.text]), *score, *flags]))
     median = f", median of {times.repeats}" if times.repeats else ""
