@@ -194,9 +194,7 @@ class TarShards(Writer):
             self._write(number, answers, picture)
 
     def _write(self, number: int, answers: Lines, picture: Picture) -> None:
-        content = picture.content
-        if content is None:
-            content = read_picture(picture.path)
+        content = read_picture(picture.path) if picture.key is None else picture.read()
         suffix = Path(picture.key or picture.path).suffix.lower() or ".jpg"
         told = [{k: v for k, v in line.items() if k not in ("path", "key")} for line in answers]
         parts = {
