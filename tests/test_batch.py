@@ -461,6 +461,16 @@ def test_the_progress_bar_shows_the_rate_of_the_last_seconds(monkeypatch):
         assert bar.format_dict["rate"] < 0.3
 
 
+def test_a_summary_says_what_holds_a_long_run_back():
+    """Once there were batches enough to say so; what the first waits for is no sign."""
+    for waited, rate, is_said in ((3.0, 9.0, True), (1.0, 9.0, False), (3.0, 0.0, False)):
+        seconds = {"wait for pictures": waited, "OPT": 6.0}
+        table = Summary(90, 0, 90, 10.0, seconds, middle_rate=rate).table(12.0)
+        assert ("30% of the time the engines waited for pictures" in table) == is_said
+    two = Summary(90, 0, 90, 10.0, {"wait for pictures": 6.0}, 2, middle_rate=9.0).table(12.0)
+    assert two.endswith("give more --workers, or --decode fast for large JPEGs")
+
+
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
     files = gray(tmp_path, 5)
     fake_run(files[:1] + files[2:4])
@@ -576,6 +586,32 @@ def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
             assert np.array_equal(values, resized_pixels(load_image(file), preprocessing))
+
+
+def test_large_jpegs_may_be_decoded_fast(decoders, tmp_path):
+    """As Pillow decodes them at a smaller scale, at least twice the ViT's side."""
+    file = tmp_path / "large.jpg"
+    Image.effect_noise((1600, 1200), 60).convert("RGB").save(file, quality=90)
+    preprocessing = Preprocessing(96, 96)
+    batches = [[inputs.Picture(str(file))]]
+    [[_, [exact]]] = decoders.decode(batches, preprocessing)
+    [[_, [fast]]] = decoders.decode(batches, preprocessing, True)
+    drawn = Image.open(file)
+    drawn.draft("RGB", (192, 192))
+    assert drawn.size == (400, 300)
+    expected = np.asarray(drawn.resize((96, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(fast, expected)
+    assert not np.array_equal(fast, exact)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_the_work_says_how_pictures_are_decoded(is_fast):
+    asked = []
+    decoders = SimpleNamespace(decode=lambda *arguments: asked.append(arguments) or iter(()))
+    options = GenerationOptions(end_id=0)
+    work = Work([], Start(), 3, Preprocessing(4, 4), [Question("", "")], options, is_fast=is_fast)
+    assert list(LocalWorkers(FakePipeline(), decoders).answer(work)) == []
+    assert [arguments[2] for arguments in asked] == [is_fast]
 
 
 def test_a_decoding_process_is_small(decoders, tmp_path):

@@ -40,6 +40,7 @@ from blip2.pipeline import Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
 
 WAIT = "wait for pictures"  # the stage of a worker that has none to look at
+_LONG_WAIT = 0.2  # of the time in which there were answers
 _RECENT = 10.0  # seconds whose rate the progress bar shows
 
 
@@ -123,6 +124,7 @@ class Work:
         options: how to decode; of a sampling, `seed` is the first of a series.
         only: places in the input of the pictures to look at; None is all from `start` on.
         block: windows after which nothing is under way; `start` is where such a block begins.
+        is_fast: decode large JPEGs at a smaller scale: see `decode_picture`.
     """
 
     entries: Sequence[str]
@@ -133,6 +135,7 @@ class Work:
     options: GenerationOptions
     only: frozenset[int] | None = None
     block: int = 1
+    is_fast: bool = False
 
     def batches(self) -> Iterator[Batch]:
         """The batches from `start` on, not decoded; of those with none of `only`, nothing."""
@@ -232,6 +235,12 @@ class Summary:
         stages["other"] = total - sum(stages.values())
         for stage, seconds in [*stages.items(), (name, total)]:
             lines.append(f"{stage:<20}{seconds:>{width - 2}.1f} s{seconds / total:>7.0%}")
+        waited = self.seconds.get(WAIT, 0.0) / (self.workers * self.wall_seconds or 1)
+        if self.middle_rate and waited > _LONG_WAIT:  # of a short run, mostly for the first
+            lines.append(
+                f"{waited:.0%} of the time the engines waited for pictures to be decoded: give more"
+                " --workers, or --decode fast for large JPEGs"
+            )
         return "\n".join(lines)
 
     def _start_and_middle(self) -> str:
@@ -458,7 +467,11 @@ class LocalWorkers:
         """
         named, taken = itertools.tee(batches)
         pictures = (batch.pictures for batch in taken)
-        decoded = zip(named, self._decoders.decode(pictures, work.preprocessing), strict=False)
+        decoded = zip(
+            named,
+            self._decoders.decode(pictures, work.preprocessing, work.is_fast),
+            strict=False,
+        )
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         watch = Stopwatch()

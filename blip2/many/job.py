@@ -44,6 +44,7 @@ class Job:
         batch_size: pictures at once; None is what suits the engines.
         workers: processes that decode pictures here; None is half of the processors.
         cluster: whose machines answer; None is this process.
+        is_fast: decode large JPEGs at a smaller scale: see `decode_picture`.
         max_txt_len: tokens that a prompt may have.
         retry_errors: ask again about pictures of which the output has an error.
         verify: compare the engines' large files with their hashes.
@@ -58,6 +59,7 @@ class Job:
     batch_size: int | None = None
     workers: int | None = None
     cluster: Cluster | None = None
+    is_fast: bool = False
     max_txt_len: int = 32
     retry_errors: bool = False
     verify: bool = True
@@ -159,6 +161,7 @@ class Job:
                 self.questions,
                 facts.options,
                 block=facts.block,
+                is_fast=self.is_fast,
             )
             again = None
             if self.retry_errors and lines.failed:
@@ -187,6 +190,8 @@ class Job:
         made_with = {"--input_dir": self.sources, **parts}
         made_with |= batch.describe(facts, self.questions, batch_size)
         made_with |= self.output.made_with()
+        if self.is_fast:
+            made_with["--decode"] = "fast"
         if self.part:
             made_with["--shards"] = list(self.part)
         return Journal(self.output.journal, len(self.questions), made_with)

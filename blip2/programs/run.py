@@ -56,7 +56,7 @@ ENGINE_FLAGS = (
     ),
     *("batch_size", "ray", "html", "retry_errors"),
     *("min_output_len", "stop", "num_return_sequences", "prefix"),
-    *("shards", "shard_size", "overwrite", "min_score", "reject"),
+    *("decode", "shards", "shard_size", "overwrite", "min_score", "reject"),
 )
 OTHER_FORMS = (".csv", ".parquet", ".tar", "/")  # of output than JSON lines
 SAMPLING = ("top_k", "top_p", "temperature")
@@ -140,6 +140,12 @@ def parse_arguments() -> argparse.Namespace:
         " --ray: of each actor); with --server: pictures asked about at once (default: 32)",
     )
     add(
+        "--decode",
+        choices=("exact", "fast"),
+        help="with --output: fast decodes large JPEGs at a smaller scale, at least twice what the ViT"
+        " takes (default: exact)",
+    )
+    add(
         "--ray",
         nargs="?",
         const="local",
@@ -209,6 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     routed = {"--min_score": args.min_score, "--reject": args.reject}
     for flag, value in {
         **routed,
+        "--decode": args.decode,
         "--shards": args.shards,
         "--shard_size": args.shard_size,
         "--overwrite": args.overwrite or None,
@@ -455,6 +462,7 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
         batch_size=args.batch_size,
         workers=args.workers,
         cluster=cluster,
+        is_fast=args.decode == "fast",
         max_txt_len=args.max_txt_len,
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
