@@ -172,7 +172,9 @@ def check_page(path: Path, pictures: int, texts: list[str]) -> None:
         kind, content = image["src"].split(",")
         assert kind == "data:image/jpeg;base64"
         assert max(Image.open(io.BytesIO(base64.b64decode(content))).size) <= 320
-    assert "script" not in page.tags
+    assert page.tags.isdisjoint({"a", "link", "iframe", "object", "base"})
+    # Nothing but the page's own script, which nothing from outside is part of.
+    assert path.read_text().count("<script") == report._HEAD.count("<script") + 1
     for text in texts:
         assert text in page.text
 
