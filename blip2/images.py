@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
-from blip2 import downloads, memory
+from blip2 import downloads, memory, remote
 from blip2.errors import Blip2Error, first_line
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def read_picture(source: str | Path) -> bytes:
         Blip2Error: missing, unreadable or too large.
     """
     name = str(source)
-    return downloads.download(name) if downloads.is_url(name) else _read(Path(source))
+    if downloads.is_url(name):
+        return downloads.download(name)
+    return remote.read(name, MAX_FILE_BYTES) if remote.is_remote(name) else _read(Path(source))
 
 
 def decode_image(content: bytes, source: str, least_side: int | None = None) -> Image.Image:

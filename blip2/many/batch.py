@@ -314,7 +314,7 @@ def _changed_input(
 def record(
     answers: Iterable[Answered],
     workers: int,
-    total: int,
+    total: int | None,
     journal: Journal | StandardOutput,
     begun: float | None = None,
 ) -> Summary:
@@ -323,7 +323,7 @@ def record(
     Args:
         answers: batches from the one with the first missing picture on, in order.
         workers: how many engines they come from.
-        total: pictures of the input, for the progress bar.
+        total: pictures of the input, for the progress bar; None if nobody knows.
         begun: when the run began, by time.perf_counter; None is now.
 
     Raises:
@@ -437,7 +437,7 @@ class _ProgressBar(tqdm):
         return {**super().format_dict, "rate": rate}
 
 
-def _progress_bar(total: int, done: int) -> _ProgressBar:
+def _progress_bar(total: int | None, done: int) -> _ProgressBar:
     # In a log file every refresh is another line.
     interval = 0.2 if sys.stderr.isatty() else 30
     return _ProgressBar(total=total, initial=done, unit=" pictures", mininterval=interval)

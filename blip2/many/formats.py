@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blip2 import remote
 from blip2.errors import Blip2Error
 from blip2.images import read_picture
 from blip2.layout import install
@@ -32,6 +33,56 @@ Lines = Sequence[dict[str, Any]]  # of one picture
 
 _ROW_GROUP = 10_000  # rows of a Parquet file
 _COLUMNS = ("path", "key", "question", "answer", "score", "flags", "error", "beams")
+
+
+class Store:
+    """Where whole files go: a folder here, or with a URL one of an object store's."""
+
+    def __init__(self, folder: Path, url: str = "") -> None:
+        self._folder, self._url = folder, url
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self._url)
+
+    def publish(self, begun: Path, name: str) -> None:
+        """Move a whole file there.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
+        if self._url:
+            remote.upload(begun, self._url + name)
+            begun.unlink()
+        else:
+            _publish(begun, self._folder / name)
+
+    def shards(self, path: Path) -> list[str]:
+        """The names of the shards of `path` that there are."""
+        pattern = re.compile(re.escape(path.stem) + r"-\d{6}\.tar")
+        if self._url:
+            found = remote.find(f"{self._url}{path.stem}-*.tar")
+            names = [url.rpartition("/")[2] for url in found]
+        else:
+            names = os.listdir(self._folder) if self._folder.is_dir() else []
+        return sorted(name for name in names if pattern.fullmatch(name))
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        if self._url:
+            return remote.exists(self._url + name)
+        return (self._folder / name).exists()
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        if self._url:
+            remote.remove(self._url + name)
+        else:
+            (self._folder / name).unlink()
+
+    def shown(self, name: str) -> str:
+        """How a file there is called."""
+        return self._url + name if self._url else str(self._folder / name)
 
 
 class Writer(abc.ABC):
@@ -67,8 +118,9 @@ class Writer(abc.ABC):
 class JsonLines(Writer):
     """A line of JSON each."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - until close
+    def __init__(self, path: Path, store: Store) -> None:
+        self._path, self._store = path, store
+        self._file = open(_begun_in(path, store), "wb")  # noqa: SIM115 - until close
 
     def add(self, number: int, lines: Lines, picture: Picture | None) -> None:  # noqa: ARG002
         self._file.write(encoded(lines))
@@ -76,8 +128,15 @@ class JsonLines(Writer):
     def flush(self) -> None:
         self._file.flush()
 
+    def finish(self) -> None:
+        self._file.close()
+        if self._store.is_remote:  # else it is where it belongs
+            self._store.publish(_begun(self._path), self._path.name)
+
     def close(self) -> None:
         self._file.close()
+        if self._store.is_remote:
+            _begun(self._path).unlink(missing_ok=True)
 
 
 class Csv(Writer):
@@ -86,9 +145,13 @@ class Csv(Writer):
     What is no text in a file's name is escaped. `beams` is JSON, and empty without any.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store) -> None:
+        self._path, self._store = path, store
         self._file = open(  # noqa: SIM115 - until close
-            path, "w", encoding="utf-8", errors="backslashreplace", newline=""
+            *(_begun_in(path, store), "w"),
+            encoding="utf-8",
+            errors="backslashreplace",
+            newline="",
         )
         self._rows = csv.DictWriter(self._file, _COLUMNS, lineterminator="\n")
         self._rows.writeheader()
@@ -103,14 +166,21 @@ class Csv(Writer):
     def flush(self) -> None:
         self._file.flush()
 
+    def finish(self) -> None:
+        self._file.close()
+        if self._store.is_remote:  # else it is where it belongs
+            self._store.publish(_begun(self._path), self._path.name)
+
     def close(self) -> None:
         self._file.close()
+        if self._store.is_remote:
+            _begun(self._path).unlink(missing_ok=True)
 
 
 class Parquet(Writer):
     """A row each; the file is there once it is whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store) -> None:
         """Begin it.
 
         Raises:
@@ -124,6 +194,7 @@ class Parquet(Writer):
                 "a .parquet needs pyarrow", f"install it with: {install('data')}"
             ) from None
         self._arrow, self._path, self._begun = pyarrow, path, _begun(path)
+        self._store = store
         text, number = pyarrow.string(), pyarrow.float64()
         beam = {"text": text, "score": number, "log_prob": number, "flags": pyarrow.list_(text)}
         types = dict.fromkeys(_COLUMNS, text)
@@ -146,7 +217,7 @@ class Parquet(Writer):
         if self._rows:
             self._write()
         self._file.close()
-        _publish(self._begun, self._path)
+        self._store.publish(self._begun, self._path.name)
 
     def close(self) -> None:
         self._file.close()
@@ -163,30 +234,21 @@ class TarShards(Writer):
 
     needs_pictures = True
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._size = path, size
-        self._whole = max(0, len(self.shards(path)) - 1)
+    def __init__(self, path: Path, store: Store, size: int) -> None:
+        self._path, self._store, self._size = path, store, size
+        self._whole = max(0, len(store.shards(path)) - 1)
         self._shard: tarfile.TarFile | None = None
         self._begun: Path | None = None
         self._count = 0
 
-    @staticmethod
-    def shards(path: Path) -> list[Path]:
-        """Those that there are."""
-        pattern = re.compile(re.escape(path.stem) + r"-\d{6}\.tar")
-        folder = path.parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        return sorted(folder / name for name in names if pattern.fullmatch(name))
-
-    def _place(self, number: int) -> Path:
-        return self._path.with_name(f"{self._path.stem}-{number:06}.tar")
+    def _name(self, number: int) -> str:
+        return f"{self._path.stem}-{number:06}.tar"
 
     def add(self, number: int, lines: Lines, picture: Picture | None) -> None:
         shard = number // self._size
         if number % self._size == 0 and shard >= self._whole:
             self._end()
-            place = self._place(shard)
-            self._begun = _begun(place)
+            self._begun = _begun(self._path.with_name(self._name(shard)))
             self._shard = tarfile.open(self._begun, "w")  # noqa: SIM115 - until _end
         self._count = number + 1
         answers = [line for line in lines if "error" not in line]
@@ -211,7 +273,7 @@ class TarShards(Writer):
         if self._shard is not None:
             self._shard.close()
             self._shard = None
-            _publish(self._begun, self._place((self._count - 1) // self._size))
+            self._store.publish(self._begun, self._name((self._count - 1) // self._size))
 
     def finish(self) -> None:
         self._end()
@@ -293,6 +355,11 @@ def _begun(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def _begun_in(path: Path, store: Store) -> Path:
+    """Where a text that can be read while it grows does so."""
+    return _begun(path) if store.is_remote else path
+
+
 def _publish(begun: Path, path: Path) -> None:
     with open(begun, "r+b") as file:
         os.fsync(file.fileno())
@@ -303,6 +370,6 @@ def _without_suffix(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
-def explained(path: Path, error: OSError) -> Blip2Error:
+def explained(place: str, error: OSError) -> Blip2Error:
     """What to say where a writer fails."""
-    return cannot_write(Path(error.filename) if error.filename else path, error)
+    return cannot_write(error.filename or place, error)

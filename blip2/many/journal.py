@@ -354,7 +354,7 @@ def _write(file: BinaryIO, content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def cannot_write(path: Path, error: OSError) -> Blip2Error:
+def cannot_write(path: Path | str, error: OSError) -> Blip2Error:
     """What to say of an output that cannot be written."""
     return Blip2Error(
         f"cannot write {path}: {error.strerror or error}",

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blip2 import remote
 from blip2.errors import Blip2Error
 from blip2.many import inputs
 from blip2.many.formats import (
@@ -23,6 +24,7 @@ from blip2.many.formats import (
     Lines,
     Parquet,
     Sidecars,
+    Store,
     TarShards,
     Writer,
     explained,
@@ -56,7 +58,8 @@ class Target:
     """What --output names: a file, whose suffix is its form, or a folder for .txt sidecars.
 
     Attributes:
-        path: of the file or folder; of a `.tar` the shards have numbers in their names.
+        path: of the file or folder; of a `.tar` the shards have numbers in their names. Of a file in
+            an object store what is not whole yet, and the journal, in the current directory.
         rule: what goes to the file of rejected lines instead.
         shard_size: pictures of a `.tar`.
         overwrite: write over sidecars that are there.
@@ -68,10 +71,23 @@ class Target:
     shard_size: int = 1000
     overwrite: bool = False
     is_folder: bool = False
+    url: str = ""  # of the store's folder
 
     @classmethod
     def of(cls, text: str, **settings: Any) -> Target:
-        """What a command line's word means: a folder is there already, or ends by a slash."""
+        """What a command line's word means: a folder is there already, or ends by a slash.
+
+        Raises:
+            Blip2Error: it is a folder in an object store.
+        """
+        if remote.is_remote(text):
+            folder, _, name = text.rpartition("/")
+            if not name:
+                raise Blip2Error(
+                    f"{text} is a folder in an object store, where no sidecars can be written",
+                    "name a .jsonl, .csv, .parquet or .tar in it",
+                )
+            return cls(Path(name), url=folder + "/", **settings)
         is_folder = text.endswith(("/", os.sep)) or os.path.isdir(text)
         return cls(Path(text), is_folder=is_folder, **settings)
 
@@ -80,7 +96,7 @@ class Target:
         """The file that a run goes on with."""
         if self.is_folder:
             return self.path / "captions.journal"
-        is_its_own = self.path.suffix.lower() not in _FORMS and not self.rule
+        is_its_own = not (self.path.suffix.lower() in _FORMS or self.rule or self.url)
         return self.path if is_its_own else self.path.with_name(self.path.name + ".journal")
 
     @property
@@ -101,19 +117,31 @@ class Target:
         Raises:
             Blip2Error: names it.
         """
-        if not self.is_folder:
+        if not (self.is_folder or self.url):
             check_place(self.path)
         check_place(self.journal)
         if self.journal.is_file():
             return
-        shards = TarShards.shards(self.path) if self._is_shards else []
-        for path in (*self.files().values(), *shards):
-            if path.exists():
+        names = [path.name for path in self.files().values()]
+        if self._is_shards:
+            names += self.store.shards(self.path)
+        for name in names:
+            if self.store.exists(name):
                 raise Blip2Error(
-                    f"{path} exists and has no {self.journal.name} beside it, so no run can go on"
-                    " with it",
+                    f"{self.store.shown(name)} exists and has no {self.journal.name} beside it, so no"
+                    " run can go on with it",
                     "remove it, or choose another `output`",
                 )
+
+    @property
+    def shown(self) -> str:
+        """How it is called in messages."""
+        return self.url + self.path.name if self.url else str(self.path)
+
+    @property
+    def store(self) -> Store:
+        """Where whole files go."""
+        return Store(self.path if self.is_folder else self.path.parent, self.url)
 
     def made_with(self) -> dict[str, Any]:
         """What must stay the same for a run to go on, by flag."""
@@ -126,8 +154,8 @@ class Target:
     def forget_shards(self) -> None:
         """Remove shards, to be made again of other answers."""
         if self._is_shards:
-            for shard in TarShards.shards(self.path):
-                shard.unlink()
+            for name in self.store.shards(self.path):
+                self.store.remove(name)
 
     def check_pictures(self, sources: Sequence[str], entries: Sequence[str]) -> None:
         """See that each picture has a place of its own.
@@ -154,13 +182,14 @@ class Target:
             if self.is_folder:
                 made.append(self._sidecars(sources))
             elif self._is_shards:
-                made.append(TarShards(self.path, self.shard_size))
+                made.append(TarShards(self.path, self.store, self.shard_size))
             else:
-                made.append(_FORMS.get(self.path.suffix.lower(), JsonLines)(self.path))
+                form = _FORMS.get(self.path.suffix.lower(), JsonLines)
+                made.append(form(self.path, self.store))
             if self.rule:
-                made.append(JsonLines(self.rejected))
+                made.append(JsonLines(self.rejected, self.store))
         except OSError as error:
-            raise explained(self.path, error) from None
+            raise explained(self.shown, error) from None
         return made
 
     @contextlib.contextmanager
@@ -238,4 +267,4 @@ class Following:
         try:
             yield
         except OSError as error:
-            raise explained(self.path, error) from None
+            raise explained(self._target.shown, error) from None
