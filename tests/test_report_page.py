@@ -94,6 +94,7 @@ def test_scores_sort_and_errors_come_last(page):
     assert shown(page)[len(names) :] == [f"broken {n}" for n in range(7, COUNT, 100)]
     page.select_option("[name=order]", "-1")
     assert shown(page)[0] == "caption 0"
+    assert shown(page)[len(names) :] == [f"broken {n}" for n in range(7, COUNT, 100)]
     page.select_option("[name=order]", "")
     assert shown(page)[:3] == ["caption 0", "caption 1", "caption 2"]
 
