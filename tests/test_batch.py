@@ -1030,6 +1030,21 @@ REFUSED = {
         "--output goes without",
     ),
     "page alone": (["--html", "p.html"], "--html goes with --output"),
+    "score alone": (["--min_score", "-1"], "--min_score goes with --output"),
+    "fast alone": (["--decode", "fast"], "--decode goes with --output"),
+    "kept nothing": (["--keep_prefix"], "--keep_prefix goes with --prefix"),
+    "rejected from a pipe": (
+        ["--output", "-", "--input_dir", "p", "--reject", "loop"],
+        "--reject needs --output FILE",
+    ),
+    "a form for a server": (
+        ["--server", "http://x", "--output", "o.csv", "--input_dir", "p"],
+        "with --server --output is a FILE.jsonl",
+    ),
+    "a stop for a server": (
+        ["--server", "http://x", "--input_dir", "p", "--stop", "."],
+        "--stop goes without --server",
+    ),
     "two texts": (["--input_text", "a", "--input_text", "b"], "several --input_text need --output"),
     "a folder": (["--input_dir", "tests"], "tests stands for several pictures; add --output"),
     "two pictures": (["--input_dir", "a", "b"], "several pictures need --output"),
