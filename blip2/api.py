@@ -18,7 +18,7 @@ from blip2.engine import Engine
 from blip2.engines import Places
 from blip2.errors import Blip2Error
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
-from blip2.templates import TEMPLATE, fill_template
+from blip2.templates import TEMPLATE, begin_answer, fill_template
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,7 +35,10 @@ class Decoding(TypedDict, total=False):
     """How to decode: fields of `GenerationOptions`. Any of the last three means sampling."""
 
     max_output_len: int
+    min_output_len: int
+    stop: str | Sequence[str]
     num_beams: int
+    num_return_sequences: int
     length_penalty: float
     repetition_penalty: float
     early_stopping: bool
@@ -49,9 +52,11 @@ class Decoding(TypedDict, total=False):
 class Answer(pipeline.Answer):
     """A text; `str` is that text.
 
-    `score` is its log probability over its length where beams were searched, else None; `finished`
-    is false of a text that was cut at max_output_len; `flags` names what is suspicious of it.
-    `beams` are those of a beam search, best first: the text is the first's.
+    `log_prob` is the mean log probability of its tokens, None where the engine does not say it;
+    `score` is what a beam search ranks it by, else the same. `finished` is false of a text that was
+    cut at max_output_len; `flags` names what is suspicious of it. `beams` are all answers where there
+    are several: those of a beam search, best first, or of num_return_sequences draws; the text is the
+    first's.
     """
 
     beams: tuple[pipeline.Answer, ...] = ()
@@ -143,22 +148,39 @@ class Model:
         self._pipeline.language.close()
 
     @overload
-    def caption(self, pictures: Picture, **decoding: Unpack[Decoding]) -> Answer: ...
+    def caption(
+        self,
+        pictures: Picture,
+        *,
+        prefix: str = ...,
+        keep_prefix: bool = ...,
+        **decoding: Unpack[Decoding],
+    ) -> Answer: ...
 
     @overload
     def caption(
-        self, pictures: Sequence[Picture], **decoding: Unpack[Decoding]
+        self,
+        pictures: Sequence[Picture],
+        *,
+        prefix: str = ...,
+        keep_prefix: bool = ...,
+        **decoding: Unpack[Decoding],
     ) -> list[Answer]: ...
 
     def caption(
-        self, pictures: Picture | Sequence[Picture], **decoding: Unpack[Decoding]
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        prefix: str = "",
+        keep_prefix: bool = False,
+        **decoding: Unpack[Decoding],
     ) -> Answer | list[Answer]:
-        """Say what is in the pictures.
+        """Say what is in the pictures; as `ask`, of which it is the empty question.
 
         Raises:
             Blip2Error: a picture cannot be read, or the engines cannot decode so.
         """
-        return self.ask(pictures, "", **decoding)
+        return self.ask(pictures, "", prefix=prefix, keep_prefix=keep_prefix, **decoding)
 
     @overload
     def ask(
@@ -167,6 +189,8 @@ class Model:
         questions: str,
         *,
         prompt_template: str = ...,
+        prefix: str = ...,
+        keep_prefix: bool = ...,
         **decoding: Unpack[Decoding],
     ) -> Answer: ...
 
@@ -177,6 +201,8 @@ class Model:
         questions: str | Sequence[str],
         *,
         prompt_template: str = ...,
+        prefix: str = ...,
+        keep_prefix: bool = ...,
         **decoding: Unpack[Decoding],
     ) -> list[Answer]: ...
 
@@ -186,6 +212,8 @@ class Model:
         questions: str | Sequence[str],
         *,
         prompt_template: str = TEMPLATE,
+        prefix: str = "",
+        keep_prefix: bool = False,
         **decoding: Unpack[Decoding],
     ) -> Answer | list[Answer]:
         """Answer questions about pictures. A list may be long: it is read as it is answered.
@@ -194,6 +222,8 @@ class Model:
             pictures: one or a list.
             questions: one or a list; an empty one asks for a caption.
             prompt_template: what OPT reads, {} being the question; "{}" is the question as it is.
+            prefix: how every answer begins: "a photo of".
+            keep_prefix: leave it in the texts.
             decoding: see `Decoding`.
 
         Raises:
@@ -203,14 +233,18 @@ class Model:
         """
         asked = _pairs(pictures, questions)
         options = self._pipeline.options(decoding)
+        kept = prefix.strip() if keep_prefix else ""
         opened: dict[int, engine.Picture] = {}  # each is looked at once
         requests: list[engine.Request] = []
         try:
             for number, (picture, question) in enumerate(asked):
                 if id(picture) not in opened:
                     opened[id(picture)] = self._open(picture)
-                prompt = fill_template(prompt_template, question)
-                requests.append(self._engine.submit(opened[id(picture)], prompt, options, number))
+                prompt = begin_answer(fill_template(prompt_template, question), prefix)
+                looked_at = opened[id(picture)]
+                requests.append(
+                    self._engine.submit(looked_at, prompt, options, number, prefix=kept)
+                )
                 if number >= _AHEAD:
                     requests[number - _AHEAD].answers()
             answers = [_answer(request.answers()) for request in requests]
@@ -225,6 +259,8 @@ class Model:
         question: str = "",
         *,
         prompt_template: str = TEMPLATE,
+        prefix: str = "",
+        keep_prefix: bool = False,
         **decoding: Unpack[Decoding],
     ) -> Iterator[str]:
         """The answer about one picture, piece by piece as it is made; joined they are its text.
@@ -240,8 +276,13 @@ class Model:
             raise Blip2Error(
                 "the text of a beam search is known at its end", "leave out `num_beams`, or use ask"
             )
-        prompt = fill_template(prompt_template, question)
-        request = self._engine.submit(self._open(picture), prompt, options)
+        if options.sequences > 1:
+            raise Blip2Error(
+                "a stream is one answer", "leave out `num_return_sequences`, or use ask"
+            )
+        kept = prefix.strip() if keep_prefix else ""
+        prompt = begin_answer(fill_template(prompt_template, question), prefix)
+        request = self._engine.submit(self._open(picture), prompt, options, prefix=kept)
         weakref.finalize(stream := _Stream(self, request), request.cancel)
         return stream
 
@@ -323,4 +364,5 @@ def _open(picture: Picture) -> Image.Image:
 
 def _answer(beams: Sequence[pipeline.Answer]) -> Answer:
     best = beams[0]
-    return Answer(best.text, best.score, best.finished, tuple(beams) if len(beams) > 1 else ())
+    fields = {field.name: getattr(best, field.name) for field in dataclasses.fields(best)}
+    return Answer(**fields, beams=tuple(beams) if len(beams) > 1 else ())

@@ -15,7 +15,7 @@ def command(script: str) -> str:
 
 
 def install(extra: str = "") -> str:
-    """How what the package needs is installed, or what an extra of it needs: "gpu", "ray"."""
+    """How what the package needs is installed, or what an extra of it needs: "gpu", "ray", "data"."""
     if _IS_REPOSITORY:
         return f"pip install -r requirements{extra and f'-{extra}'}.txt"
     return f"pip install 'blip2-suite{extra and f'[{extra}]'}'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 from blip2 import artifacts, memory
-from blip2.answers import Answer
+from blip2.answers import Answer, Decode
 from blip2.checkpoints import TokenIds
 from blip2.engines import Places, open_language_session, open_vision_session
 from blip2.errors import Blip2Error
-from blip2.language import Beam, Generation, GenerationOptions, LanguageSession
+from blip2.language import Generation, GenerationOptions, LanguageSession
+from blip2.language.stopping import StopTexts
 from blip2.layout import CONVERT, EXPORT
 from blip2.prompts import Tokenizer, build_input_ids, load_tokenizer
 from blip2.vision.session import VisionSession
@@ -99,7 +101,8 @@ class Pipeline:
     def options(self, decoding: dict[str, Any]) -> GenerationOptions:
         """How to decode: fields of GenerationOptions, and the ids that this tokenizer has for it.
 
-        With any of top_k, top_p and temperature tokens are sampled; without top_k among all.
+        `stop` is a text, or several. With any of top_k, top_p and temperature tokens are sampled;
+        without top_k among all.
 
         Raises:
             Blip2Error: a field has a value that it cannot have.
@@ -109,7 +112,15 @@ class Pipeline:
         if any(decoding.get(name) is not None for name in sampling):
             decoding = {**decoding, "top_k": decoding.get("top_k") or 0}
         given = {name: value for name, value in decoding.items() if value is not None}
+        if texts := given.pop("stop", None):
+            texts = [texts] if isinstance(texts, str) else texts
+            given["stop"] = _stop_texts(tuple(texts), self.tokenizer, self.language.vocab_size)
         return GenerationOptions(**ids, **given)
+
+    def decoder(self, prefix: str = "") -> Decode:
+        """What turns an answer's ids into its text, which begins with a prefix that was given."""
+        given = self.tokenizer.encode(prefix)[1:]
+        return lambda ids: self.tokenizer.decode([*given, *ids])
 
     def check(self, texts: Sequence[str], options: GenerationOptions) -> None:
         """See that the engine can take such questions, before any work.
@@ -160,6 +171,7 @@ class Pipeline:
         texts: Sequence[str],
         options: GenerationOptions,
         stopwatch: Stopwatch | None = None,
+        prefix: str = "",
     ) -> list[list[Answer]]:
         """Ask `texts[i]` of picture i: for each picture its beams, best first.
 
@@ -168,6 +180,7 @@ class Pipeline:
             texts: B prompts.
             options: how to decode; `end_id` and `pad_id` are the tokenizer's.
             stopwatch: where to add the seconds of each stage.
+            prefix: as `ask`.
 
         Raises:
             Blip2Error: an input that the engines cannot take, or a stage that yields NaN or Inf.
@@ -177,7 +190,7 @@ class Pipeline:
             self.prepare(texts, options)
         look = self.look(pixel_values, watch)
         with watch.time("OPT"):
-            return self.ask(look, texts, options)
+            return self.ask(look, texts, options, prefix)
 
     def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
         """What the ViT and the Q-Former make of pictures, B x 3 x S x S: see `VisionSession.vit`.
@@ -201,9 +214,11 @@ class Pipeline:
         return _halving("ViT and Q-Former", len(pixel_values), stages, halve)
 
     def ask(
-        self, look: Look, texts: Sequence[str], options: GenerationOptions
+        self, look: Look, texts: Sequence[str], options: GenerationOptions, prefix: str = ""
     ) -> list[list[Answer]]:
         """Ask `texts[i]` of picture i of a look. Memory that does not suffice is met as in `look`.
+
+        `prefix` is the end of the texts that answers are to begin with.
 
         Raises:
             Blip2Error: an input that the engine cannot take, too little memory, a stage that yields
@@ -219,10 +234,10 @@ class Pipeline:
             self.check_look(look)  # what went wrong before is the better explanation
             raise
         self.check_look(look)
-        return [[self._answer(beam) for beam in generation.beams] for generation in generations]
-
-    def _answer(self, beam: Beam) -> Answer:
-        return Answer(self.tokenizer.decode(beam.token_ids), beam.score, beam.finished)
+        decode = self.decoder(prefix)
+        return [
+            [Answer.of(beam, decode) for beam in generation.beams] for generation in generations
+        ]
 
     def check_look(self, look: Look) -> None:
         """See that the files behind the engines are sound, and what the ViT and Q-Former made.
@@ -258,6 +273,11 @@ class Pipeline:
             " values are damaged",
             "download the checkpoint again",
         )
+
+
+@functools.lru_cache(16)  # of a real vocabulary it takes a tenth of a second
+def _stop_texts(texts: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> StopTexts:
+    return StopTexts(texts, tokenizer.token_bytes(vocab_size))
 
 
 def _halving(stage: str, batch_size: int, run: Callable[[], T], halve: Callable[[int], int]) -> T:

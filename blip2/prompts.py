@@ -96,12 +96,39 @@ class Tokenizer:
         """The text of generated ids, without special tokens and surrounding blanks."""
         return self._backend.decode(token_ids, skip_special_tokens=True).strip()
 
+    def token_bytes(self, count: int) -> list[bytes]:
+        """What each of `count` tokens adds to a text, in UTF-8; nothing, of special ones."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        tokens = [b""] * count
+        for token, token_id in vocabulary.items():
+            if token_id >= count:
+                continue
+            if token_id in added:
+                tokens[token_id] = b"" if added[token_id].special else token.encode("utf-8")
+            elif set(token) <= _BYTES.keys():
+                tokens[token_id] = bytes(_BYTES[letter] for letter in token)
+        return tokens
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and the ids for it into `directory`, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
         text = self._backend.to_str(pretty=True)
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
         TokenIds(self.bos_id, self.end_id).write(directory)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level BPE's tokens stands for, as GPT-2 has them.
+
+    What is printable stands for itself, the others, in order, for 256 and on.
+    """
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    others = (byte for byte in range(256) if byte not in own)
+    return {chr(byte): byte for byte in own} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 def _reading(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> tokenizers.Tokenizer:

@@ -19,6 +19,11 @@ def fill_template(template: str, text: str) -> str:
     return f"{before}{inner}{after}" if form or inner else ""
 
 
+def begin_answer(prompt: str, prefix: str) -> str:
+    """A prompt whose answer has begun already, with `prefix`."""
+    return f"{prompt} {prefix.strip()}".strip()
+
+
 def _words(text: str) -> str:
     """A pattern for the same words, with any blanks between; it ends and begins no longer word."""
     words = r"\s+".join(map(re.escape, text.split()))

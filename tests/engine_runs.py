@@ -23,6 +23,10 @@ OPTIONS = [
     {"max_output_len": 10, "num_beams": 3},
     {"max_output_len": 20, "num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
     {"max_output_len": 6, "num_beams": 4, "repetition_penalty": 1.3},
+    {"max_output_len": 30, "min_output_len": 27, "repetition_penalty": 1.1},
+    {"max_output_len": 30, "stop": ["circle", "square,"]},
+    {"max_output_len": 9, "top_p": 0.9, "temperature": 3.0, "num_return_sequences": 3, "seed": 4},
+    {"max_output_len": 18, "num_beams": 3, "num_return_sequences": 2, "stop": "circle"},
 ]
 
 

@@ -105,6 +105,42 @@ def test_sampling_draws_anew_for_every_request(model, pictures):
     assert texts[17] != texts[1]
 
 
+def test_an_answer_may_begin_and_end_where_it_is_told(model, pictures, told):
+    whole = told[0, ""]
+    words = whole.split()
+    start = " ".join(words[:2])
+    rest = model.caption(pictures[0], prefix=start)
+    assert f"{start} {rest}" == whole
+    assert (rest.finished, rest.flags) == (True, [])
+    kept = model.caption(pictures[0], prefix=f" {start} ", keep_prefix=True)
+    assert (kept.text, kept.score) == (whole, pytest.approx(rest.score, abs=1e-4))
+    stream = model.stream(pictures[0], prefix=start, keep_prefix=True)
+    assert "".join(stream) == whole
+    answer = model.ask(pictures[0], QUESTIONS[0], prefix="the circle is", keep_prefix=True)
+    assert answer.text.startswith("the circle is")
+    # Nothing behind what was given is nothing: the newline ends an answer.
+    nothing = model.caption(pictures[0], prefix=whole, keep_prefix=True)
+    assert (nothing.text, nothing.flags) == (whole, ["empty"])
+    for stop in (words[3], [words[3], "triangle"], f" {words[2]} {words[3]}"):
+        cut = model.caption(pictures[0], stop=stop)
+        assert cut.text == " ".join(words[:4])
+        assert (cut.finished, cut.flags) == (True, [])
+    assert not model.caption(pictures[0], max_output_len=4).finished
+
+
+def test_several_answers_are_draws_or_beams(model, pictures):
+    how = {"temperature": 3.0, "seed": 5, "max_output_len": 12}
+    drawn = model.caption(pictures[0], num_return_sequences=4, **how)
+    assert [beam.text for beam in drawn.beams][:1] == [drawn.text]
+    assert len({beam.text for beam in drawn.beams}) == 4
+    assert drawn.text == model.caption(pictures[0], **how).text
+    assert all(beam.score < 0 for beam in drawn.beams)
+    beams = model.caption(pictures[0], num_beams=4).beams
+    assert model.caption(pictures[0], num_beams=4, num_return_sequences=2).beams == beams[:2]
+    with pytest.raises(blip2.Blip2Error, match="a stream is one answer"):
+        model.stream(pictures[0], num_return_sequences=2, temperature=1.0)
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 2.0, "top_k": 50, "seed": 3}], ids=str)
 def test_a_stream_is_the_answer(model, pictures, how):
     for question in QUESTIONS:

@@ -594,7 +594,6 @@ MACHINE = [
         "pipe is a pipe, .* print the lines with: --output -",
         lambda: os.mkfifo("pipe"),
     ),
-    row("a folder as output", f"{MANY} --output onnx", "onnx is a directory; name a file in it"),
     row("a page of no file", f"{MANY} --output - --html p", "--html needs --output FILE, which li"),
     row("a retry of none", f"{MANY} --output - --retry_errors", "--retry_errors needs --output FI"),
     row(

@@ -172,7 +172,9 @@ def check_page(path: Path, pictures: int, texts: list[str]) -> None:
         kind, content = image["src"].split(",")
         assert kind == "data:image/jpeg;base64"
         assert max(Image.open(io.BytesIO(base64.b64decode(content))).size) <= 320
-    assert "script" not in page.tags
+    assert page.tags.isdisjoint({"a", "link", "iframe", "object", "base"})
+    # Nothing but the page's own script, which nothing from outside is part of.
+    assert path.read_text().count("<script") == report._HEAD.count("<script") + 1
     for text in texts:
         assert text in page.text
 
@@ -315,7 +317,7 @@ class FakePipeline:
         self.looks.append(len(pixel_values))
         return pixel_values[:, :1, 0, 0].float()
 
-    def ask(self, query_output, texts, options):
+    def ask(self, query_output, texts, options, _prefix):
         self.asked.append((texts, options.seed))
         return [[Answer(f"{value:.3f}")] for [value] in query_output.tolist()]
 
@@ -461,6 +463,16 @@ def test_the_progress_bar_shows_the_rate_of_the_last_seconds(monkeypatch):
         assert bar.format_dict["rate"] < 0.3
 
 
+def test_a_summary_says_what_holds_a_long_run_back():
+    """Once there were batches enough to say so; what the first waits for is no sign."""
+    for waited, rate, is_said in ((3.0, 9.0, True), (1.0, 9.0, False), (3.0, 0.0, False)):
+        seconds = {"wait for pictures": waited, "OPT": 6.0}
+        table = Summary(90, 0, 90, 10.0, seconds, middle_rate=rate).table(12.0)
+        assert ("30% of the time the engines waited for pictures" in table) == is_said
+    two = Summary(90, 0, 90, 10.0, {"wait for pictures": 6.0}, 2, middle_rate=9.0).table(12.0)
+    assert two.endswith("give more --workers, or --decode fast for large JPEGs")
+
+
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
     files = gray(tmp_path, 5)
     fake_run(files[:1] + files[2:4])
@@ -576,6 +588,32 @@ def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
             assert np.array_equal(values, resized_pixels(load_image(file), preprocessing))
+
+
+def test_large_jpegs_may_be_decoded_fast(decoders, tmp_path):
+    """As Pillow decodes them at a smaller scale, at least twice the ViT's side."""
+    file = tmp_path / "large.jpg"
+    Image.effect_noise((1600, 1200), 60).convert("RGB").save(file, quality=90)
+    preprocessing = Preprocessing(96, 96)
+    batches = [[inputs.Picture(str(file))]]
+    [[_, [exact]]] = decoders.decode(batches, preprocessing)
+    [[_, [fast]]] = decoders.decode(batches, preprocessing, True)
+    drawn = Image.open(file)
+    drawn.draft("RGB", (192, 192))
+    assert drawn.size == (400, 300)
+    expected = np.asarray(drawn.resize((96, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(fast, expected)
+    assert not np.array_equal(fast, exact)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_the_work_says_how_pictures_are_decoded(is_fast):
+    asked = []
+    decoders = SimpleNamespace(decode=lambda *arguments: asked.append(arguments) or iter(()))
+    options = GenerationOptions(end_id=0)
+    work = Work([], Start(), 3, Preprocessing(4, 4), [Question("", "")], options, is_fast=is_fast)
+    assert list(LocalWorkers(FakePipeline(), decoders).answer(work)) == []
+    assert [arguments[2] for arguments in asked] == [is_fast]
 
 
 def test_a_decoding_process_is_small(decoders, tmp_path):
@@ -992,6 +1030,21 @@ REFUSED = {
         "--output goes without",
     ),
     "page alone": (["--html", "p.html"], "--html goes with --output"),
+    "score alone": (["--min_score", "-1"], "--min_score goes with --output"),
+    "fast alone": (["--decode", "fast"], "--decode goes with --output"),
+    "kept nothing": (["--keep_prefix"], "--keep_prefix goes with --prefix"),
+    "rejected from a pipe": (
+        ["--output", "-", "--input_dir", "p", "--reject", "loop"],
+        "--reject needs --output FILE",
+    ),
+    "a form for a server": (
+        ["--server", "http://x", "--output", "o.csv", "--input_dir", "p"],
+        "with --server --output is a FILE.jsonl",
+    ),
+    "a stop for a server": (
+        ["--server", "http://x", "--input_dir", "p", "--stop", "."],
+        "--stop goes without --server",
+    ),
     "two texts": (["--input_text", "a", "--input_text", "b"], "several --input_text need --output"),
     "a folder": (["--input_dir", "tests"], "tests stands for several pictures; add --output"),
     "two pictures": (["--input_dir", "a", "b"], "several pictures need --output"),

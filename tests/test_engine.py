@@ -30,7 +30,7 @@ from blip2.engine import engine as engine_module
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation
 from blip2.language.native.session import NativeSession
-from blip2.language.rows import Rows
+from blip2.language.rows import BEAMS, News, Rows
 
 requests = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, len(OPTIONS) - 1))
 events = st.lists(
@@ -101,7 +101,7 @@ class FakeRows:
 
     @property
     def used(self) -> int:
-        return sum(count for count, _ in self._left.values())
+        return sum(options.rows for options, _ in self._left.values())
 
     def fits(self, *_lengths) -> bool:
         return True
@@ -115,7 +115,7 @@ class FakeRows:
     def admit(self, admissions) -> FakeChosen:
         for admission in admissions:
             left = self._chance.randrange(1, 12)
-            self._left[admission.key] = [admission.options.num_beams, left]
+            self._left[admission.key] = [admission.options, left]
         self.check()
         return self._choose([admission.key for admission in admissions])
 
@@ -137,8 +137,12 @@ class FakeChosen:
         self.keys, self.last, self._left = list(left), set(), left
 
     def read(self):
-        for key, (beams, left) in self._left.items():
-            yield key, (-1 if beams > 1 else (50118 if left == 0 else 5)), left == 0
+        for key, (how, left) in self._left.items():
+            if how.num_beams > 1:
+                yield News(key, [BEAMS], [], left == 0)
+                continue
+            token = how.end_id if left == 0 else 5
+            yield News(key, [token] * how.rows, [-1.0] * how.rows, False)
 
     def result(self, _key):
         return Generation((Beam([5, 6], -0.5),))

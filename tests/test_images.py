@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2 import images
@@ -402,3 +402,27 @@ def test_unreachable_url_names_it():
 def test_statistics_that_no_float32_bears_are_refused(absurd):
     with pytest.raises(ValueError, match="no preprocessing of pictures"):
         images.Preprocessing(28, 28, **absurd)
+
+
+@pytest.mark.parametrize("size", [(4032, 3024), (1000, 700), (449, 600), (300, 200)])
+def test_a_jpeg_may_be_decoded_at_a_smaller_scale(size):
+    """Of at least the side that is asked for, upright as ever, and of pixels that differ little."""
+    width, height = size
+    smooth = Image.effect_noise((24, 18), 90).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = io.BytesIO()
+    smooth.convert("RGB").save(content, "JPEG", quality=92, exif=exif)
+    exact = images.decode_image(content.getvalue(), "it")
+    fast = images.decode_image(content.getvalue(), "it", 448)
+    assert exact.size == (height, width)
+    scale = max(s for s in (1, 2, 4, 8) if s == 1 or min(width, height) // s >= 448)
+    assert fast.size == (-(-height // scale), -(-width // scale))
+    preprocessing = images.Preprocessing(224, 224)
+    pixels = [images.resized_pixels(image, preprocessing).astype(int) for image in (exact, fast)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 1.5
+    assert (scale > 1) == bool(np.any(pixels[0] != pixels[1]))
+    png = io.BytesIO()
+    smooth.save(png, "PNG")
+    same = (images.decode_image(png.getvalue(), "it", side).tobytes() for side in (None, 448))
+    assert next(same) == next(same)

@@ -86,10 +86,12 @@ def test_the_metadata_is_the_requirements_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
-    assert set(metadata.get_all("Provides-Extra")) == {"gpu", "ray", "serve"}
+    assert set(metadata.get_all("Provides-Extra")) == {"data", "gpu", "ray", "serve"}
     lines = [
         line
-        for file in (*(f"requirements{name}.txt" for name in ("", "-gpu", "-ray", "-serve")),)
+        for file in (
+            *(f"requirements{name}.txt" for name in ("", "-data", "-gpu", "-ray", "-serve")),
+        )
         for line in (ROOT / file).read_text().splitlines()
     ]
     named = filter(None, (line.partition("#")[0].strip() for line in lines))

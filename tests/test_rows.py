@@ -17,7 +17,7 @@ from blip2.language import Generation, GenerationOptions
 from blip2.language.native import cuda_pool
 from blip2.language.native.model import OPTModel
 from blip2.language.native.session import NativeSession
-from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows, prepared_rows
+from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, News, Rows, prepared_rows
 
 CPU = torch.device("cpu")
 WIDTH = CONFIG.hidden_size
@@ -45,7 +45,7 @@ def draw_admission(chance: random.Random, key: int) -> Admission:
     ids = torch.tensor([chance.randrange(CONFIG.vocab_size) for _ in range(length)])
     ids[:image_rows] = CONFIG.vocab_size + torch.arange(image_rows)
     table = torch.randn(image_rows, WIDTH, generator=torch.Generator().manual_seed(key))
-    kind = chance.randrange(5)
+    kind = chance.randrange(7)
     how: dict = {"max_output_len": chance.randrange(1, 12), "seed": key}
     if kind == 1:
         how |= {"num_beams": chance.randrange(2, 5)}
@@ -55,6 +55,11 @@ def draw_admission(chance: random.Random, key: int) -> Admission:
         how |= {"repetition_penalty": 1.4}
     elif kind == 4:
         how |= {"top_k": 7, "temperature": 1.5, "repetition_penalty": 1.2}
+    elif kind == 5:
+        sequences = chance.randrange(2, 5)
+        how |= {"top_k": 0, "repetition_penalty": 1.2, "num_return_sequences": sequences}
+    elif kind == 6:
+        how |= {"min_output_len": chance.randrange(1, 1 + how["max_output_len"])}
     return Admission(key, ids, table, GenerationOptions(end_id=3, **how), chance.randrange(3))
 
 
@@ -65,17 +70,17 @@ def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
     chance = random.Random(seed)
     rows = Rows(model, CPU, 9, 40, 12)
     expected: dict[int, Generation] = {}
-    running: dict[int, tuple[Admission, list[int]]] = {}
+    running: dict[int, tuple[Admission, list[News]]] = {}
     scheduled: collections.Counter[int] = collections.Counter()
     key = checked = 0
-    while checked < 20:
+    while checked < 40:
         free = rows.capacity - rows.used
         batch = []
         for _ in range(chance.randrange(4)):
             admission = draw_admission(chance, key)
-            if admission.options.num_beams > free:
+            if admission.options.rows > free:
                 break
-            free -= admission.options.num_beams
+            free -= admission.options.rows
             key += 1
             assert rows.fits(len(admission.input_ids), admission.options.max_output_len)
             expected[admission.key] = alone(model, admission)
@@ -92,25 +97,31 @@ def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
                 if name in running and scheduled[name] == running[name][0].options.max_output_len:
                     rows.release([name])
         for chosen in news:
-            for name, token, has_ended in chosen.read():
+            for told in chosen.read():
+                name = told.key
                 if name not in running:
                     continue
-                admission, ids = running[name]
-                ids.append(token)
-                truth = expected[name].beams
-                if token == BEAMS:
-                    if not has_ended and len(ids) < admission.options.max_output_len:
+                admission, so_far = running[name]
+                so_far.append(told)
+                options, truth = admission.options, expected[name].beams
+                is_last = len(so_far) == options.max_output_len
+                if told.tokens == [BEAMS]:
+                    if not told.has_ended and not is_last:
                         continue
                     found = chosen.result(name).beams
                     assert [beam.token_ids for beam in found] == [b.token_ids for b in truth]
                     scores = [beam.score for beam in found]
                     assert scores == pytest.approx([b.score for b in truth], abs=1e-3)
-                elif token == 3:
-                    assert ids[:-1] == truth[0].token_ids
-                elif len(ids) < admission.options.max_output_len:
-                    continue
                 else:
-                    assert ids == truth[0].token_ids
+                    answers = [list(ids) for ids in zip(*(one.tokens for one in so_far))]  # noqa: B905
+                    if not is_last and not all(3 in ids for ids in answers):
+                        continue
+                    log_probs = zip(*(one.log_probs for one in so_far))  # noqa: B905
+                    for ids, chances, beam in zip(answers, log_probs, truth, strict=True):
+                        length = ids.index(3) + 1 if 3 in ids else len(ids)
+                        assert ids[: length - (3 in ids)] == beam.token_ids
+                        mean = sum(chances[:length]) / length
+                        assert mean == pytest.approx(beam.log_prob, abs=1e-3)
                 rows.release([name])
                 del running[name]
                 checked += 1
@@ -128,9 +139,9 @@ def test_a_row_that_is_not_finite_is_that_requests(model):
     good = draw_admission(chance, 0)
     bad = Admission(1, good.input_ids, torch.full_like(good.table, torch.nan), good.options)
     rows.admit([good, bad])
-    told = {key: token for key, token, _ in rows.step().read()}
-    assert told[1] == NOT_FINITE
-    assert told[0] != NOT_FINITE
+    told = {news.key: news.tokens for news in rows.step().read()}
+    assert told[1] == [NOT_FINITE]
+    assert told[0] != [NOT_FINITE]
 
 
 def test_one_that_is_alone_leaves_the_kernel_for_one_and_comes_back(gpu_double):  # noqa: ARG001
@@ -149,8 +160,8 @@ def test_one_that_is_alone_leaves_the_kernel_for_one_and_comes_back(gpu_double):
     told: dict[object, list[int]] = {0: [], 1: [], 2: []}
 
     def take(chosen: Chosen) -> None:
-        for key, token, _ in chosen.read():
-            told[key].append(token)
+        for news in chosen.read():
+            told[news.key] += news.tokens
 
     take(rows.admit(asked[:1]))
     for _ in range(3):

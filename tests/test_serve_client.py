@@ -199,5 +199,6 @@ def test_lines_can_be_printed(server):
         "path": str(SCENE),
         "question": "",
         "answer": CAPTION,
+        "score": 0.0,
         "flags": [],
     }

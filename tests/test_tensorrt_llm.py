@@ -27,6 +27,7 @@ from trtllm_engines import (
 from blip2.engines import LANGUAGE, engine_for, open_language_session
 from blip2.errors import Blip2Error
 from blip2.language import GenerationOptions
+from blip2.language.stopping import StopTexts
 from blip2.language.tensorrt_llm import TensorRTLLMSession
 
 QUERY_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 4, 96, 64
@@ -86,6 +87,7 @@ def transformers_answers(truth, requests, opts: GenerationOptions):
             num_return_sequences=opts.num_beams,
             eos_token_id=opts.end_id,
             pad_token_id=opts.pad_id,
+            min_new_tokens=opts.min_output_len or None,
             return_dict_in_generate=True,
             output_scores=True,
             **sampling,
@@ -121,6 +123,8 @@ def check_answers(generations, expected) -> None:
         {"top_k": 0, "top_p": 0.9, "temperature": 1.3, "seed": 5},
         {"top_k": 7, "seed": 11},
         {"max_output_len": 1},
+        {"min_output_len": 10},
+        {"num_beams": 3, "min_output_len": 9},
     ],
     ids=str,
 )
@@ -129,6 +133,8 @@ def test_every_request_gets_the_answer_it_gets_alone(
 ):
     if "seed" in named and (version, runner) == ("0.13.0", "ModelRunnerCpp"):
         pytest.skip("it drops the seed, and is not asked")
+    if "min_output_len" in named and runner == "ModelRunner":
+        pytest.skip("it is refused")
     install(version)
     kv_cache_type = RUNNERS[runner] if version < "1.2" else RUNNERS[runner].lower()
     engine = write_engine(
@@ -153,6 +159,55 @@ def test_the_answers_compared_are_worth_comparing(truth, requests):
     patient = transformers_answers(truth, requests, options(**beams))
     hasty = transformers_answers(truth, requests, options(**beams, early_stopping=True))
     assert [ids for ids, *_ in patient] != [ids for ids, *_ in hasty]
+
+
+@pytest.mark.parametrize("kv_cache_type", RUNNERS.values())
+def test_a_text_cuts_answers_and_beams_can_be_fewer(
+    install, tmp_path, truth, requests, kv_cache_type
+):
+    """At the token that completes it, as transformers ends there; an answer without it stays."""
+    install()
+    session = open_language_session(
+        write_engine(tmp_path / "engine", truth[0], kv_cache_type=kv_cache_type)
+    )
+    whole = [g.beams[0] for g in session.generate(requests[1], requests[2], options())]
+    other = next(b.token_ids[4] for b in whole if len(b.token_ids) > 6)
+    stop = StopTexts(["x"], [b"x" if token == other else b"y" for token in range(VOCAB_SIZE)])
+    cut = [g.beams[0] for g in session.generate(requests[1], requests[2], options(stop=stop))]
+    for beam, before in zip(cut, whole, strict=True):
+        has_it = other in before.token_ids
+        length = before.token_ids.index(other) + 1 if has_it else len(before.token_ids)
+        assert beam.token_ids == before.token_ids[:length]
+        assert beam.finished == (has_it or before.finished)
+        assert beam.log_prob is None
+    assert [beam.token_ids for beam in cut] != [beam.token_ids for beam in whole]
+    assert not session.has_scores(options())
+    assert session.has_scores(options(num_beams=3))
+    three = session.generate(requests[1], requests[2], options(num_beams=3))
+    two = session.generate(requests[1], requests[2], options(num_beams=3, num_return_sequences=2))
+    assert [g.beams for g in two] == [g.beams[:2] for g in three]
+    for beam in (beam for g in three for beam in g.beams):
+        assert beam.log_prob == pytest.approx(beam.score, rel=1e-5)  # of a length penalty of 1
+
+
+@pytest.mark.parametrize(
+    "kv_cache_type, named, message",
+    [
+        ("PAGED", {"top_k": 0, "num_return_sequences": 2}, "leave out `num_return_sequences`"),
+        ("PAGED", {"num_beams": 2, "stop": StopTexts(["x"], [b"x"])}, "leave out `stop`, or"),
+        ("CONTINUOUS", {"min_output_len": 2}, "leave out `min_output_len`"),
+    ],
+)
+def test_what_the_runners_cannot_is_refused_beforehand(
+    install, tmp_path, truth, requests, kv_cache_type, named, message
+):
+    install()
+    session = open_language_session(
+        write_engine(tmp_path / "engine", truth[0], kv_cache_type=kv_cache_type)
+    )
+    with pytest.raises(Blip2Error, match=message):
+        session.generate(requests[1], requests[2], options(**named))
+    assert not calls("ModelRunnerCpp.generate") + calls("ModelRunner.generate")
 
 
 @pytest.mark.parametrize("kv_cache_type", RUNNERS.values())

@@ -110,6 +110,7 @@ class Engine:
         options: GenerationOptions,
         number: int = 0,
         listener: Listener | None = None,
+        prefix: str = "",
     ) -> Request:
         """Ask; returns at once.
 
@@ -119,12 +120,13 @@ class Engine:
             options: how to decode.
             number: among the requests that share a seed: each draws its own numbers.
             listener: is called with each token, and with None at the end.
+            prefix: the end of the text that the answer is to begin with.
 
         Raises:
             Blip2Error: the engines cannot take such a request.
         """
         input_ids = self._input_ids(text, options)
-        decode = self._pipeline.tokenizer.decode
+        decode = self._pipeline.decoder(prefix)
         request = Request(picture, input_ids, options, decode, number, listener)
         self._tell(lambda: self._arrivals.append(request))
         return request
@@ -133,7 +135,7 @@ class Engine:
         """Of a prompt, once it is clear that the engine can take it: most ask the same again."""
         key = (text, dataclasses.replace(options, seed=0))
         if (input_ids := self._prompts.get(key)) is None:
-            if options.num_beams > self._running.max_rows:
+            if options.rows > self._running.max_rows:
                 raise _too_wide(options, self._running.max_rows)
             self._pipeline.check([text], options)
             if len(self._prompts) >= _REMEMBERED:
@@ -243,7 +245,7 @@ class Engine:
 
     def _note_load(self) -> None:
         requests = self._running.requests
-        used = sum(request.options.num_beams for request in requests)
+        used = sum(request.options.rows for request in requests)
         rows = self._running.rows
         capacity = self._running.max_rows if rows is None else rows.capacity
         self._load = Load(len(self._waiting), len(requests), used, capacity)
@@ -253,7 +255,7 @@ class Engine:
         if any(request.is_cancelled for request in self._waiting):
             for request in self._waiting:
                 if request.is_cancelled:
-                    request.finish(finished=False)
+                    request.finish()
             self._waiting = collections.deque(r for r in self._waiting if not r.is_cancelled)
 
     def _begin(self) -> None:
@@ -268,7 +270,7 @@ class Engine:
             if not has_rows:
                 self._answer_batch()
                 return
-            if first.options.num_beams > running.rows.capacity:
+            if first.options.rows > running.rows.capacity:
                 self._waiting.popleft().fail(_too_wide(first.options, running.rows.capacity))
                 return
         elif not self._is_due():
@@ -285,7 +287,7 @@ class Engine:
         running, free = self._running, self._running.free
         group: list[Request] = []
         for request in itertools.islice(self._waiting, self._pipeline.default_batch_size):
-            free -= request.options.num_beams
+            free -= request.options.rows
             if free < 0 or not running.fits(request.input_ids, request.options):
                 break
             group.append(request)
@@ -297,7 +299,7 @@ class Engine:
         """Whether to look and read now, which those under way have to wait for."""
         running, first, now = self._running, self._waiting[0], time.monotonic()
         batch = min(self._pipeline.default_batch_size, max(1, running.rows.capacity // 2))
-        waiting = sum(r.options.num_beams for r in itertools.islice(self._waiting, batch))
+        waiting = sum(r.options.rows for r in itertools.islice(self._waiting, batch))
         if waiting <= running.free:
             all_came = self._is_silent and waiting >= running.used
             return waiting >= batch or all_came or now - first.arrived > _PATIENCE
@@ -344,9 +346,8 @@ def _shared(request: Request) -> tuple[GenerationOptions, int | None]:
 
 
 def _too_wide(options: GenerationOptions, rows: int) -> Blip2Error:
-    return Blip2Error(
-        f"`num_beams` is {options.num_beams}, this engine has {rows} rows", "lower it"
-    )
+    what = "num_beams" if options.num_beams > 1 else "num_return_sequences"
+    return Blip2Error(f"`{what}` is {options.rows}, this engine has {rows} rows", "lower it")
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from blip2.language import GenerationOptions
+from blip2.language import Beam, GenerationOptions
+from blip2.language.stopping import StopTexts
 from blip2.pipeline import Answer
 
 _keys = itertools.count()  # no two requests have one, as they may have an address
@@ -52,8 +53,8 @@ class Request:
         self.key = next(_keys)
         self.is_cancelled = False
         self.scheduled = 0  # tokens that are chosen, or under way
-        self._decode = decode
-        self._ids: list[int] = []
+        self.decode = decode
+        self._sequences = [_Sequence(options) for _ in range(options.sequences)]
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._listener = listener
         # Seconds: until it was begun, of its looks if its picture needed one, of OPT once it is over.
@@ -65,7 +66,7 @@ class Request:
     def tokens(self) -> Iterator[int]:
         """The answer's tokens, each as soon as it is there. With beams those of the best, at the end.
 
-        For one reader, once.
+        Of several answers those of the first. For one reader, once.
 
         Raises:
             Blip2Error: the request cannot be answered.
@@ -76,10 +77,10 @@ class Request:
 
     def pieces(self) -> Iterator[str]:
         """The answer's text as it grows; no piece ends within a character. As `tokens`."""
-        return pieces(self.tokens(), self._decode)
+        return pieces(self.tokens(), self.decode)
 
     def answers(self) -> list[Answer]:
-        """The answer, or all beams, best first; waits for them.
+        """The answer, or all of them, beams best first; waits for them.
 
         Raises:
             Blip2Error: the request cannot be answered.
@@ -99,24 +100,30 @@ class Request:
 
     # What follows is the engine's.
 
-    def say(self, token: int) -> None:
-        """Hand out a token."""
-        self._ids.append(token)
-        self._tell(token)
+    def hear(self, tokens: Sequence[int], log_probs: Sequence[float]) -> bool:
+        """Take each answer's next token, and hand out the first's; returns whether all have ended."""
+        first = self._sequences[0]
+        for sequence, token, log_prob in zip(self._sequences, tokens, log_probs, strict=True):
+            if sequence.is_over:
+                continue
+            sequence.take(token, log_prob)
+            if sequence is first and token != self.options.end_id:
+                self._tell(token)
+        return all(sequence.is_over for sequence in self._sequences)
 
     def begin(self) -> None:
         """Note that it is no longer waiting."""
         self.stages["wait"] = time.monotonic() - self.arrived
 
-    @property
-    def said(self) -> int:
-        """Tokens handed out."""
-        return len(self._ids)
+    def say_all(self, tokens: Sequence[int]) -> None:
+        """Hand out an answer that is known all at once."""
+        for token in tokens:
+            self._tell(token)
 
-    def finish(self, answers: Sequence[Answer] | None = None, finished: bool = True) -> None:
-        """End with these answers, or with the tokens that were handed out."""
+    def finish(self, answers: Sequence[Answer] | None = None) -> None:
+        """End with these answers, or with the tokens that were taken."""
         if answers is None:
-            answers = [Answer(self._decode(self._ids), None, finished)]
+            answers = [sequence.answer(self.decode) for sequence in self._sequences]
         self._end(list(answers), None)
 
     def fail(self, error: BaseException) -> None:
@@ -139,6 +146,32 @@ class Request:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+class _Sequence:
+    """One answer as it grows."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self.is_over = False
+        self._options, self._ids, self._log_probs = options, [], 0.0
+        self._has_ended = False
+        self._state = StopTexts.START
+
+    def take(self, token: int, log_prob: float) -> None:
+        options = self._options
+        self._log_probs += log_prob
+        if token == options.end_id:
+            self._has_ended = self.is_over = True
+            return
+        self._ids.append(token)
+        if options.stop is not None:
+            self._state = options.stop.next(self._state, token)
+            self.is_over = self._state == options.stop.found
+        self.is_over |= len(self._ids) == options.max_output_len
+
+    def answer(self, decode: Callable[[list[int]], str]) -> Answer:
+        ids = [*self._ids, self._options.end_id] if self._has_ended else self._ids
+        return Answer.of(Beam.cut(ids, self._options, self._log_probs), decode)
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

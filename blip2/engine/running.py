@@ -208,7 +208,7 @@ class Running:
         """End some of them, unfinished."""
         for request in [r for r in self._active.values() if is_dropped(r)]:
             self._end_rows(request)
-            request.finish(finished=False)
+            request.finish()
 
     def fail_all(self, error: BaseException) -> None:
         """End all of them: nobody knows what is in the rows now."""
@@ -231,25 +231,20 @@ class Running:
                 self._leaving.append(key)
 
     def _deliver(self, chosen: Chosen) -> None:
-        for key, token, has_ended in chosen.read():
-            request = self._active.get(key)
+        for news in chosen.read():
+            request = self._active.get(news.key)
             if request is None:  # ended a step ago
                 continue
-            if token == NOT_FINITE:
+            if news.tokens == [NOT_FINITE]:
                 self._end_rows(request)
                 request.fail(self.not_finite(request))
-            elif token == BEAMS:
-                if has_ended or key in chosen.last:
+            elif news.tokens == [BEAMS]:
+                if news.has_ended or news.key in chosen.last:
                     self._end_rows(request)
-                    self.finish(request, chosen.result(key))
-            elif token == request.options.end_id:
+                    self.finish(request, chosen.result(news.key))
+            elif request.hear(news.tokens, news.log_probs):
                 self._end_rows(request)
                 request.finish()
-            else:
-                request.say(token)
-                if request.said == request.options.max_output_len:
-                    self._end_rows(request)
-                    request.finish(finished=False)
 
     def _end_rows(self, request: Request) -> None:
         self._active.pop(request.key, None)
@@ -265,10 +260,8 @@ class Running:
 
     def finish(self, request: Request, generation: Generation) -> None:
         """End a request whose beams are known all at once."""
-        decode = self._pipeline.tokenizer.decode
-        for token in generation.beams[0].token_ids:
-            request.say(token)
-        request.finish([Answer(decode(b.token_ids), b.score, b.finished) for b in generation.beams])
+        request.say_all(generation.beams[0].token_ids)
+        request.finish([Answer.of(beam, request.decode) for beam in generation.beams])
 
 
 def explained(error: BaseException) -> BaseException:

@@ -64,13 +64,15 @@ class Strategy(abc.ABC):
     ) -> None:
         self.options = options
         self.requests = len(input_ids)
-        self.rows = self.requests * options.num_beams
+        self.rows = self.requests * options.rows
         self.device = device
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._tokens = torch.full(
             (self.rows, options.max_output_len), options.pad_id, dtype=torch.int64, device=device
         )
         self._penalty = RepetitionPenalty(options, input_ids, vocab_size, device)
+        self._hold = HoldBack(options)
+        self._stop = StopStates(options, self.rows, device)
         # Of all logits: NaN or Inf in one of them stays. A sum a row, so that rows can be separate.
         self._sums = torch.zeros(self.rows, device=device)
 
@@ -117,12 +119,14 @@ class Greedy(Strategy):
     ) -> None:
         super().__init__(options, input_ids, vocab_size, device)
         self._ended = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self._log_probs = torch.zeros(self.rows, device=device)  # of the answer's tokens so far
 
     def _advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
-        chosen = self._choose(self._penalty.apply(logits))
+        chosen = self._choose(self._hold.apply(self._penalty.apply(logits), self._step))
+        self._log_probs += log_probs(logits, chosen).masked_fill(self._ended, 0)
         next_tokens = torch.where(self._ended, self.options.pad_id, chosen)
         self._tokens.index_copy_(1, self._step, next_tokens[:, None])
-        self._ended |= next_tokens == self.options.end_id
+        self._ended |= (next_tokens == self.options.end_id) | self._stop.advance(next_tokens)
         self._penalty.add(next_tokens)
         self._step += 1
         return next_tokens, None
@@ -135,8 +139,13 @@ class Greedy(Strategy):
 
     def results(self) -> list[Generation]:
         steps = int(self._step)
-        rows = self._tokens[:, :steps].tolist()
-        return [Generation((_beam(ids, self.options.end_id),)) for ids in rows]
+        rows, log_probs = self._tokens[:, :steps].tolist(), self._log_probs.tolist()
+        beams = [
+            Beam.cut(ids, self.options, log_prob)
+            for ids, log_prob in zip(rows, log_probs, strict=True)
+        ]
+        count = self.options.rows
+        return [Generation(tuple(beams[at : at + count])) for at in range(0, len(beams), count)]
 
 
 class Sampling(Greedy):
@@ -144,7 +153,8 @@ class Sampling(Greedy):
 
     Each request has its own random numbers, drawn beforehand, one a step; a number picks a token
     by inverting the cumulative distribution in the order of the vocabulary. So an answer depends
-    on the seed and the request's index, not on what else is in its batch.
+    on the seed, the request's index and its own among those of the request, not on what else is in
+    its batch.
     """
 
     def __init__(
@@ -157,10 +167,14 @@ class Sampling(Greedy):
     ) -> None:
         super().__init__(options, input_ids, vocab_size, device)
         requests = range(first_request, first_request + self.requests)
-        drawn = [uniforms(options.seed, index, options.max_output_len) for index in requests]
+        drawn = [
+            uniforms(options.seed, index, options.max_output_len, sequence)
+            for index in requests
+            for sequence in range(options.rows)
+        ]
         self._uniforms = torch.stack(drawn).to(device)
         settings = torch.tensor([sampling_settings(options, vocab_size)], dtype=torch.float64)
-        self._settings = settings.repeat(self.requests, 1).to(device)
+        self._settings = settings.repeat(self.rows, 1).to(device)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         drawn = self._uniforms.index_select(1, self._step).squeeze(1)
@@ -205,11 +219,15 @@ class BeamSearch(Strategy):
     def _advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_beams, vocab_size = self.options.num_beams, logits.shape[-1]
         log_probs = self._penalty.apply(logits.log_softmax(dim=-1))
+        log_probs = self._hold.apply(log_probs, self._step)
         totals = log_probs.view(self.requests, num_beams, -1) + self._running_scores[:, :, None]
         scores, flat = totals.view(self.requests, -1).topk(2 * num_beams)
         parents, tokens = flat // vocab_size, flat % vocab_size
         last_step = self._step == self.options.max_output_len - 1
         ends = (tokens == self.options.end_id) | last_step
+        ends |= self._stop.would_end((parents + self._first_row).view(-1), tokens.view(-1)).view_as(
+            ends
+        )
         norm = self._norms.index_select(0, self._step)
 
         self._collect_finished(scores / norm, parents, tokens, ends)
@@ -224,6 +242,8 @@ class BeamSearch(Strategy):
         self._parents.index_copy_(1, self._step, source_rows[:, None])
         self._penalty.reorder(source_rows)
         self._penalty.add(next_tokens)
+        self._stop.reorder(source_rows)
+        self._stop.advance(next_tokens)
         self._step += 1
         return next_tokens, source_rows
 
@@ -264,7 +284,7 @@ class BeamSearch(Strategy):
 
     def results(self) -> list[Generation]:
         tokens, parents = self._tokens.tolist(), self._parents.tolist()
-        end_id = self.options.end_id
+        kept = self.options.sequences
 
         def beam(score: float, ending: list[int]) -> Beam:
             step, row, last_token = ending
@@ -272,10 +292,10 @@ class BeamSearch(Strategy):
             for earlier in range(step - 1, -1, -1):
                 ids.append(tokens[row][earlier])
                 row = parents[row][earlier]
-            return _beam(ids[::-1], end_id, score)
+            return Beam.cut(ids[::-1], self.options).ranked(score, self.options)
 
         return [
-            Generation(tuple(map(beam, scores, endings)))
+            Generation(tuple(map(beam, scores[:kept], endings[:kept])))
             for scores, endings in zip(self._scores.tolist(), self._endings.tolist(), strict=True)
         ]
 
@@ -299,7 +319,7 @@ class RepetitionPenalty:
             seen = torch.zeros(len(input_ids), vocab_size, dtype=torch.bool)
             for row, ids in zip(seen, input_ids, strict=True):
                 row[ids[ids < vocab_size].long().cpu()] = True
-            self._seen = seen.repeat_interleave(options.num_beams, dim=0).to(device)
+            self._seen = seen.repeat_interleave(options.rows, dim=0).to(device)
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores, rows x vocab_size, with those of seen tokens lowered."""
@@ -360,13 +380,67 @@ def filtered(scores: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(scores).scatter_(1, order, ascending)
 
 
-def uniforms(seed: int, request: int, steps: int) -> torch.Tensor:
-    """`steps` numbers in [0, 1), float64, the same for the same seed and request everywhere."""
-    digest = hashlib.sha256(f"{seed} {request}".encode()).digest()
+class HoldBack:
+    """Rules the end token out of the first `min_output_len` tokens."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self._end_id = options.end_id
+        self._least = options.min_output_len if options.is_held else 0
+
+    def apply(self, scores: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Scores, rows x vocab_size, the end's -inf while it is too early for it.
+
+        `step` is how many tokens there are, one number or one of each row.
+        """
+        if not self._least:
+            return scores
+        held = scores.clone()
+        held[:, self._end_id].masked_fill_(step < self._least, -torch.inf)
+        return held
+
+
+class StopStates:
+    """How much of a stop text each row has said."""
+
+    def __init__(self, options: GenerationOptions, rows: int, device: torch.device | str) -> None:
+        self._stop = options.stop
+        if self._stop is not None:
+            self._table = self._stop.table.to(device)
+            self._states = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def would_end(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens would complete a text behind what their rows have said; both are 1-D."""
+        if self._stop is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return self._table[self._states[rows], tokens] == self._stop.found
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Remember each row's new token; says which have completed a text by now."""
+        if self._stop is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        self._states.copy_(self._table[self._states, tokens])
+        return self._states == self._stop.found
+
+    def reorder(self, source_rows: torch.Tensor) -> None:
+        """Let each row continue what another row has said."""
+        if self._stop is not None:
+            self._states.copy_(self._states.index_select(0, source_rows))
+
+
+def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """What the model makes of each row's token, float32, of its logits, rows x vocab_size.
+
+    As it says them: neither a penalty nor a temperature has changed them.
+    """
+    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+
+
+def uniforms(seed: int, request: int, steps: int, sequence: int = 0) -> torch.Tensor:
+    """`steps` numbers in [0, 1), float64, the same for the same arguments everywhere.
+
+    `sequence` counts the answers to one request: the first is that of a request which has no other.
+    """
+    name = f"{seed} {request} {sequence}" if sequence else f"{seed} {request}"
+    digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.rand(steps, dtype=torch.float64, generator=generator)
-
-
-def _beam(ids: list[int], end_id: int, score: float | None = None) -> Beam:
-    finished = end_id in ids
-    return Beam(ids[: ids.index(end_id)] if finished else ids, score, finished)

@@ -3,7 +3,7 @@
     rows = Rows(model, device, capacity=64, max_len=256, max_new=64)
     chosen = rows.admit([Admission(key, input_ids, table, options)])    # their first tokens
     chosen = rows.step()                                  # every row's next one: queued, not waited for
-    for key, token, has_ended in chosen.read(): ...
+    for news in chosen.read(): ...                        # news.key, news.tokens, news.log_probs
     rows.release([key])
 
 A request's rows are side by side, and all rows in use come first: a step is taken for as many rows
@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2.gpu.kernel_launch import compile_ahead
-from blip2.language.decoding import Strategy, sampling_settings, uniforms
+from blip2.language.decoding import RULED_OUT, Strategy, sampling_settings, uniforms
 from blip2.language.session import Generation, GenerationOptions
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ class _Request:
 
     @property
     def count(self) -> int:
-        return self.options.num_beams
+        return self.options.rows
+
+    @property
+    def rows(self) -> range:
+        return range(self.first, self.first + self.count)
 
     @property
     def samples(self) -> bool:
@@ -71,6 +75,11 @@ class _Request:
     def is_penalised(self) -> bool:
         """Whether its scores are, for what they repeat; as above."""
         return self.strategy is None and self.options.repetition_penalty != 1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it must not end yet, perhaps; as above."""
+        return self.strategy is None and self.options.is_held
 
 
 class Rows:
@@ -101,9 +110,10 @@ class Rows:
         self._tokens = state(dtype=torch.int64)
         self._steps = state(dtype=torch.int64)
         self._settings = state(4, dtype=torch.float64)
+        self._holds = state(2, dtype=torch.int64)  # the fewest tokens, and the end's
         self._uniforms = state(max_new, dtype=torch.float64)
         self._seen: torch.Tensor | None = None  # rows x vocab_size, made when a penalty asks for it
-        self._states = [self._tokens, self._steps, self._settings, self._uniforms]
+        self._states = [self._tokens, self._steps, self._settings, self._holds, self._uniforms]
         self._sampled: torch.Tensor | None = None  # rows whose tokens are drawn
 
     @property
@@ -135,7 +145,7 @@ class Rows:
         )
         with torch.inference_mode(), compile_ahead():
             logits = self._pool.read(ids, lengths, tables, [(row, 1) for row in range(prompts)])
-            self._model.likeliest(logits)
+            self._model.log_probs(logits, self._model.likeliest(logits)[0])
             if self.capacity > 1:
                 self._pool.move_rows(torch.tensor([[1], [0]], device=self._device))
             for count in sorted({prepared_rows(rows) for rows in range(1, prompts + 1)}):
@@ -153,16 +163,19 @@ class Rows:
             lengths_and_ids = self._copied(torch.cat([lengths[:, None], ids], dim=1))
             lengths, ids = lengths_and_ids[:, 0], lengths_and_ids[:, 1:]
             tables = torch.stack([a.table for a in admissions]).to(self._device)
-            rows = slice(self.used, self.used + sum(a.options.num_beams for a in admissions))
+            rows = slice(self.used, self.used + sum(a.options.rows for a in admissions))
             begun = [self._begin(admission) for admission in admissions]
             try:
                 places = [(request.first, request.count) for request in begun]
                 logits = self._pool.read(ids, lengths, tables, places)
                 self._set(rows, begun, admissions)
                 self._regroup()
-                if rows.stop - rows.start > len(begun):  # all beams of a request begin alike
+                if rows.stop - rows.start > len(begun):  # all rows of a request begin alike
                     prompts = (n for n, request in enumerate(begun) for _ in range(request.count))
                     logits = logits[self._index(prompts)]
+                    for request in begun:
+                        if request.strategy is None and request.count > 1:
+                            self._share_prompt(request)
                 return self._choose(begun, rows, logits)
             except BaseException:
                 self.release([request.key for request in begun])
@@ -208,9 +221,14 @@ class Rows:
         for request, hole in zip(behind, holes, strict=True):
             request.first = hole
 
+    def _share_prompt(self, request: _Request) -> None:
+        """Let all rows of a request continue its first, where the prompt is."""
+        first = torch.zeros(request.count, dtype=torch.int64, device=self._device)
+        self._pool.reorder(request.first, request.count, first)
+
     def _begin(self, admission: Admission) -> _Request:
         options, first = admission.options, self.used
-        if first + options.num_beams > self.capacity:
+        if first + options.rows > self.capacity:
             raise RuntimeError("admitted without a free row")
         strategy = None
         if options.num_beams > 1:
@@ -226,14 +244,17 @@ class Rows:
             s for r in begun for s in [sampling_settings(r.options, self._vocab_size)] * r.count
         ]
         self._settings[rows] = self._copied(torch.tensor(settings, dtype=torch.float64))
+        holds = [h for r in begun for h in [_holds(r.options)] * r.count]
+        self._holds[rows] = self._copied(torch.tensor(holds))
         self._steps[rows] = 0
         if any(request.samples for request in begun):
             drawn = torch.zeros(len(settings), self.max_new, dtype=torch.float64)
             for request, admission in zip(begun, admissions, strict=True):
                 if request.samples:
                     seed, length = request.options.seed, request.options.max_output_len
-                    numbers = uniforms(seed, admission.number, length)
-                    drawn[request.first - rows.start, :length] = numbers
+                    for sequence, row in enumerate(request.rows):
+                        numbers = uniforms(seed, admission.number, length, sequence)
+                        drawn[row - rows.start, :length] = numbers
             self._uniforms[rows] = self._copied(drawn)
         for request, admission in zip(begun, admissions, strict=True):
             if request.is_penalised:
@@ -242,8 +263,9 @@ class Rows:
                     self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
                     self._states.append(self._seen)
                 words = admission.input_ids[admission.input_ids < self._vocab_size].long()
-                self._seen[request.first] = False
-                self._seen[request.first, self._copied(words)] = True
+                for row in request.rows:
+                    self._seen[row] = False
+                    self._seen[row, self._copied(words)] = True
 
     def _move(self, request: _Request, first: int) -> None:
         for offset in range(request.count):  # upwards: of overlapping rows none is lost
@@ -254,7 +276,9 @@ class Rows:
 
     def _regroup(self) -> None:
         """Note whose tokens are drawn."""
-        sampled = [request.first for request in self._requests.values() if request.samples]
+        sampled = [
+            row for request in self._requests.values() if request.samples for row in request.rows
+        ]
         self._sampled = self._index(sampled) if sampled else None
 
     def _choose(self, requests: Sequence[_Request], rows: slice, logits: torch.Tensor) -> Chosen:
@@ -265,6 +289,13 @@ class Rows:
             penalty, seen = self._settings[rows, 2, None].float(), self._seen[rows]
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, lowered, scores)
+        is_held = any(request.is_held for request in requests)
+        if is_held:
+            least, ends = self._holds[rows].split(1, dim=1)
+            is_early = self._steps[rows, None] < least
+            # Not -inf, which would not be finite.
+            of_ends = scores.gather(1, ends).masked_fill(is_early, RULED_OUT)
+            scores = scores.scatter(1, ends, of_ends)
         chosen = self._model.likeliest(scores)
         tokens = chosen[0]
         places = {request.key: request.first - rows.start for request in requests}
@@ -272,8 +303,13 @@ class Rows:
         if sampled:
             # In a step they are the same as in the last: no list of them is sent to the device.
             are_all = len(requests) == len(self._requests)
-            at = self._sampled if are_all else self._index(places[r.key] for r in sampled)
+            at = (
+                self._sampled
+                if are_all
+                else self._index(row - rows.start for r in sampled for row in r.rows)
+            )
             tokens[at] = self._sample(scores[at], at + rows.start)
+        if sampled or is_held:
             self._steps[rows] += 1
         ended = {}
         for request in requests:
@@ -291,6 +327,7 @@ class Rows:
         return Chosen(
             [(r.key, places[r.key], r.count) for r in requests],
             chosen,
+            self._model.log_probs(logits, tokens),
             ended,
             {r.key: r.strategy for r in requests if r.strategy is not None},
         )
@@ -313,42 +350,61 @@ def _first(request: _Request) -> int:
     return request.first
 
 
+def _holds(options: GenerationOptions) -> tuple[int, int]:
+    """The tokens before which a row does not end, and the end's."""
+    return (options.min_output_len, options.end_id) if options.is_held else (0, 0)
+
+
+class News(NamedTuple):
+    """What a request has got: a token of each of its rows, and the token's log probability.
+
+    A request with beams has BEAMS for a token, one whose logits are NaN or Inf NOT_FINITE;
+    `has_ended` says whether its beams have.
+    """
+
+    key: Hashable
+    tokens: list[int]
+    log_probs: list[float]
+    has_ended: bool
+
+
 class Chosen:
     """Tokens on their way to the host."""
 
     def __init__(
         self,
         places: list[tuple[Hashable, int, int]],
-        tokens_and_finite: torch.Tensor,
+        chosen: torch.Tensor,
+        log_probs: torch.Tensor,
         ended: dict[Hashable, torch.Tensor],
         strategies: dict[Hashable, Strategy],
     ) -> None:
         self.keys = [key for key, _, _ in places]
         self.last: set[Hashable] = set()  # those whose last token this is, noted by the caller
         self._places, self._strategies = places, strategies
-        self._copy = tokens_and_finite.to("cpu", non_blocking=True, copy=True)
+        self._copy = chosen.to("cpu", non_blocking=True, copy=True)
+        self._log_probs = log_probs.to("cpu", non_blocking=True, copy=True)
         self._ended = {
             key: flag.to("cpu", non_blocking=True, copy=True) for key, flag in ended.items()
         }
-        self._arrived = torch.cuda.Event() if tokens_and_finite.is_cuda else None
+        self._arrived = torch.cuda.Event() if chosen.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> Iterator[tuple[Hashable, int, bool]]:
-        """Of each request its token, and whether its beams have ended; waits for the device.
-
-        A request with beams has BEAMS for a token, one whose logits are NaN or Inf NOT_FINITE.
-        """
+    def read(self) -> Iterator[News]:
+        """What each request has got; waits for the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
         tokens, finite = self._copy.tolist()
+        log_probs = self._log_probs.tolist()
         for key, at, count in self._places:
-            if not all(finite[at : at + count]):
-                yield key, NOT_FINITE, True
+            rows = slice(at, at + count)
+            if not all(finite[rows]):
+                yield News(key, [NOT_FINITE], [], True)
             elif key in self._ended:
-                yield key, BEAMS, bool(self._ended[key].all())
+                yield News(key, [BEAMS], [], bool(self._ended[key].all()))
             else:
-                yield key, tokens[at], False
+                yield News(key, tokens[rows], log_probs[rows], False)
 
     def result(self, key: Hashable) -> Generation:
         """What a request with beams has found so far, or at its end; waits for the device."""

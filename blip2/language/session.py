@@ -11,11 +11,13 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 
 from blip2.errors import Blip2Error
+from blip2.language.stopping import StopTexts
 
 if TYPE_CHECKING:
     from blip2.language.rows import Rows
@@ -31,24 +33,35 @@ class GenerationOptions:
     `length_penalty` p divides a beam's log probability by its new tokens, end included, to the p.
     `early_stopping` ends a beam search as soon as `num_beams` answers are finished; otherwise it
     goes on while a running beam could still beat the worst of them (Hugging Face's default).
+    `min_output_len` are tokens before which no answer ends by `end_id`; `stop` are texts at which it
+    ends, too. `num_return_sequences` is how many answers each request gets: draws of a sampling, or
+    the best beams; None is one draw, or all beams.
     """
 
     end_id: int
     pad_id: int = 1
     max_output_len: int = 30
+    min_output_len: int = 0
     num_beams: int = 1
+    num_return_sequences: int | None = None
     top_k: int = 1
     top_p: float = 1.0
     temperature: float = 1.0
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     early_stopping: bool = False
+    stop: StopTexts | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, (valid, wanted) in {
             "max_output_len": (self.max_output_len >= 1, "at least 1"),
+            "min_output_len": (
+                0 <= self.min_output_len <= self.max_output_len,
+                "at least 0 and at most `max_output_len`",
+            ),
             "num_beams": (self.num_beams >= 1, "at least 1"),
+            "num_return_sequences": (self.sequences >= 1, "at least 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "temperature": (0 < self.temperature < math.inf, "above 0"),
@@ -62,6 +75,32 @@ class GenerationOptions:
                 "beam search and sampling exclude each other",
                 "leave out `num_beams`, or `top_k`, `top_p` and `temperature`",
             )
+        if self.sequences > self.num_beams and not self.samples:
+            raise Blip2Error(
+                f"`num_return_sequences` is {self.sequences}, and `num_beams` {self.num_beams}",
+                "raise `num_beams` to as many, or sample, with `temperature` or `top_p`",
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Answers that each request gets."""
+        given = self.num_return_sequences
+        return self.num_beams if given is None else given
+
+    @property
+    def rows(self) -> int:
+        """Rows that each request has: its beams, or its draws."""
+        return max(self.num_beams, self.sequences)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, the texts for what finds them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "stop": [] if self.stop is None else list(self.stop.texts)}
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the end token cannot come before some others."""
+        return self.min_output_len > 0 and self.end_id >= 0
 
     @property
     def samples(self) -> bool:
@@ -71,19 +110,58 @@ class GenerationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """One answer: new token ids without the end token, and the beam's score (beam search only).
+    """One answer: new token ids without the end token.
 
-    `finished` says whether the end token came, before max_output_len others had.
+    `score` is what beams are ranked by (beam search only). `log_prob` is the mean log probability of
+    its tokens, the end token included: as the model has them, or with a beam search those that it
+    adds up, which a repetition penalty has changed; None where the engine does not say it.
+    `finished` says whether the end came, before max_output_len tokens.
     """
 
     token_ids: list[int]
     score: float | None = None
     finished: bool = True
+    log_prob: float | None = None
+
+    @classmethod
+    def cut(
+        cls, token_ids: list[int], options: GenerationOptions, log_probs: float | None = None
+    ) -> Beam:
+        """The answer at the begin of some ids, which goes to the first thing that ends it.
+
+        Args:
+            token_ids: new ids; behind the end anything.
+            options: what ends it.
+            log_probs: the sum over the answer's tokens, the end included, if it is known.
+        """
+        ended = options.end_id in token_ids
+        ids = token_ids[: token_ids.index(options.end_id)] if ended else token_ids
+        length = None if options.stop is None else options.stop.length(ids)
+        if length is not None:
+            return cls(ids[:length], finished=True, log_prob=_mean(log_probs, length))
+        return cls(ids, finished=ended, log_prob=_mean(log_probs, len(ids) + ended))
+
+    def ranked(self, score: float, options: GenerationOptions) -> Beam:
+        """The same as a beam of a search, by its log probabilities' sum over its length to the
+        length penalty."""
+        length = len(self.token_ids) + (self.finished and not self.is_stopped(options))
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = float(score * np.float64(length) ** (options.length_penalty - 1))
+        log_prob = mean if math.isfinite(mean) else None
+        return dataclasses.replace(self, score=score, log_prob=log_prob)
+
+    def is_stopped(self, options: GenerationOptions) -> bool:
+        """Whether a text has ended it, rather than the end token."""
+        return options.stop is not None and options.stop.length(self.token_ids) is not None
+
+
+def _mean(total: float | None, count: int) -> float | None:
+    return None if total is None or not math.isfinite(total) else total / max(count, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The answers to one request, best first; `num_beams` of them."""
+    """The answers to one request, best first: see `GenerationOptions.sequences`."""
 
     beams: tuple[Beam, ...]
 
@@ -116,6 +194,10 @@ class LanguageSession(abc.ABC):
     is_leader: bool = True
     is_in_step: bool = False
     has_rows: bool = False
+
+    def has_scores(self, options: GenerationOptions) -> bool:  # noqa: ARG002 - most engines always
+        """Whether answers come with `log_prob`."""
+        return True
 
     @abc.abstractmethod
     def load(self) -> None:

@@ -20,12 +20,16 @@ Where TensorRT-LLM decodes otherwise than the native session (which is Hugging F
   is refused.
 - repetition_penalty acts on the logits, after the temperature; Hugging Face applies it before
   the temperature, and in a beam search to the log probabilities.
+- A text of `stop` does not end the work, but cuts the answer at the same token; a beam search, where
+  it would change which beams there are, refuses it.
+- What greedy search and sampling say of probabilities is not known to be the model's: no scores.
 - A float16 engine rounds otherwise than float32: near ties may fall differently.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import sys
@@ -129,6 +133,9 @@ class TensorRTLLMSession(LanguageSession):
                 f"see that the GPU has memory for it, or build it again on it with {BUILD_ENGINE}",
             ) from None
 
+    def has_scores(self, options: GenerationOptions) -> bool:
+        return options.num_beams > 1
+
     def close(self) -> None:
         """Let the engine go. On the executor's other ranks this waits for rank 0 to do the same."""
         self._runner = None
@@ -156,7 +163,22 @@ class TensorRTLLMSession(LanguageSession):
                 f"`top_k` is {options.top_k}, TensorRT-LLM takes at most {_MAX_TOP_K}",
                 "lower it, or give 0 for the whole vocabulary",
             )
+        if options.samples and options.sequences > 1:
+            raise Blip2Error(
+                "TensorRT-LLM draws the same answer again for a request that is asked again",
+                "leave out `num_return_sequences`, and sample with several values of `seed`",
+            )
+        if options.stop is not None and options.num_beams > 1:
+            raise Blip2Error(
+                "TensorRT-LLM's beam search knows no texts to end at",
+                "leave out `stop`, or `num_beams`",
+            )
         if not self._config.runs_in_executor:
+            if options.min_output_len:
+                raise Blip2Error(
+                    "TensorRT-LLM's runner for continuous KV caches takes no fewest tokens",
+                    "leave out `min_output_len`, or use an engine with a paged KV cache",
+                )
             return
         if options.num_beams > 1 and options.length_penalty < 0:
             raise Blip2Error(
@@ -221,6 +243,8 @@ def _decoding_arguments(options: GenerationOptions) -> dict[str, Any]:
         "num_beams": options.num_beams,
         "repetition_penalty": options.repetition_penalty,
     }
+    if options.min_output_len:
+        arguments["min_tokens"] = options.min_output_len
     if options.num_beams > 1:
         arguments |= {
             "length_penalty": options.length_penalty,
@@ -257,14 +281,15 @@ def _beams(
         options: what was asked for.
     """
     beams = []
-    for index, ids in enumerate(sequences[: options.num_beams]):
+    for index, ids in enumerate(sequences[: options.sequences]):
         new = ids[input_len : input_len + options.max_output_len]
-        ended = options.end_id in new
-        token_ids = new[: new.index(options.end_id)] if ended else new
-        score = None
-        if log_probs is not None:
-            score = log_probs[index] / (len(token_ids) + ended) ** options.length_penalty
-        beams.append(Beam(token_ids, score, ended))
+        if log_probs is None:
+            beams.append(Beam.cut(new, options))
+            continue
+        beam = Beam.cut(new, options, log_probs[index])
+        length = len(beam.token_ids) + beam.finished
+        score = log_probs[index] / length**options.length_penalty
+        beams.append(dataclasses.replace(beam, score=score))
     return tuple(beams)
 
 

@@ -58,6 +58,7 @@ def answer_in_batches(
     options: GenerationOptions,
     batch_size: int,
     watch: Stopwatch,
+    prefix: str = "",
 ) -> Iterator[Asked]:
     """Ask every prompt of every picture; yields window by window, in order.
 
@@ -68,6 +69,7 @@ def answer_in_batches(
         options: how to decode; of a sampling, `seed` is the first of a series.
         batch_size: pictures of a window, at most.
         watch: where to add the seconds of each stage.
+        prefix: the end of the prompts that answers are to begin with.
 
     Raises:
         Blip2Error: the engines cannot take a question, or yield NaN or Inf.
@@ -80,7 +82,7 @@ def answer_in_batches(
         for number, prompt in enumerate(prompts):
             with watch.time("OPT"):
                 seeded = _seeded(options, window, number, len(prompts))
-                asked.append(pipeline.ask(look, [prompt] * count, seeded) if count else [])
+                asked.append(pipeline.ask(look, [prompt] * count, seeded, prefix) if count else [])
         yield asked
 
 
@@ -91,10 +93,12 @@ def answer_in_rows(
     options: GenerationOptions,
     batch_size: int,
     watch: Stopwatch,
+    prefix: str = "",
 ) -> Iterator[Asked]:
     """As `answer_in_batches`, of an OPT that has rows."""
     ratio = pipeline.default_rows // pipeline.default_batch_size
-    asking = _Asking(pipeline, ratio * batch_size, prompts, options, watch)
+    max_rows = ratio * batch_size * options.rows
+    asking = _Asking(pipeline, max_rows, prompts, options, watch, prefix)
     asking.prepare(batch_size)
     block_size = batch_size * block_of(pipeline, options)
     under_way: collections.deque[_UnderWay] = collections.deque()
@@ -104,7 +108,7 @@ def answer_in_rows(
             block = window.position // block_size
             asking.end()
         under_way.append(asking.begin(window))
-        asking.make_room(batch_size)
+        asking.make_room(batch_size * options.rows)
         while under_way and under_way[0].is_over:
             yield under_way.popleft().answers(pipeline)
     asking.end()
@@ -147,7 +151,9 @@ class _Asking:
         prompts: Sequence[str],
         options: GenerationOptions,
         watch: Stopwatch,
+        prefix: str,
     ) -> None:
+        self._decode = pipeline.decoder(prefix)
         self._pipeline, self._running, self._watch = pipeline, Running(pipeline, max_rows), watch
         self._options, self._input_ids = options, pipeline.encode(prompts)
 
@@ -167,9 +173,8 @@ class _Asking:
         requests = []
         for number, input_ids in enumerate(self._input_ids):
             options = _seeded(self._options, window, number, len(self._input_ids))
-            decode = self._pipeline.tokenizer.decode
             group = [
-                Request(picture, input_ids, options, decode, index)
+                Request(picture, input_ids, options, self._decode, index)
                 for index, picture in enumerate(pictures)
             ]
             self._read(group)
@@ -177,10 +182,11 @@ class _Asking:
         return _UnderWay(look, requests)
 
     def _read(self, group: Sequence[Request]) -> None:
-        size = min(len(group), self._running.rows.capacity)
+        rows = self._options.rows
+        size = min(len(group), max(1, self._running.rows.capacity // rows))
         for start in range(0, len(group), size):
             part = group[start : start + size]
-            self.make_room(len(part))
+            self.make_room(len(part) * rows)
             with self._watch.time("OPT"):
                 self._running.admit(part)
 

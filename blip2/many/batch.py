@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from blip2.answers import Answer, line_of
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
@@ -35,26 +36,32 @@ from blip2.many import answering, inputs
 from blip2.many.decoders import Decoders
 from blip2.many.inputs import Picture
 from blip2.many.journal import Journal, StandardOutput
-from blip2.pipeline import Answer, Pipeline, Stopwatch
+from blip2.pipeline import Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
 
 WAIT = "wait for pictures"  # the stage of a worker that has none to look at
+_LONG_WAIT = 0.2  # of the time in which there were answers
 _RECENT = 10.0  # seconds whose rate the progress bar shows
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What a line of the output is asked, and the prompt that OPT reads for it."""
+    """What a line of the output is asked, and the prompt that OPT reads for it.
+
+    `prefix` is the end of the prompt that the answer is to begin with.
+    """
 
     text: str
     prompt: str
+    prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What a run must know of the engines, wherever they are: `prompts` are token ids.
 
-    `block` is the number of windows after which nothing is under way.
+    `block` is the number of windows after which nothing is under way; `has_scores` whether answers
+    have one.
     """
 
     prompts: list[list[int]]
@@ -62,6 +69,7 @@ class Facts:
     preprocessing: Preprocessing
     batch_size: int
     block: int = 1
+    has_scores: bool = True
 
     @classmethod
     def of(
@@ -83,6 +91,7 @@ class Facts:
             pipeline.vision.preprocessing,
             pipeline.default_batch_size,
             answering.block_of(pipeline, options),
+            pipeline.language.has_scores(options),
         )
 
 
@@ -115,6 +124,7 @@ class Work:
         options: how to decode; of a sampling, `seed` is the first of a series.
         only: places in the input of the pictures to look at; None is all from `start` on.
         block: windows after which nothing is under way; `start` is where such a block begins.
+        is_fast: decode large JPEGs at a smaller scale: see `decode_picture`.
     """
 
     entries: Sequence[str]
@@ -125,6 +135,7 @@ class Work:
     options: GenerationOptions
     only: frozenset[int] | None = None
     block: int = 1
+    is_fast: bool = False
 
     def batches(self) -> Iterator[Batch]:
         """The batches from `start` on, not decoded; of those with none of `only`, nothing."""
@@ -224,6 +235,12 @@ class Summary:
         stages["other"] = total - sum(stages.values())
         for stage, seconds in [*stages.items(), (name, total)]:
             lines.append(f"{stage:<20}{seconds:>{width - 2}.1f} s{seconds / total:>7.0%}")
+        waited = self.seconds.get(WAIT, 0.0) / (self.workers * self.wall_seconds or 1)
+        if self.middle_rate and waited > _LONG_WAIT:  # of a short run, mostly for the first
+            lines.append(
+                f"{waited:.0%} of the time the engines waited for pictures to be decoded: give more"
+                " --workers, or --decode fast for large JPEGs"
+            )
         return "\n".join(lines)
 
     def _start_and_middle(self) -> str:
@@ -240,7 +257,7 @@ def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> di
     return {
         "--input_text or --prompt_template": [dataclasses.asdict(q) for q in questions],
         "--batch_size": batch_size,
-        **{f"--{name}": value for name, value in dataclasses.asdict(facts.options).items()},
+        **{f"--{name}": value for name, value in facts.options.to_json().items()},
         "tokenizer": facts.prompts,
     }
 
@@ -297,7 +314,7 @@ def _changed_input(
 def record(
     answers: Iterable[Answered],
     workers: int,
-    total: int,
+    total: int | None,
     journal: Journal | StandardOutput,
     begun: float | None = None,
 ) -> Summary:
@@ -306,7 +323,7 @@ def record(
     Args:
         answers: batches from the one with the first missing picture on, in order.
         workers: how many engines they come from.
-        total: pictures of the input, for the progress bar.
+        total: pictures of the input, for the progress bar; None if nobody knows.
         begun: when the run began, by time.perf_counter; None is now.
 
     Raises:
@@ -420,7 +437,7 @@ class _ProgressBar(tqdm):
         return {**super().format_dict, "rate": rate}
 
 
-def _progress_bar(total: int, done: int) -> _ProgressBar:
+def _progress_bar(total: int | None, done: int) -> _ProgressBar:
     # In a log file every refresh is another line.
     interval = 0.2 if sys.stderr.isatty() else 30
     return _ProgressBar(total=total, initial=done, unit=" pictures", mininterval=interval)
@@ -450,7 +467,11 @@ class LocalWorkers:
         """
         named, taken = itertools.tee(batches)
         pictures = (batch.pictures for batch in taken)
-        decoded = zip(named, self._decoders.decode(pictures, work.preprocessing), strict=False)
+        decoded = zip(
+            named,
+            self._decoders.decode(pictures, work.preprocessing, work.is_fast),
+            strict=False,
+        )
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         watch = Stopwatch()
@@ -525,7 +546,8 @@ def answer_batches(
             taken.append(batch)
             yield answering.Window(batch.position, len(batch.decoded), values)
 
-    for asked in answer(pipeline, windows(), prompts, options, work.batch_size, watch):
+    [prefix] = {question.prefix for question in work.questions}  # of a run there is one
+    for asked in answer(pipeline, windows(), prompts, options, work.batch_size, watch, prefix):
         batch, answers = taken.popleft(), zip(*asked, strict=True)
         outcomes = [
             outcome if isinstance(outcome, str) else list(next(answers))
@@ -544,11 +566,7 @@ def _lines(
 ) -> list[dict[str, Any]]:
     if isinstance(outcome, str):
         return [{**picture.name, "error": outcome}]
-    lines = []
-    for question, beams in zip(questions, outcome, strict=True):
-        best = beams[0]
-        line = {**picture.name, "question": question.text, "answer": best.text, "flags": best.flags}
-        if len(beams) > 1:
-            line["beams"] = [beam.to_json() for beam in beams]
-        lines.append(line)
-    return lines
+    return [
+        {**picture.name, "question": question.text, **line_of(answers)}
+        for question, answers in zip(questions, outcome, strict=True)
+    ]

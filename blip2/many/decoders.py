@@ -75,14 +75,19 @@ class Decoders:
         self._processes.close()
 
     def decode(
-        self, batches: Iterable[Sequence[Picture]], preprocessing: Preprocessing
+        self,
+        batches: Iterable[Sequence[Picture]],
+        preprocessing: Preprocessing,
+        is_fast: bool = False,
     ) -> Iterator[tuple[Sequence[Picture], list[np.ndarray | str]]]:
         """Each batch with, for each picture, its 3 x S x S bytes or what is wrong with it.
+
+        Arguments are those of `decode_picture`.
 
         Raises:
             Blip2Error: a worker was killed, and cannot be started again.
         """
-        for batch, decoded in self._map(batches, decode_picture, preprocessing):
+        for batch, decoded in self._map(batches, decode_picture, preprocessing, is_fast):
             yield (
                 batch,
                 [
@@ -139,29 +144,39 @@ def _killed(picture: Picture) -> str:
     )
 
 
-def _load(picture: Picture) -> Image.Image:
+def _load(picture: Picture, least_side: int | None = None) -> Image.Image:
+    """As `images.load_image`."""
     if picture.error:
         raise Blip2Error(picture.error)
     if picture.key is None:
-        return images.load_image(picture.path)
+        return images.load_image(picture.path, least_side)
     name = f"{picture.path}/{picture.key}"
     content = picture.read()
     if not content:
         raise Blip2Error(f"{name} is empty", "replace the file")
-    return images.decode_image(content, name)
+    return images.decode_image(content, name, least_side)
 
 
-def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
-    """A picture's 3 x S x S bytes, not normalised, or what is wrong with it."""
+def decode_picture(
+    picture: Picture, preprocessing: Preprocessing, is_fast: bool = False
+) -> np.ndarray | str:
+    """A picture's 3 x S x S bytes, not normalised, or what is wrong with it.
+
+    Args:
+        picture: not decoded.
+        preprocessing: what the ViT takes.
+        is_fast: decode large JPEGs at a smaller scale, at least twice the ViT's side.
+    """
+    least_side = 2 * max(preprocessing.width, preprocessing.height) if is_fast else None
     try:
-        return images.resized_pixels(_load(picture), preprocessing)
+        return images.resized_pixels(_load(picture, least_side), preprocessing)
     except (Blip2Error, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 
 
 def _thumbnail(picture: Picture) -> str | None:
     try:
-        image = _load(picture)
+        image = _load(picture, THUMBNAIL)
     except (Blip2Error, MemoryError):
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -24,7 +24,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
+from blip2 import remote
 from blip2.errors import Blip2Error, first_line
 from blip2.images import MAX_FILE_BYTES, SUFFIXES
 
@@ -103,8 +105,10 @@ def _is_url(source: str) -> bool:
 
 def is_collection(source: str) -> bool:
     """Whether `source` may stand for several pictures."""
-    if _is_url(source):
+    if _is_url(source) and not is_shard(source):
         return False
+    if remote.is_remote(source) and source.endswith("/"):
+        return True
     listed = source.lower().endswith((*_SHARDS, ".txt"))
     pattern = (glob.has_magic(source) or _BRACES.search(source)) and not os.path.exists(source)
     return listed or os.path.isdir(source) or bool(pattern)
@@ -117,6 +121,23 @@ def list_entries(sources: Sequence[str]) -> list[str]:
         Blip2Error: a source that does not exist, or holds no picture.
     """
     return [entry for source in sources for name in expand(source) for entry in _entries_of(name)]
+
+
+def part_of(entries: Sequence[str], first: int, end: int, count: int) -> list[str]:
+    """The parts `first` to `end` of a list cut in `count` parts as equal as can be, side by side.
+
+    The parts of a list, one behind the other, are the list.
+
+    Raises:
+        Blip2Error: there is nothing in them.
+    """
+    cuts = [len(entries) * number // count for number in (first, end + 1)]
+    if cuts[0] == cuts[1]:
+        raise Blip2Error(
+            f"parts {first} to {end} of {count} of {len(entries)} pictures and shards are empty",
+            "give `shards` fewer parts",
+        )
+    return list(entries[cuts[0] : cuts[1]])
 
 
 def expand(source: str) -> list[str]:
@@ -140,8 +161,8 @@ def expand(source: str) -> list[str]:
 
 def _entries_of(source: str) -> list[str]:
     path = Path(source)
-    if _is_url(source):
-        return [source]
+    if remote.is_remote(source):
+        return _remote_entries(source)
     if path.is_dir():
         entries = _entries_in(source)
     elif path.is_file() and source.lower().endswith(".txt"):
@@ -162,6 +183,16 @@ def _entries_of(source: str) -> list[str]:
         raise Blip2Error(
             f"{source} holds no picture ({', '.join(SUFFIXES)}) and no .tar", "check `input_dir`"
         )
+    return entries
+
+
+def _remote_entries(source: str) -> list[str]:
+    """Those of a URL: itself; of a store's folder, which ends by a slash, or pattern what is there."""
+    if _is_url(source) or not (source.endswith("/") or glob.has_magic(source)):
+        return [source]
+    entries = [found for found in remote.find(source) if is_picture(found) or is_shard(found)]
+    if not entries:
+        raise Blip2Error(f"{source} holds no picture and no .tar", "check `input_dir`")
     return entries
 
 
@@ -208,7 +239,7 @@ def _without_blanks(line: str) -> str:
 def read_pictures(entries: Sequence[str]) -> Iterator[Picture]:
     """The pictures of every entry; a shard that breaks off ends with a Picture of its `error`."""
     for entry in entries:
-        if is_shard(entry) and not _is_url(entry):
+        if is_shard(entry):
             yield from _read_shard(entry)
         else:
             yield Picture(entry)
@@ -243,8 +274,12 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _open_shard(path: str, mode: str) -> tarfile.TarFile:
-    return tarfile.open(path, mode, tarinfo=_Member, ignore_zeros=True)
+def _open_shard(path: str, mode: str, file: IO[bytes] | None = None) -> tarfile.TarFile:
+    return tarfile.open(path, mode, file, tarinfo=_Member, ignore_zeros=True)
+
+
+def _opened(path: str) -> IO[bytes]:
+    return remote.open_file(path) if remote.is_remote(path) else open(path, "rb")
 
 
 def _is_plain(path: str) -> bool:
@@ -267,8 +302,8 @@ _DAMAGES = (OSError, EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZ
 
 def _read_shard(path: str) -> Iterator[Picture]:
     try:
-        if not _is_plain(path):
-            with _open_shard(path, "r|*") as shard:
+        if remote.is_remote(path) or not _is_plain(path):
+            with _opened(path) as file, _open_shard(path, "r|*", file) as shard:
                 for member in _pictures_in(shard):
                     yield _refused(path, member) or Picture(
                         path, member.name, shard.extractfile(member).read()
@@ -299,9 +334,14 @@ def _refused(path: str, member: tarfile.TarInfo) -> Picture | None:
     return None
 
 
-def count_pictures(entries: Sequence[str]) -> int:
-    """How many pictures there are, by the headers of the shards: for a progress bar, not exact."""
-    return sum(_count_in(e) if is_shard(e) and not _is_url(e) else 1 for e in entries)
+def count_pictures(entries: Sequence[str]) -> int | None:
+    """How many pictures there are, by the headers of the shards: for a progress bar, not exact.
+
+    None where shards are elsewhere: they would be read whole.
+    """
+    if any(is_shard(entry) and remote.is_remote(entry) for entry in entries):
+        return None
+    return sum(_count_in(entry) if is_shard(entry) else 1 for entry in entries)
 
 
 def _count_in(path: str) -> int:

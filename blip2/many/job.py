@@ -1,6 +1,6 @@
 """One run over many pictures: what is asked of which, by which engines, and where it is written.
 
-job = Job(["photos/"], [Question("", "")], Places.of(), {"max_output_len": 20}, Path("out.jsonl"))
+job = Job(["photos/"], [Question("", "")], Places.of(), {"max_output_len": 20}, Target.of("out.jsonl"))
 summary = job.run()
 """
 
@@ -21,6 +21,7 @@ from blip2.many import batch, inputs, journal, report
 from blip2.many.batch import Facts, Question, Summary, Workers
 from blip2.many.decoders import Decoders, default_workers
 from blip2.many.journal import Journal, StandardOutput
+from blip2.many.outputs import Following, Target
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 from blip2.prompts import check_length
 
@@ -37,11 +38,13 @@ class Job:
         questions: each is asked of every picture.
         places: the engines.
         decoding: fields of GenerationOptions.
-        output: a file of JSON lines, which a later run goes on with; None is standard output.
+        output: where the answers go, which a later run goes on with; None is standard output.
+        part: (first, end, count) of the input cut in `count` parts, those that this run is for.
         html: a page of the output to make afterwards.
         batch_size: pictures at once; None is what suits the engines.
         workers: processes that decode pictures here; None is half of the processors.
         cluster: whose machines answer; None is this process.
+        is_fast: decode large JPEGs at a smaller scale: see `decode_picture`.
         max_txt_len: tokens that a prompt may have.
         retry_errors: ask again about pictures of which the output has an error.
         verify: compare the engines' large files with their hashes.
@@ -51,14 +54,16 @@ class Job:
     questions: Sequence[Question]
     places: Places
     decoding: dict[str, Any]
-    output: Path | None
+    output: Target | None
     html: Path | None = None
     batch_size: int | None = None
     workers: int | None = None
     cluster: Cluster | None = None
+    is_fast: bool = False
     max_txt_len: int = 32
     retry_errors: bool = False
     verify: bool = True
+    part: tuple[int, int, int] | None = None
 
     def run(self, watch: Stopwatch | None = None) -> Summary:
         """Answer what is not in the output yet.
@@ -73,12 +78,18 @@ class Job:
         begun = time.perf_counter() - sum(watch.seconds.values())
         self._check_places()
         entries = inputs.list_entries(self.sources)
+        if self.part:
+            entries = inputs.part_of(entries, *self.part)
+        if self.output:
+            self.output.check_pictures(self.sources, entries)
         with self._workers(watch) as (facts, workers):
             summary = self._answer(entries, facts, workers, begun)
         afterwards = Stopwatch()
         if self.html:
             with Decoders(self._decoding_processes) as decoders, afterwards.time("page"):
-                report.write_report(self.html, self.output, entries, decoders, len(self.questions))
+                report.write_report(
+                    self.html, self.output.journal, entries, decoders, len(self.questions)
+                )
         return dataclasses.replace(summary, before=watch.seconds, after=afterwards.seconds)
 
     @property
@@ -98,9 +109,11 @@ class Job:
         """
         if self.output is None:
             return
-        journal.check_place(self.output)
-        outputs = {"`output`": self.output}
-        companions = journal.companions(self.output)
+        self.output.check()
+        outputs = {"`output`": self.output.path, **self.output.files()}
+        if self.output.journal != self.output.path:
+            outputs["the journal of `output`"] = self.output.journal
+        companions = journal.companions(self.output.journal)
         outputs |= {f"`output` with {what}": path for what, path in companions.items()}
         if self.html:
             report.check_place(self.html)
@@ -130,6 +143,11 @@ class Job:
         self, entries: Sequence[str], facts: Facts, workers: Workers, begun: float
     ) -> Summary:
         """Have the workers answer, and write it; `begun` is when the run began."""
+        if self.output and self.output.rule.min_score is not None and not facts.has_scores:
+            raise Blip2Error(
+                "this OPT engine says no scores without beams",
+                "leave out `min_score`, or give `num_beams`",
+            )
         for question, ids in zip(self.questions, facts.prompts, strict=True):
             check_length(question.prompt, ids, self.max_txt_len)
         size = self.batch_size or facts.batch_size
@@ -143,12 +161,26 @@ class Job:
                 self.questions,
                 facts.options,
                 block=facts.block,
+                is_fast=self.is_fast,
             )
-            again = batch.retry_errors(workers, work, lines) if self.retry_errors else None
+            again = None
+            if self.retry_errors and lines.failed:
+                self.output.forget_shards()
+                again = batch.retry_errors(workers, work, lines)
             total = inputs.count_pictures(entries)
-            with contextlib.closing(workers.answer(work)) as answers:
-                summary = batch.record(answers, workers.count, total, lines, begun)
+            with (
+                self._following(lines, entries) as appended,
+                contextlib.closing(workers.answer(work)) as answers,
+            ):
+                summary = batch.record(answers, workers.count, total, appended, begun)
             return summary.following(again) if again else summary
+
+    def _following(
+        self, lines: Journal | StandardOutput, entries: Sequence[str]
+    ) -> contextlib.AbstractContextManager[Journal | StandardOutput | Following]:
+        if self.output is None:
+            return contextlib.nullcontext(lines)
+        return self.output.following(lines, self.sources, entries, len(self.questions))
 
     def _open_output(self, facts: Facts, batch_size: int) -> Journal | StandardOutput:
         """The output; what must be the same to go on with it is kept by the programs' flags."""
@@ -157,4 +189,9 @@ class Job:
         parts = {f"--{name}": value for name, value in self.places.fingerprints().items()}
         made_with = {"--input_dir": self.sources, **parts}
         made_with |= batch.describe(facts, self.questions, batch_size)
-        return Journal(self.output, len(self.questions), made_with)
+        made_with |= self.output.made_with()
+        if self.is_fast:
+            made_with["--decode"] = "fast"
+        if self.part:
+            made_with["--shards"] = list(self.part)
+        return Journal(self.output.journal, len(self.questions), made_with)

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -51,7 +51,7 @@ class Journal:
                     f"another run is writing {path}", "wait for it, or choose another `output`"
                 ) from None
             except OSError as error:
-                raise _cannot_write(path, error) from None
+                raise cannot_write(path, error) from None
             try:
                 self._check(json.loads(json.dumps(options)))
                 self._drop_torn()
@@ -116,7 +116,7 @@ class Journal:
         try:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until __exit__
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
         self.failed = _count(list_pictures(self.path, self._questions)).failed
 
     def append(self, lines: list[dict[str, Any]]) -> None:
@@ -126,10 +126,10 @@ class Journal:
             Blip2Error: the disk is full, or cannot be written.
         """
         try:
-            _write(self._file, _encoded(lines))
+            _write(self._file, encoded(lines))
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
 
 
 class Retry:
@@ -154,7 +154,7 @@ class Retry:
                 self._go_on(questions)
                 self._held = stack.pop_all()
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
 
     def __enter__(self) -> Retry:
         return self
@@ -180,9 +180,9 @@ class Retry:
         """
         try:
             self._copy(number - self.done)
-            self._file.write(_encoded(lines))
+            self._file.write(encoded(lines))
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
         self._copied, self.done = next(self._pictures).end, number + 1
 
     def _copy(self, pictures: int | None) -> None:
@@ -201,7 +201,7 @@ class Retry:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
 
     def finish(self) -> None:
         """Write the pictures that are left as they are, and put the file in the journal's place.
@@ -212,13 +212,13 @@ class Retry:
         try:
             self._copy(None)
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
         self.flush()
         self._held.close()  # Windows replaces no file that is open
         try:
             os.replace(self.path, self._journal)
         except OSError as error:
-            raise _cannot_write(self._journal, error) from None
+            raise cannot_write(self._journal, error) from None
 
 
 class StandardOutput:
@@ -239,7 +239,7 @@ class StandardOutput:
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Print lines at once, whatever the terminal's encoding, as they would be in a file."""
         sys.stdout.flush()
-        sys.stdout.buffer.write(_encoded(lines))
+        sys.stdout.buffer.write(encoded(lines))
         sys.stdout.buffer.flush()
 
 
@@ -325,7 +325,7 @@ def check_place(path: Path) -> None:
         )
 
 
-def _encoded(lines: list[dict[str, Any]]) -> bytes:
+def encoded(lines: Sequence[dict[str, Any]]) -> bytes:
     """Lines of JSON in UTF-8; what no terminal shows is escaped, and parts of names that are no text.
 
     So that a line is one to whatever reads it: U+2028 ends one, too.
@@ -354,7 +354,8 @@ def _write(file: BinaryIO, content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def _cannot_write(path: Path, error: OSError) -> Blip2Error:
+def cannot_write(path: Path | str, error: OSError) -> Blip2Error:
+    """What to say of an output that cannot be written."""
     return Blip2Error(
         f"cannot write {path}: {error.strerror or error}",
         "mend that and give the same command again to go on, or choose another `output`",

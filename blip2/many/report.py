@@ -35,13 +35,75 @@ p {{ margin: .3rem .8rem .7rem; }}
 .question {{ font-weight: 600; margin-bottom: 0; }}
 .flag, .error {{ color: #c0392b; }}
 </style>
+<style>
+form {{ display: flex; flex-wrap: wrap; gap: .5rem; margin: 1rem 0; position: sticky; top: 0;
+  padding: .5rem 0; background: Canvas; z-index: 1; }}
+input, select {{ font: inherit; padding: .3rem .5rem; max-width: 100%; }}
+input {{ flex: 1 1 12rem; min-width: 0; }}
+article {{ content-visibility: auto; contain-intrinsic-size: auto 20rem; scroll-margin: 4rem; }}
+article[hidden] {{ display: none; }}
+article:focus {{ outline: 3px solid #2980b9; }}
+.score::after {{ content: "(" attr(data-score) ")"; opacity: .75; font-size: 1rem; }}
+</style>
 </head>
 <body>
 <h1>{title}</h1>
-<p>{note}</p>
+<p>{note} Keys: / to filter, j and k for the next and the one before, Escape for all.</p>
+<form>
+<input type="search" name="text" placeholder="words in names, questions and answers">
+<select name="flag" aria-label="which"><option value="">all</option>
+<option>empty</option><option>loop</option><option>length</option><option>error</option></select>
+<select name="order" aria-label="order"><option value="">in order</option>
+<option value="1">lowest score first</option><option value="-1">highest score first</option></select>
+<output name="count"></output>
+</form>
 <main>
 """
-_TAIL = "</main>\n</body>\n</html>\n"
+# What is looked for stands in the page: nothing of it is fetched, and no name or answer is run.
+_TAIL = """</main>
+<script>
+"use strict";
+const form = document.forms[0], main = document.querySelector("main");
+const cards = [...main.children].map((card) => ({
+  card, text: card.textContent.toLowerCase(), flags: card.dataset.flags.split(" "),
+  score: card.dataset.score === "" ? NaN : Number(card.dataset.score),
+}));
+let shown = cards, order = "";
+function sorted(sign) {
+  if (!sign) return cards;
+  const known = cards.filter(({ score }) => !isNaN(score));
+  known.sort((one, other) => sign * (one.score - other.score));
+  return [...known, ...cards.filter(({ score }) => isNaN(score))];
+}
+function update() {
+  const words = form.text.value.toLowerCase().split(" ").filter(Boolean), flag = form.flag.value;
+  const all = sorted(Number(form.order.value));
+  if (order !== form.order.value) main.append(...all.map(({ card }) => card));
+  order = form.order.value;
+  shown = all.filter(({ text, flags }) =>
+    (!flag || flags.includes(flag)) && words.every((word) => text.includes(word)));
+  const kept = new Set(shown);
+  for (const one of cards) one.card.hidden = !kept.has(one);
+  form.count.value = shown.length + " of " + cards.length;
+}
+form.addEventListener("input", update);
+form.addEventListener("submit", (event) => event.preventDefault());
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") { form.reset(); update(); document.activeElement.blur(); return; }
+  if (event.target.matches("input, select")) return;
+  if (event.key === "/") { event.preventDefault(); form.text.focus(); return; }
+  const step = { j: 1, k: -1 }[event.key];
+  if (!step || !shown.length) return;
+  const at = shown.findIndex(({ card }) => card === document.activeElement);
+  const next = at < 0 ? 0 : Math.min(Math.max(at + step, 0), shown.length - 1);
+  shown[next].card.focus();
+});
+update();
+</script>
+</body>
+</html>
+"""
 
 
 def write_report(
@@ -100,7 +162,10 @@ def _answers(lines: Iterator[dict[str, Any]], questions: int) -> Iterator[list[d
 def _article(thumbnail: str | None, lines: Sequence[dict[str, Any]]) -> str:
     """All that comes from outside is escaped: names, questions, answers and errors."""
     name = html.escape(" ".join(filter(None, (lines[0]["path"], lines[0].get("key")))))
-    parts = ["<article>"]
+    flags = {flag for line in lines for flag in line.get("flags", ["error"])}
+    scores = [line["score"] for line in lines if line.get("score") is not None]
+    score = f"{min(scores):.4f}" if scores else ""
+    parts = [f'<article tabindex="-1" data-flags="{" ".join(sorted(flags))}" data-score="{score}">']
     if thumbnail:
         parts.append(f'<img src="{thumbnail}" alt="" loading="lazy">')
     parts.append(f"<h2>{name}</h2>")
@@ -111,5 +176,7 @@ def _article(thumbnail: str | None, lines: Sequence[dict[str, Any]]) -> str:
         if line["question"]:
             parts.append(f'<p class="question">{html.escape(line["question"])}</p>')
         flags = "".join(f' <span class="flag">({flag})</span>' for flag in line["flags"])
-        parts.append(f"<p>{html.escape(line['answer'])}{flags}</p>")
+        score = line.get("score")
+        shown = "" if score is None else f' <span class="score" data-score="{score:.2f}"></span>'
+        parts.append(f"<p>{html.escape(line['answer'])}{flags}{shown}</p>")
     return "\n".join([*parts, "</article>\n"])

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     from blip2.engines import Places
     from blip2.language import GenerationOptions
     from blip2.many.cluster import Cluster
+    from blip2.many.outputs import Target
     from blip2.pipeline import Pipeline
 
 
-STANDARD_OUTPUT = Path("-")
+STANDARD_OUTPUT = "-"
+FLAGS = ("empty", "loop", "length")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
 # What is for engines of this process, not for a server's.
 ENGINE_FLAGS = (
@@ -52,7 +55,10 @@ ENGINE_FLAGS = (
         "benchmark",
     ),
     *("batch_size", "ray", "html", "retry_errors"),
+    *("min_output_len", "stop", "num_return_sequences", "prefix"),
+    *("decode", "shards", "shard_size", "overwrite", "min_score", "reject"),
 )
+OTHER_FORMS = (".csv", ".parquet", ".tar", "/")  # of output than JSON lines
 SAMPLING = ("top_k", "top_p", "temperature")
 
 
@@ -72,6 +78,8 @@ def parse_arguments() -> argparse.Namespace:
         default=TEMPLATE,
         help="replace the {} in it by each text that has not its form yet; '{}': the text as it is",
     )
+    add("--prefix", metavar="TEXT", default="", help="how every answer begins: 'a photo of'")
+    add("--keep_prefix", action="store_true", help="print it with the answers")
     add(
         "--input_dir",
         nargs="+",
@@ -82,9 +90,37 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--output",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="a line for each picture and question; -: print them, without going on later",
+        metavar="FILE",
+        help="a line for each picture and question: FILE.jsonl, .csv or .parquet; .tar: shards for"
+        " webdataset; FOLDER/: a .txt for each picture; -: print them, without going on later",
+    )
+    add(
+        "--shards",
+        type=parts,
+        metavar="A..B/N",
+        help="with --output: of the pictures and shards, cut in N parts, parts A to B: 0..9/100, 3/100",
+    )
+    add(
+        "--shard_size",
+        type=cli.positive_int,
+        help="with --output FILE.tar: pictures (default: 1000)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="with --output FOLDER/: write over a .txt that is there",
+    )
+    add(
+        "--min_score",
+        type=cli.finite_float,
+        help="with --output FILE: lines of a lower score go to FILE.rejected.jsonl",
+    )
+    add(
+        "--reject",
+        nargs="+",
+        choices=FLAGS,
+        metavar="FLAG",
+        help="with --output FILE: so do those with one of these flags: empty, loop, length",
     )
     add(
         "--retry_errors",
@@ -102,6 +138,12 @@ def parse_arguments() -> argparse.Namespace:
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
         " --ray: of each actor); with --server: pictures asked about at once (default: 32)",
+    )
+    add(
+        "--decode",
+        choices=("exact", "fast"),
+        help="with --output: fast decodes large JPEGs at a smaller scale, at least twice what the ViT"
+        " takes (default: exact)",
     )
     add(
         "--ray",
@@ -142,7 +184,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--max_txt_len", type=cli.positive_int, default=32, help="longest prompt, in tokens")
     add("--max_output_len", type=cli.positive_int, default=30, help="longest answer, in tokens")
+    add("--min_output_len", type=cli.non_negative_int, default=0, help="shortest answer, in tokens")
+    add("--stop", action="append", metavar="TEXT", help="answers end behind it; several times")
     add("--num_beams", type=cli.positive_int, default=1, help="beam search if above 1")
+    add(
+        "--num_return_sequences",
+        type=cli.positive_int,
+        metavar="N",
+        help="answers to each question: draws, or the best beams (default: 1, or all beams)",
+    )
     add("--length_penalty", type=cli.finite_float, default=1.0, help="above 1: longer beams win")
     add("--repetition_penalty", type=cli.positive_float, default=1.0, help="above 1: fewer repeats")
     add(
@@ -162,7 +212,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
     many, printed = args.output is not None, args.output == STANDARD_OUTPUT
+    routed = {"--min_score": args.min_score, "--reject": args.reject}
     for flag, value in {
+        **routed,
+        "--decode": args.decode,
+        "--shards": args.shards,
+        "--shard_size": args.shard_size,
+        "--overwrite": args.overwrite or None,
         "--html": args.html,
         "--batch_size": args.batch_size,
         "--workers": args.workers,
@@ -173,9 +229,12 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{flag} goes with --output")
     if args.ray_actors and not args.ray:
         parser.error("--ray_actors goes with --ray")
-    for flag, value in {"--html": args.html, "--retry_errors": args.retry_errors}.items():
-        if value and printed:
+    kept = {"--html": args.html, "--retry_errors": args.retry_errors or None, **routed}
+    for flag, value in kept.items():
+        if value is not None and printed:
             parser.error(f"{flag} needs --output FILE, which lines are read from")
+    if args.keep_prefix and not args.prefix.strip():
+        parser.error("--keep_prefix goes with --prefix")
     if many and (args.json or args.benchmark):
         parser.error("--output goes without --json and --benchmark")
     if many and not args.input_dir:
@@ -186,8 +245,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("several pictures need --output")
     if args.server:
         for name in ENGINE_FLAGS:
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False, 0, ""):
                 parser.error(f"--{name} goes without --server")
+        if many and args.output.lower().endswith(OTHER_FORMS):
+            parser.error("with --server --output is a FILE.jsonl")
         if not args.input_dir:
             parser.error("with --server give --input_dir the picture")
     args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
@@ -197,6 +258,15 @@ def parse_arguments() -> argparse.Namespace:
 def source(text: str) -> str:
     """argparse type: a path without what makes no difference, "photos" for "./photos/"; or a URL."""
     return str(Path(text)) if text and "://" not in text else text
+
+
+def parts(text: str) -> tuple[int, int, int]:
+    """argparse type: "A..B/N", or "A/N": parts A to B of N, counted from 0."""
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?/(\d+)", text)
+    first, last, count = (int(found[n] or found[1]) for n in (1, 2, 3)) if found else (0, 0, 0)
+    if not first <= last < count:
+        raise argparse.ArgumentTypeError(f"{text!r} are no parts A..B/N, counted from 0")
+    return first, last, count
 
 
 def template(text: str) -> str:
@@ -222,10 +292,11 @@ def answer_one(args: argparse.Namespace) -> None:
     from blip2.many import inputs
     from blip2.pipeline import Stopwatch, open_pipeline
     from blip2.prompts import check_length
-    from blip2.templates import fill_template
+    from blip2.templates import begin_answer, fill_template
 
     [text] = args.input_text
-    question = Asked(text, fill_template(args.prompt_template, text))
+    prompt = begin_answer(fill_template(args.prompt_template, text), args.prefix)
+    question, prefix = Asked(text, prompt), kept_prefix(args)
     places = places_of(args)
     [source] = args.input_dir or [places.picture]
     if inputs.is_collection(source):
@@ -241,9 +312,9 @@ def answer_one(args: argparse.Namespace) -> None:
 
     texts = [question.prompt] * len(pixel_values)
     if args.benchmark:
-        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark)
+        answers, times = benchmark(pipeline, pixel_values, texts, options, args.benchmark, prefix)
     else:
-        answers = pipeline.answer(pixel_values, texts, options, watch)
+        answers = pipeline.answer(pixel_values, texts, options, watch, prefix)
         times = Times(watch.seconds, cli.seconds_since_start())
 
     if not pipeline.language.is_leader:
@@ -286,7 +357,7 @@ def ask_server_of_many(args: argparse.Namespace) -> int:
         sources=args.input_dir,
         questions=args.input_text,
         options=server_options(args),
-        output=None if printed else args.output,
+        output=None if printed else Path(args.output),
         requests=args.workers or REQUESTS,
     )
     begun = time.perf_counter()
@@ -308,7 +379,8 @@ def ask_server_of_many(args: argparse.Namespace) -> int:
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """What a server is told of how to decode."""
     more = {"prompt_template": args.prompt_template, "max_txt_len": args.max_txt_len}
-    return {**decoding_options(args), **more}
+    known = {n: value for n, value in decoding_options(args).items() if n not in ENGINE_FLAGS}
+    return {**known, **more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,15 +406,16 @@ def benchmark(
     texts: Sequence[str],
     options: GenerationOptions,
     repeats: int,
+    prefix: str,
 ) -> tuple[list[list[Answer]], Times]:
     """The answers, and the medians of `repeats` runs behind one that warms up."""
     from blip2.pipeline import Stopwatch
 
-    answers = pipeline.answer(pixel_values, texts, options)
+    answers = pipeline.answer(pixel_values, texts, options, prefix=prefix)
     runs, totals = [Stopwatch() for _ in range(repeats)], []
     for run in runs:
         begun = time.perf_counter()
-        answers = pipeline.answer(pixel_values, texts, options, run)
+        answers = pipeline.answer(pixel_values, texts, options, run, prefix)
         totals.append(time.perf_counter() - begun)
     stages = {
         stage: statistics.median(run.seconds[stage] for run in runs) for stage in runs[0].seconds
@@ -370,20 +443,26 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
-    from blip2.templates import fill_template
+    from blip2.templates import begin_answer, fill_template
 
     stages["import"] = cli.seconds_since_start() - sum(stages.values())
     printed = args.output == STANDARD_OUTPUT
+    questions = []
+    for text in args.input_text:
+        prompt = begin_answer(fill_template(args.prompt_template, text), args.prefix)
+        questions.append(Question(text, prompt, kept_prefix(args)))
     job = Job(
         sources=args.input_dir,
-        questions=[Question(t, fill_template(args.prompt_template, t)) for t in args.input_text],
+        questions=questions,
         places=places_of(args),
         decoding=decoding_options(args),
-        output=None if printed else args.output,
+        output=None if printed else target_of(args),
+        part=args.shards,
         html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
         cluster=cluster,
+        is_fast=args.decode == "fast",
         max_txt_len=args.max_txt_len,
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
@@ -397,6 +476,18 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
     table = summary.table(cli.seconds_since_start())
     print(table, file=sys.stderr if printed else sys.stdout)
     return 1 if summary.failed else 0
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """Where the answers go."""
+    from blip2.many.outputs import Rule, Target
+
+    return Target.of(
+        args.output,
+        rule=Rule(args.min_score, args.reject or ()),
+        shard_size=args.shard_size or 1000,
+        overwrite=args.overwrite,
+    )
 
 
 def places_of(args: argparse.Namespace) -> Places:
@@ -438,8 +529,14 @@ def load_saved_picture(path: Path) -> torch.Tensor:
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """For `Pipeline.options`."""
-    search = ("max_output_len", "num_beams", "length_penalty", "repetition_penalty")
-    return {name: getattr(args, name) for name in (*search, *SAMPLING, "seed")}
+    lengths = ("max_output_len", "min_output_len", "stop")
+    search = ("num_beams", "num_return_sequences", "length_penalty", "repetition_penalty")
+    return {name: getattr(args, name) for name in (*lengths, *search, *SAMPLING, "seed")}
+
+
+def kept_prefix(args: argparse.Namespace) -> str:
+    """What of --prefix answers show."""
+    return args.prefix.strip() if args.keep_prefix else ""
 
 
 def as_json(question: Asked, answers: list[list[Answer]], times: Times) -> dict[str, Any]:
@@ -459,7 +556,8 @@ def as_text(question: Asked, answers: list[list[Answer]], times: Times) -> str:
     lines = [f"[Q] {question.prompt or '(caption)'}"]
     for beams in answers:
         for beam in beams:
-            score = [] if beam.score is None else [f"   ({beam.score:.4f})"]
+            is_one_of_several = beam.score is not None and len(beams) > 1
+            score = [f"   ({beam.score:.4f})"] if is_one_of_several else []
             flags = [f"({flag})" for flag in beam.flags]
             lines.append(" ".join(["[A]", *filter(None, [beam.text]), *score, *flags]))
     median = f", median of {times.repeats}" if times.repeats else ""

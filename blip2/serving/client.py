@@ -103,7 +103,7 @@ class Client:
         found = self._request("POST", "/v1/chat/completions", json.dumps(body).encode("ascii"))
         extras = found["blip2"]
         answers = [
-            Answer(one["text"], one["score"], "length" not in one["flags"])
+            Answer(one["text"], one["score"], "length" not in one["flags"], one["log_prob"])
             for one in extras["answers"]
         ]
         return Answered(extras["prompt"], answers, extras["seconds"])

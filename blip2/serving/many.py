@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from blip2.answers import line_of
 from blip2.errors import Blip2Error
 from blip2.many import inputs, journal
 from blip2.many.inputs import Picture
@@ -129,11 +130,7 @@ class ServedJob:
                 # Equal draws for every picture would make the answers alike.
                 seed = self.options["seed"] + number * len(self.questions) + index
                 answers = client.ask(content, text, {**self.options, "seed": seed}).answers
-                line = {**picture.name, "question": text, "answer": answers[0].text}
-                line["flags"] = answers[0].flags
-                if len(answers) > 1:
-                    line["beams"] = [answer.to_json() for answer in answers]
-                lines.append(line)
+                lines.append({**picture.name, "question": text, **line_of(answers)})
             return lines
         except (Refused, _Unreadable) as error:
             return [{**picture.name, "error": str(error)}]

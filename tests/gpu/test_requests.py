@@ -30,7 +30,7 @@ def test_answers_are_those_given_alone(pipeline, values, alone, rows):
     """But for ties: kernels of other numbers of rows round otherwise."""
     engine = SteppedEngine(pipeline, rows)
     chance = random.Random(rows)
-    keys = [key for key in alone if OPTIONS[key[2]].get("num_beams", 1) <= rows]
+    keys = [key for key in alone if pipeline.options(OPTIONS[key[2]]).rows <= rows]
     pictures = [engine.picture(picture) for picture in values]
     asked = []
     for _ in range(60):

@@ -15,7 +15,13 @@ import torch
 from blip2.language.decoding import Strategy
 from blip2.language.native.checkpoint import OPTTensors, OPTWeights, load_weights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy, CudaSampling, likeliest
+from blip2.language.native.cuda_decoding import (
+    CudaBeamSearch,
+    CudaGreedy,
+    CudaSampling,
+    likeliest,
+    log_probs,
+)
 from blip2.language.native.cuda_pool import CudaPool
 from blip2.language.native.drawing import draw_tokens
 from blip2.language.native.layered_step import LayeredStep
@@ -113,6 +119,10 @@ class CudaModel(OPTModel):
     def likeliest(self, scores: torch.Tensor) -> torch.Tensor:
         """As in the base class."""
         return likeliest(scores)
+
+    def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """As in the base class."""
+        return log_probs(logits, tokens)
 
     def draw_tokens(
         self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor

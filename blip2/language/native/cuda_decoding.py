@@ -34,6 +34,24 @@ def likeliest(scores: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """As `OPTModel.log_probs`, of contiguous float32 logits on a GPU."""
+    rows, vocab_size = logits.shape
+    out = torch.empty(rows, device=logits.device)
+    launch(
+        kernels.log_probs_kernel,
+        (rows,),
+        logits,
+        tokens,
+        out,
+        vocab_size,
+        BLOCK=8192,
+        num_warps=16,
+        device=logits.device,
+    )
+    return out
+
+
 class CudaGreedy(Greedy):
     """`Greedy` for logits that are the same tensor, or a contiguous one, at every step."""
 
@@ -49,10 +67,11 @@ class CudaGreedy(Greedy):
         self._steps = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self._step = self._steps[:1]
         self._chosen = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._has_kernel = _is_plain(options)
 
     def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As in the base class; the tokens returned are overwritten by the next call."""
-        if self._penalty.penalty != 1:
+        if not self._has_kernel:
             return super().advance(logits)
         launch(
             kernels.greedy_kernel,
@@ -63,6 +82,7 @@ class CudaGreedy(Greedy):
             self._steps,
             self._ended,
             self._sums,
+            self._log_probs,
             logits.shape[1],
             self._tokens.shape[1],
             self.options.end_id,
@@ -97,7 +117,7 @@ class CudaBeamSearch(BeamSearch):
         # Each request counts for itself, as the kernel's programs do not wait for one another.
         self._steps = torch.zeros(self.requests, dtype=torch.int64, device=device)
         self._step = self._steps[:1]
-        self._block = None if options.repetition_penalty != 1 else _block(vocab_size, self._kept)
+        self._block = _block(vocab_size, self._kept) if _is_plain(options) else None
         if self._block is None:
             return
         self._chunks = triton.cdiv(vocab_size, self._block)
@@ -170,6 +190,11 @@ class CudaBeamSearch(BeamSearch):
         if self._block is None or self.options.early_stopping:
             return super().ended()
         return self._hopeless
+
+
+def _is_plain(options: GenerationOptions) -> bool:
+    """Whether the kernels know all that the options ask for; else PyTorch's operations choose."""
+    return options.repetition_penalty == 1 and options.stop is None and not options.is_held
 
 
 def _block(vocab_size: int, kept: int) -> int | None:

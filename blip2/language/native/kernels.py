@@ -159,22 +159,30 @@ def move_rows_kernel(
 
 @triton.jit
 def _likeliest(logits, row, vocab_size, BLOCK: tl.constexpr):
-    """The likeliest token of a row, of several the first, and the sum of its logits."""
+    """The likeliest token of a row, of several the first, the sum of its logits, and the token's
+    log probability."""
     columns = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = columns
     total = tl.zeros((BLOCK,), tl.float32)
+    exp_sum = tl.zeros((BLOCK,), tl.float32)  # of exp(logit - highest), a lane
     for start in range(0, vocab_size, BLOCK):
         column = start + columns
         at = row.to(tl.int64) * vocab_size + column
         values = tl.load(logits + at, mask=column < vocab_size, other=float("-inf"))
         total += tl.where(column < vocab_size, values, 0.0)
         where = tl.where(values > highest, column, where)
-        highest = tl.maximum(highest, values)
+        higher = tl.maximum(highest, values)
+        # Where a lane has seen nothing but -inf, -inf + inf would be NaN.
+        base = tl.where(higher > float("-inf"), higher, 0.0)
+        exp_sum = exp_sum * tl.exp(highest - base) + tl.exp(values - base)
+        highest = higher
     best = tl.max(highest, axis=0)
     # NaN is no maximum: whatever is chosen then has to be a token.
     token = tl.min(tl.where(highest == best, where, vocab_size - 1), axis=0)
-    return token, tl.sum(total, axis=0)
+    # The token's own share of this sum is 1.
+    log_prob = -tl.log(tl.sum(exp_sum * tl.exp(highest - best), axis=0))
+    return token, tl.sum(total, axis=0), log_prob
 
 
 @triton.jit
@@ -190,9 +198,29 @@ def likeliest_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    token, total = _likeliest(scores, row, vocab_size, BLOCK)
+    token, total, _ = _likeliest(scores, row, vocab_size, BLOCK)
     tl.store(out + row, token.to(tl.int64))
     tl.store(out + rows + row, (tl.abs(total) < float("inf")).to(tl.int64))  # of NaN too it is not
+
+
+@triton.jit
+def log_probs_kernel(
+    logits,  # rows x vocab_size, float32
+    tokens,  # rows, int64
+    out,  # rows, float32
+    vocab_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The log probability of each row's token."""
+    row = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    likeliest, _, log_prob = _likeliest(logits, row, vocab_size, BLOCK)
+    first = logits + row.to(tl.int64) * vocab_size
+    below = tl.load(first + tl.load(tokens + row)) - tl.load(first + likeliest)
+    tl.store(out + row, log_prob + below)
 
 
 @triton.jit
@@ -203,6 +231,7 @@ def greedy_kernel(
     steps,  # rows, int64: how many they are
     ended,  # rows, bool
     sums,  # rows, float32: of all logits so far, where NaN and Inf stay
+    log_probs,  # rows, float32: the sum of the answer's tokens' so far
     vocab_size,
     max_tokens,
     end_id,
@@ -215,7 +244,7 @@ def greedy_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    token, total = _likeliest(logits, row, vocab_size, BLOCK)
+    token, total, log_prob = _likeliest(logits, row, vocab_size, BLOCK)
     had_ended = tl.load(ended + row)
     token = tl.where(had_ended, pad_id, token).to(tl.int64)
     step = tl.load(steps + row)
@@ -223,4 +252,5 @@ def greedy_kernel(
     tl.store(tokens + row * max_tokens + step, token)
     tl.store(steps + row, step + 1)
     tl.store(ended + row, had_ended | (token == end_id))
+    tl.store(log_probs + row, tl.load(log_probs + row) + tl.where(had_ended, 0.0, log_prob))
     tl.store(sums + row, tl.load(sums + row) + total)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from blip2.activations import ACTIVATIONS
-from blip2.language.decoding import Strategy, draw_tokens, make_strategy
+from blip2.language.decoding import Strategy, draw_tokens, log_probs, make_strategy
 from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
     Layer,
@@ -107,6 +107,10 @@ class OPTModel:
         """
         finite = torch.isfinite(scores.float().sum(dim=1))
         return torch.stack([scores.argmax(dim=-1), finite.long()])
+
+    def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """As in `decoding`, for requests that share steps."""
+        return log_probs(logits, tokens)
 
     def draw_tokens(
         self, scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor

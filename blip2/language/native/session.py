@@ -159,17 +159,17 @@ class _Requests:
         options: GenerationOptions,
         first_request: int,
     ) -> None:
-        self._model, self._device, self._num_beams = model, device, options.num_beams
+        self._model, self._device, self._rows_each = model, device, options.rows
         self._lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
         self._input_ids = pad_sequence(list(input_ids), batch_first=True).long().to(device)
-        self._cache = model.new_cache(self._lengths, options.num_beams, options.max_output_len)
+        self._cache = model.new_cache(self._lengths, options.rows, options.max_output_len)
         self.strategy = model.new_strategy(options, input_ids, first_request, device)
 
     def read_prompts(self, prompt_table: torch.Tensor) -> torch.Tensor:
         """Logits after the prompts, rows x vocab_size."""
         table = prompt_table.to(self._device)
         logits = self._model.prefill(self._input_ids, self._lengths, table, self._cache)
-        return logits.repeat_interleave(self._num_beams, dim=0)
+        return logits.repeat_interleave(self._rows_each, dim=0)
 
     def append(self, tokens: torch.Tensor, source_rows: torch.Tensor | None) -> torch.Tensor:
         """Logits after one token more of each row, which may continue another row."""

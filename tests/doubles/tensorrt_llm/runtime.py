@@ -83,6 +83,7 @@ class _Runner:
             max_new_tokens=arguments["max_new_tokens"],
             eos_token_id=end_id,
             pad_token_id=arguments["pad_id"],
+            min_new_tokens=arguments.get("min_tokens"),
             return_dict_in_generate=True,
             output_scores=True,
             **options,
