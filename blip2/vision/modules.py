@@ -17,6 +17,7 @@ from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
+from blip2.vision.float8 import Float8Linear
 
 
 class VisionTransformer(nn.Module):
@@ -67,6 +68,11 @@ class VisionLayer(nn.Module):
         self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(width, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, width)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the weights of its linears are in E4M3: of all four, or of none."""
+        return isinstance(self.mlp.fc1, Float8Linear)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         qkv = self.self_attn.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
