@@ -123,8 +123,9 @@ class _Product:
 
     @classmethod
     def of(cls, linear: Float8Linear, *, adds_bias: bool) -> _Product:
-        dtype = product_dtype(linear.weight.device)
-        bias = linear.bias.to(dtype) if adds_bias and linear.bias is not None else None
+        bias = linear.bias if adds_bias else None
+        if bias is not None:
+            bias = bias.to(product_dtype(bias.device))
         return cls(linear.weight, linear.weight_scale, bias)
 
     def __call__(self, x: Float8) -> torch.Tensor:
