@@ -27,6 +27,7 @@ from transformers import Blip2ForConditionalGeneration
 from bench.random_blip2 import (
     DEVICE,
     cache_bytes,
+    float8_vit,
     float_weights,
     open_sessions,
     parameters,
@@ -40,6 +41,7 @@ from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
 from blip2.many import answering
 from blip2.pipeline import Pipeline, Stopwatch
+from blip2.vision.export import TOLERANCE
 from blip2.vision.torch_session import TorchSession
 
 COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
@@ -84,7 +86,8 @@ def main() -> None:
     report.limits()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
         model = random_model(Path(directory))
-        bench = Bench(report, model, *open_sessions(Path(directory)))
+        sessions = open_sessions(Path(directory))
+        bench = Bench(report, model, *sessions, float8_vit(Path(directory)))
         bench.correctness()
         bench.stages()
         bench.whole()
@@ -153,8 +156,11 @@ class Bench:
         model: Blip2ForConditionalGeneration,
         vision: TorchSession,
         languages: dict[str, NativeSession],
+        float8_vit: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
+        """`float8_vit` is `vision`'s ViT in FP8, None where the GPU has none."""
         self.report, self.model, self.vision, self.languages = report, model, vision, languages
+        self.float8_vit = float8_vit
         config = model.config
         self.image_id = config.image_token_index
         self.num_query_tokens = config.num_query_tokens
@@ -211,6 +217,9 @@ class Bench:
         half = self.model.vision_model(pictures.half()).last_hidden_state
         ours = self.vision.vit(pictures)
         self.error("ViT", ours, embeds, half)
+        if self.float8_vit:
+            ours8 = self.float8_vit(pictures.half())
+            self.error("ViT in FP8", ours8, embeds, half, TOLERANCE[torch.float8_e4m3fn])
         half = self.their_qformer(self.model, half)
         features_ours = self.vision.qformer(ours)
         self.error("ViT and Q-Former", features_ours, features, half)
@@ -242,13 +251,18 @@ class Bench:
         return list(self.languages[precision]._model._prepared.values())
 
     def error(
-        self, name: str, ours: torch.Tensor, exact: torch.Tensor, half: torch.Tensor | None = None
+        self,
+        name: str,
+        ours: torch.Tensor,
+        exact: torch.Tensor,
+        half: torch.Tensor | None = None,
+        bound: float = 0.02,
     ) -> None:
         def relative(x: torch.Tensor) -> float:
             return ((x.float() - exact).norm() / exact.norm()).item()
 
         found = relative(ours)
-        if not found < 0.02:  # NaN too
+        if not found < bound:  # NaN too
             raise SystemExit(f"{name}: relative error {found:.1e}")
         self.report.figures[f"{name}, error"] = found
         usual = "" if half is None else f", transformers' in float16 {relative(half):.1e}"
@@ -291,6 +305,9 @@ class Bench:
             pictures = self.pictures(batch).half()
             theirs, ms = median_ms(model.vision_model, pictures), median_ms(vision.vit, pictures)
             report.add(f"ViT, batch {batch}", ms, theirs, flops=VIT_FLOPS * batch)
+            if self.float8_vit:
+                ms = median_ms(self.float8_vit, pictures)
+                report.add(f"ViT in FP8, batch {batch}", ms, theirs, flops=VIT_FLOPS * batch)
         for batch in BATCHES:
             embeds = vision.vit(self.pictures(batch)).clone()
             theirs, ms = (

@@ -12,11 +12,15 @@ import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
 from blip2.checkpoints import open_checkpoint
+from blip2.devices import has_float8
 from blip2.language.conversion import ConversionOptions, convert, target_config
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import PackedLinear
 from blip2.language.native.session import NativeSession
-from blip2.vision.torch_session import TorchSession, open_checkpoint_session
+from blip2.vision import modules
+from blip2.vision.cuda import CudaVisionTransformer
+from blip2.vision.float8 import quantise_linears
+from blip2.vision.torch_session import Graphs, TorchSession, open_checkpoint_session
 
 DEVICE = "cuda"
 PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
@@ -68,6 +72,19 @@ def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSessio
         languages[name] = NativeSession(target)
         timed(f"load OPT, {name}", languages[name].load)
     return vision, languages
+
+
+def float8_vit(directory: Path) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The checkpoint's ViT with all layers in FP8, as an export has it that leaves none out.
+
+    None on a GPU without FP8.
+    """
+    device = torch.device(DEVICE)
+    if not has_float8(device):
+        return None
+    vit = modules.load_vision_transformer(open_checkpoint(directory), torch.float16, device)
+    quantise_linears(vit.encoder)
+    return Graphs(CudaVisionTransformer(vit))
 
 
 def timed(name: str, function: Callable, *arguments):

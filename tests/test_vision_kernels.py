@@ -44,8 +44,10 @@ def test_vit_equals_the_modules(head_size, patches, changes):
     assert relative_error(output, expected) < 1e-5
 
 
-@pytest.mark.parametrize("float8", [{0, 1, 2}, {1}, {0, 2}], ids=str)
-@pytest.mark.parametrize("hidden_act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize(
+    "float8, hidden_act",
+    [({0, 1, 2}, "gelu"), ({1}, "gelu"), ({0, 2}, "gelu"), ({0, 1}, "quick_gelu")],
+)
 def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
     """Layers in 8 bits before, behind and between those in 16."""
     monkeypatch.setattr("blip2.vision.cuda_float8.product_dtype", lambda _device: torch.float32)
@@ -54,7 +56,7 @@ def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
         intermediate_size=80,
         num_hidden_layers=3,
         num_attention_heads=2,
-        image_size=48,  # 64 patches, which fill a block: none of another picture is in it
+        image_size=24,
         patch_size=6,
         hidden_act=hidden_act,
         qkv_bias=hidden_act == "gelu",
@@ -62,15 +64,15 @@ def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
     module = with_random_weights(modules.VisionTransformer(config))
     for index in float8:
         quantise_linears(module.encoder.layers[index])
-    pixel_values = torch.randn(3, 3, 48, 48) * torch.tensor([1.0, 30.0, 0.0])[:, None, None, None]
+    pixel_values = torch.randn(3, 3, 24, 24) * torch.tensor([1.0, 30.0, 0.0])[:, None, None, None]
     expected = module(pixel_values)
     output = CudaVisionTransformer(module)(pixel_values)
     for found, truth in zip(output, expected, strict=True):
         # Inputs that are a rounding apart, or GELU's two forms, may be rounded apart in 8 bits.
         assert relative_error(found, truth) < 1e-2
-    pixel_values[1, 0, 5, 5] = torch.nan
+    pixel_values[0, 0, 5, 5] = torch.nan
     spoiled = CudaVisionTransformer(module)(pixel_values)
-    assert spoiled.isfinite().all(-1).all(-1).tolist() == [True, False, True]
+    assert spoiled.isfinite().all(-1).all(-1).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("width, gelu", [(1408, False), (6144, True), (33, True), (64, False)])

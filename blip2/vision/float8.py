@@ -12,7 +12,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.onnx import ops
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -58,6 +57,8 @@ class Float8Linear(nn.Module):
     def _float_weight(self) -> torch.Tensor:
         if not torch.onnx.is_in_onnx_export():
             return self.weight.float() * self.weight_scale[:, None]
+        from torch.onnx import ops  # whoever exports has waited for more
+
         # By this node, which the exporter does not compute beforehand as it does the product above.
         return ops.symbolic(
             "::DequantizeLinear",
