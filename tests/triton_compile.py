@@ -61,7 +61,8 @@ def prepare(kernels: ModuleType, capability: int) -> dict[str, bool]:
 def main(capability: int) -> None:
     options = prepare(kernels, capability)
     kernel_launch._dependent_options = lambda _device: options
-    cuda_float8.product_dtype = lambda _device: torch.float16
+    products = torch.float16 if capability == 90 else torch.bfloat16
+    cuda_float8.product_dtype = lambda _device: products
     with torch.device("meta"):
         vit = modules.VisionTransformer(VisionConfig(num_hidden_layers=1)).half()
         for images in (1, 16):

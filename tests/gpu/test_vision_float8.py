@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from exact import HALF, drawing, fill_free_memory_with_nan, relative_error, settle
 from models import with_random_weights
 
-from blip2.checkpoints import VisionConfig
+from blip2.artifacts.tensor_files import StoredTensor
+from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
+from blip2.images import Preprocessing
 from blip2.vision import cuda_float8, modules
 from blip2.vision.cuda import CudaVisionTransformer
 from blip2.vision.cuda_float8 import Float8, Residual
 from blip2.vision.float8 import Float8Linear, quantise, quantise_linears
+from blip2.vision.torch_session import TorchSession
 
 IMAGES = pytest.mark.parametrize("images", [1, 3, 8, 64])
 
@@ -134,3 +137,34 @@ def test_weights_are_rounded_on_a_gpu_as_on_a_cpu(device):
     others, other_scales = quantise(weight.cpu())
     assert torch.equal(values.cpu().view(torch.uint8), others.view(torch.uint8))
     torch.testing.assert_close(scales.cpu(), other_scales, rtol=3e-7, atol=0)
+
+
+def test_a_session_reads_them_from_files_and_replays_graphs(device, tmp_path):
+    """As it does of an export, by what its sidecar says of where weights lie."""
+    vision = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 3, "image_size": 96, "patch_size": 8}
+    qformer = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    qformer |= {"intermediate_size": 192, "encoder_hidden_size": 192}
+    config = {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": 8}
+    vit = with_random_weights(modules.VisionTransformer(VisionConfig(**vision)))
+    quantise_linears(vit.encoder.layers[0])
+    queries = QFormerConfig(**qformer, num_query_tokens=8)
+    tensors = {f"vision_model.{name}": value for name, value in vit.state_dict().items()}
+    tensors |= with_random_weights(modules.QFormer(queries, 64)).state_dict()
+    tensors["query_tokens"] = torch.randn(1, 8, 96)
+    stored, file, offset = {}, tmp_path / "weights", 0
+    with file.open("wb") as opened:
+        for name, value in tensors.items():
+            opened.write(value.contiguous().view(torch.uint8).numpy().tobytes())
+            stored[name] = StoredTensor(file, offset, value.dtype, tuple(value.shape))
+            offset += value.nbytes
+    checkpoint = Checkpoint(tmp_path, {"model_type": "blip-2", **config}, stored, None)
+    session = TorchSession(checkpoint, Preprocessing(96, 96), torch.float16, device)
+    pixel_values = torch.randn(5, 3, 96, 96)
+    with torch.inference_mode():
+        expected = vit(pixel_values).double()
+    for _ in range(3):  # as it is, while the graph is captured, and by the graph
+        found = session.vit(pixel_values).clone()
+        for one, other in zip(found.cpu(), expected, strict=True):
+            assert relative_error(one, other) < 2e-2
+        assert session.qformer(found).isfinite().all()
