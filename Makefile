@@ -1,4 +1,5 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
+# make serve     the same model over HTTP, and a page to ask it on: http://127.0.0.1:8000
 # make test      the tests      make test-slow    the ones at full model size
 # make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
 # make test-gpu  the ones on an NVIDIA GPU, with the packages that PYTHON has
@@ -12,7 +13,7 @@ TENSORRT_BINDINGS := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Each asks for older releases of the others and of torch than it needs, hence --no-deps.
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 
-.PHONY: demo test test-gpu test-slow test-lavis lint environments clean
+.PHONY: demo serve test test-gpu test-slow test-lavis lint environments clean
 
 demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
@@ -27,8 +28,11 @@ demo: $(VENV)/run-installed
 
 ASK = $(VENV)/bin/python run.py --engine_dir $(OUT) --opt_engine_dir $(OUT)/opt/fp16
 
+serve: $(VENV)/serve-installed
+	$(VENV)/bin/python serve.py --engine_dir demo/checkpoint --opt_engine_dir demo/checkpoint $(FLAGS)
+
 # Two test processes, one thread each: more would only wait for one another.
-test: $(VENV)/test-installed .venv-oldest/installed
+test: $(VENV)/test-installed $(VENV)/browser-sought .venv-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 	$(MAKE) test-gpu PYTHON=$(VENV)/bin/python
 
@@ -46,7 +50,7 @@ lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-environments: $(VENV)/test-installed .venv-oldest/installed .venv-lavis/installed
+environments: $(VENV)/test-installed $(VENV)/browser-sought .venv-oldest/installed .venv-lavis/installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +60,17 @@ $(VENV)/run-installed: requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test-installed: requirements-test.txt requirements-ray.txt $(VENV)/run-installed
+$(VENV)/serve-installed: requirements-serve.txt $(VENV)/run-installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-serve.txt
+	touch $@
+
+# What the page is looked at with. Without one, and without the right to install it, those tests skip.
+$(VENV)/browser-sought: | $(VENV)/bin/python
+	command -v chromium || command -v chromium-browser || { test "$$(id -u)" != 0 || ! command -v apt-get; } \
+		|| { apt-get update -qq && apt-get install -y -qq chromium; } > $@.log 2>&1 || tail -n 3 $@.log
+	touch $@
+
+$(VENV)/test-installed: requirements-test.txt requirements-ray.txt requirements-serve.txt $(VENV)/run-installed
 	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
 	for version in $(TENSORRT_BINDINGS); do \
 		$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade \

@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
-from blip2 import cli
+from blip2 import cli, images
 from blip2.engines import Places
 from blip2.images import Preprocessing
 from blip2.many.batch import Facts, LocalWorkers, Question, Start, Work
-from blip2.many.decoders import Decoders, decode_picture
-from blip2.many.inputs import Picture
+from blip2.many.decoders import Decoders
 from blip2.pipeline import Pipeline, open_pipeline
 from demo import scenes
 
@@ -102,7 +101,7 @@ class Files(torch.utils.data.Dataset):
         return len(self._files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(decode_picture(Picture(self._files[index]), self._preprocessing))
+        return images.pixel_values(images.load_image(self._files[index]), self._preprocessing)
 
 
 def theirs(pipeline: Pipeline, workers: int) -> Callable[[Sequence[str], int], list[str]]:

@@ -190,8 +190,8 @@ def demo(args: argparse.Namespace) -> None:
         pipeline = open_pipeline(
             Places.of(out / "onnx", out / "opt" / opt_directory, out / "query_tokens.pt")
         )
-        picture = pixel_values(load_image(DEMO / "scene.png"), pipeline.vision.preprocessing)
-        pixels = torch.from_numpy(picture)[None]
+        picture = load_image(DEMO / "scene.png")
+        pixels = pixel_values(picture, pipeline.vision.preprocessing)[None]
         seconds = [
             median_seconds(make(pipeline, pixels, text), args.repeats) for text in DEMO_TEXTS
         ]

@@ -263,7 +263,8 @@ class Model:
 
     def _open(self, picture: Picture) -> engine.Picture:
         preprocessing = self._pipeline.vision.preprocessing
-        return self._engine.picture(images.pixel_values(_open(picture), preprocessing))
+        pixels = images.resized_pixels(_open(picture), preprocessing)
+        return self._engine.picture(torch.from_numpy(pixels))
 
 
 class _Stream(Iterator[str]):

@@ -183,7 +183,7 @@ def _requirements() -> Iterator[tuple[str, list[str]]]:
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
             requirement = line.partition("#")[0].strip()
-            is_whole = path.name == "requirements.txt"
+            is_whole = path.name in ("requirements.txt", "requirements-serve.txt")
             yield requirement, ["-r", str(path)] if is_whole else [requirement]
     if not files:  # installed by pip
         for requirement in importlib.metadata.requires("blip2-suite") or []:

@@ -1,9 +1,11 @@
-"""Pictures from files and URLs to pixel_values, as LAVIS and Hugging Face make them with Pillow.
+"""Pictures from files and URLs to pixels of the ViT's size, as LAVIS and Hugging Face have them.
 
-For 8-bit RGB files the result equals Hugging Face's Pillow processor (BlipImageProcessorPil) bit
-for bit. What plain `convert("RGB")` gets wrong is mended first: EXIF rotation is applied,
-transparency is laid over white, pictures of more than 8 bits are scaled instead of clipped.
-Metadata never makes a picture unreadable: of it only the rotation matters, where it can be found.
+They travel as bytes. Rescaled and normalised they are where the ViT begins, which for a byte is a
+look into a table of 256 values a channel: `Preprocessing.table`. For 8-bit RGB files the result
+equals Hugging Face's Pillow processor (BlipImageProcessorPil) bit for bit. What plain
+`convert("RGB")` gets wrong is mended first: EXIF rotation is applied, transparency is laid over white,
+pictures of more than 8 bits are scaled instead of clipped. Metadata never makes a picture unreadable:
+of it only the rotation matters, where it can be found.
 
 Needs numpy and Pillow only: processes that decode pictures are many, and import this.
 """
@@ -80,6 +82,13 @@ class Preprocessing:
             ValueError, TypeError, KeyError: it is not.
         """
         return cls(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
+
+    def table(self) -> np.ndarray:
+        """What a byte becomes in pixel_values, by channel: 3 x 256, float32."""
+        # The same operations in the same precisions as Hugging Face, so that the bits are the same.
+        rescaled = (np.arange(256) * float(self.rescale_factor)).astype(np.float32)
+        mean, std = np.float32(self.mean), np.float32(self.std)
+        return (rescaled - mean[:, None]) / std[:, None]
 
     def __post_init__(self) -> None:
         sides = (self.height, self.width)
@@ -328,18 +337,18 @@ def _white(highest: float, is_float: bool) -> float:
     return next((float(white) for white in full_scales if highest <= white * excess), highest)
 
 
-def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """As `pixel_array`, as a tensor."""
-    import torch  # which a process that only decodes does not need
-
-    return torch.from_numpy(pixel_array(image, preprocessing))
-
-
-def pixel_array(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and normalise one RGB picture: 3 x height x width, float32, C-contiguous."""
+def resized_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """One RGB picture at the ViT's size: 3 x height x width, uint8, C-contiguous."""
     size = (preprocessing.width, preprocessing.height)
     resized = np.asarray(image.resize(size, resample=preprocessing.resample))
-    # The same operations in the same precisions as Hugging Face, so that the bits are the same.
-    rescaled = (resized.astype(np.float64) * preprocessing.rescale_factor).astype(np.float32)
-    mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
-    return np.ascontiguousarray(((rescaled - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))
+
+
+def pixel_values(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """One RGB picture resized, rescaled and normalised: 3 x height x width, float32."""
+    import torch  # which a process that only decodes does not need
+
+    pixels, table = resized_pixels(image, preprocessing), preprocessing.table()
+    return torch.from_numpy(
+        np.stack([of[channel] for of, channel in zip(table, pixels, strict=True)])
+    )

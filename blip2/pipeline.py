@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from blip2 import artifacts, memory
+from blip2.answers import Answer
 from blip2.checkpoints import TokenIds
 from blip2.engines import Places, open_language_session, open_vision_session
 from blip2.errors import Blip2Error
@@ -25,34 +26,6 @@ _LESS_OPT = f"free some, or convert OPT to less with: {CONVERT} --use_weight_onl
 _LESS_VISION = "free some, or use --dtype float16 and a smaller --max_batch_size for these engines"
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One beam's text, with its score where the engine gives one.
-
-    `finished` is false of a text that was cut: it came to max_output_len tokens without an end.
-    """
-
-    text: str
-    score: float | None = None
-    finished: bool = True
-
-    @property
-    def flags(self) -> list[str]:
-        """What is suspicious of it: "empty"; "loop" if it ends by repeating itself; "length".
-
-        A loop is the same words three times over at the end, wherever in them the answer was cut.
-        """
-        words = self.text.split()
-        periods = range(1, len(words) // 3 + 1)
-        loops = any(words[-2 * period :] == words[-3 * period : -period] for period in periods)
-        found = {"empty": not words, "loop": loops, "length": not self.finished}
-        return [flag for flag, holds in found.items() if holds]
-
-    def to_json(self) -> dict[str, Any]:
-        """As the programs print it."""
-        return {"text": self.text, "score": self.score, "flags": self.flags}
 
 
 class Stopwatch:
@@ -191,7 +164,7 @@ class Pipeline:
         """Ask `texts[i]` of picture i: for each picture its beams, best first.
 
         Args:
-            pixel_values: B x 3 x S x S.
+            pixel_values: B x 3 x S x S, or their pixels: see `VisionSession.vit`.
             texts: B prompts.
             options: how to decode; `end_id` and `pad_id` are the tokenizer's.
             stopwatch: where to add the seconds of each stage.
@@ -207,7 +180,7 @@ class Pipeline:
             return self.ask(look, texts, options)
 
     def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
-        """What the ViT and the Q-Former make of pictures, pixel_values B x 3 x S x S.
+        """What the ViT and the Q-Former make of pictures, B x 3 x S x S: see `VisionSession.vit`.
 
         A batch for which memory does not suffice is halved, once, for good.
 

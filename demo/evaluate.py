@@ -69,7 +69,7 @@ def judge(pipeline, examples, options) -> dict[str, tuple[int, int]]:
     import numpy as np
     import torch
 
-    from blip2.images import pixel_values
+    from blip2.images import resized_pixels
     from blip2.pipeline import Stopwatch
     from demo import scenes
 
@@ -78,7 +78,7 @@ def judge(pipeline, examples, options) -> dict[str, tuple[int, int]]:
     by_scene = itertools.groupby(examples, key=lambda example: example.seed)
     pictures = (list(group) for _, group in by_scene)
     while batch := list(itertools.islice(pictures, BATCH)):
-        pixels = [pixel_values(group[0].image, pipeline.vision.preprocessing) for group in batch]
+        pixels = [resized_pixels(group[0].image, pipeline.vision.preprocessing) for group in batch]
         look = pipeline.look(torch.from_numpy(np.stack(pixels)), Stopwatch())
         owners = [index for index, group in enumerate(batch) for _ in group]
         flat = [example for group in batch for example in group]

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import models
 import numpy as np
@@ -19,6 +20,9 @@ import torch
 import transformers
 from filelock import FileLock
 from PIL import Image
+
+if TYPE_CHECKING:
+    from serving_runs import Server
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = Path(__file__).parent / "gpu"
@@ -206,6 +210,21 @@ def photos(tmp_path_factory) -> Path:
         scene(number).image.save(folder / f"{number}.{'png' if number % 2 else 'PNG'}")
     (directory / "b" / "notes.md").write_text("no picture")
     return directory
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """serve.py with the demo checkpoint, a key and narrow bounds; one for all tests of a process."""
+    pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
+    import serving_runs
+
+    found = serving_runs.start(tmp_path_factory.mktemp("server"), "--allow_image_urls")
+    try:
+        found.wait_ready()
+        yield found
+    finally:
+        found.process.kill()
+        found.process.wait()
 
 
 @dataclasses.dataclass(frozen=True)

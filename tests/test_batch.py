@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
+import dataclasses
 import errno
 import html
 import html.parser
@@ -34,17 +36,19 @@ from safetensors.torch import save_file
 
 from blip2.engines import fingerprint
 from blip2.errors import Blip2Error
-from blip2.images import Preprocessing, load_image, pixel_values
+from blip2.images import Preprocessing, load_image, resized_pixels
 from blip2.language import GenerationOptions
 from blip2.many import decoders as batch_decoders
 from blip2.many import inputs, report
 from blip2.many.batch import (
+    Answered,
     Batch,
     LocalWorkers,
     Question,
     Start,
     Summary,
     Work,
+    _progress_bar,
     find_start,
     record,
     retry_errors,
@@ -52,6 +56,7 @@ from blip2.many.batch import (
 )
 from blip2.many.decoders import Decoders, decode_picture
 from blip2.many.journal import Journal
+from blip2.many.processes import Killed, Processes
 from blip2.pipeline import Answer
 from blip2.templates import fill_template
 from demo import scenes
@@ -308,7 +313,7 @@ class FakePipeline:
 
     def look(self, pixel_values, _stopwatch):
         self.looks.append(len(pixel_values))
-        return pixel_values[:, :1, 0, 0]
+        return pixel_values[:, :1, 0, 0].float()
 
     def ask(self, query_output, texts, options):
         self.asked.append((texts, options.seed))
@@ -344,16 +349,14 @@ def gray(directory: Path, count: int) -> list[str]:
     return files
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_pictures_are_stacked_in_the_vits_type(dtype):
-    """As torch rounds them; those that cannot be read are left out, what overflows is Inf."""
-    pictures = torch.randn(2, 3, 4, 4)
-    pictures[1, 0, 0, 0] = 1e6
+def test_pictures_travel_as_bytes():
+    """A batch of 64 is 9.6 MB; those that cannot be read are left out."""
+    pictures = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     batch = Batch(0, [], [pictures[0].numpy(), "no picture", pictures[1].numpy()])
-    vision = SimpleNamespace(**{**vars(FakePipeline.vision), "dtype": dtype})
-    stacked = stack_pictures(batch, vision)
-    assert stacked.dtype == dtype
-    assert torch.equal(stacked, pictures.to(dtype))
+    stacked = stack_pictures(batch, FakePipeline.vision)
+    assert stacked.dtype == torch.uint8
+    assert torch.equal(stacked, pictures)
+    assert stack_pictures(Batch(0, [], ["no picture"]), FakePipeline.vision).shape == (0, 3, 4, 4)
 
 
 def test_each_picture_is_looked_at_once_and_batches_stay_the_same(fake_run, tmp_path):
@@ -368,7 +371,7 @@ def test_each_picture_is_looked_at_once_and_batches_stay_the_same(fake_run, tmp_
         if file == files[4]:
             assert list(lines[0]) == ["path", "error"]
             continue
-        value = pixel_values(load_image(file), Preprocessing(4, 4))[0, 0, 0]
+        value = resized_pixels(load_image(file), Preprocessing(4, 4))[0, 0, 0]
         assert [line["path"] for line in lines] == [file] * 2
         assert [line["answer"] for line in lines] == [f"{value:.3f}"] * 2
 
@@ -410,11 +413,52 @@ def test_a_table_of_times_adds_up_to_what_the_clock_says():
     several = Summary(4, 0, 4, 5.0, {"ViT": 9.0}, 2, {"start": 4.0}).table(10.0)
     assert "sum of 2 workers" in several.splitlines()[1]
     assert [row.split()[-3:] for row in several.splitlines()[2:]] == [
-        ["9.0", "s", "45%"],
-        ["11.0", "s", "55%"],
-        ["20.0", "s", "100%"],
+        ["9.0", "s", "90%"],
+        ["1.0", "s", "10%"],
+        ["10.0", "s", "100%"],
     ]
-    assert "total, 2 x 10.0 s" in several
+    assert "total, 2 x 5.0 s" in several
+
+
+def test_a_start_and_the_middle_of_a_run_are_told_apart(tmp_path, monkeypatch):
+    """Batches of 10 pictures, 5 s after the command the first; the last five are slower."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def answers(count, faster):
+        for number in range(count):
+            clock[0] += 3.0 if number in (0, *range(count - 5, count)) else 0.5 / faster
+            lines = [lines_of(f"{10 * number + n}") for n in range(10)]
+            yield Answered(10 * number, lines, {}, clock[0])
+
+    for count, rate in ((40, 20.0), (40, 40.0), (8, 0.0)):
+        with journal(tmp_path / f"{count}-{rate}.jsonl") as lines:
+            begun = clock[0] - 2.0
+            summary = record(answers(count, rate / 20 or 1), 1, 10 * count, lines, begun)
+        assert summary.first_after == 5.0
+        assert summary.middle_rate == pytest.approx(rate)
+        about = dataclasses.replace(summary, before={"start": 2.0}).table(30.0).splitlines()[1]
+        assert about == "first answer after 5.0 s (start 2.0)" + (
+            f"; {rate:.1f} pictures/s in the middle of the run" if rate else ""
+        )
+
+
+def test_the_progress_bar_shows_the_rate_of_the_last_seconds(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    with _progress_bar(total=1000, done=500) as bar:
+        assert bar.format_dict["rate"] is None
+        clock[0] += 60  # engines load
+        for _ in range(40):
+            bar.update(10)
+            clock[0] += 1
+        assert bar.format_dict["rate"] == pytest.approx(10, rel=0.15)
+        for _ in range(40):
+            bar.update(2)
+            clock[0] += 1
+        assert bar.format_dict["rate"] == pytest.approx(2, rel=0.15)
+        clock[0] += 100
+        assert bar.format_dict["rate"] < 0.3
 
 
 def test_a_new_picture_is_the_one_that_is_named(fake_run, tmp_path):
@@ -531,14 +575,14 @@ def test_decoders_give_the_values_of_each_picture_in_order(decoders, photos, tmp
         decoded = list(decoders.decode(batches, preprocessing))
         assert [batch for batch, _ in decoded] == batches
         for file, values in zip(files, [v for _, vs in decoded for v in vs], strict=True):
-            assert np.array_equal(values, pixel_values(load_image(file), preprocessing))
+            assert np.array_equal(values, resized_pixels(load_image(file), preprocessing))
 
 
 def test_a_decoding_process_is_small(decoders, tmp_path):
     """Many run at once: what starts slowly and takes hundreds of megabytes is imported in none."""
     batches = [[inputs.Picture(file)] for file in gray(tmp_path, 3)]
     list(decoders.decode(batches, Preprocessing(4, 4)))
-    modules = decoders._pool.submit(eval, "set(__import__('sys').modules)").result()
+    [modules] = decoders._processes.map(eval, ["set(__import__('sys').modules)"]).result()
     assert {"numpy", "PIL"} <= modules
     assert not modules & {"torch", "onnx", "onnxruntime", "tokenizers", "transformers"}
 
@@ -559,7 +603,7 @@ def test_decoding_processes_that_cannot_start_are_one_sentence(monkeypatch):
 def test_decoding_processes_never_hear_of_an_interrupt(decoders):
     """Not even while they start, when no handler of ours is set yet; this process does."""
     ask = "__import__('signal').pthread_sigmask(0, [])"
-    assert signal.SIGINT in decoders._pool.submit(eval, ask).result()
+    assert signal.SIGINT in decoders._processes.map(eval, [ask]).result()[0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -567,11 +611,10 @@ ABANDON = """
 import sys, time
 from blip2.many.decoders import Decoders
 for delay in range(12):
-    decoders = Decoders(1)
-    decoders._submit(int).result()
-    decoders._submit(bytes, 100_000_000)
-    time.sleep(0.01 * delay)
-    decoders.__exit__(KeyboardInterrupt)
+    with Decoders(1) as decoders:
+        decoders._processes.map(int, [1]).result()
+        decoders._processes.map(bytes, [100_000_000])
+        time.sleep(0.01 * delay)
 """
 
 
@@ -579,6 +622,78 @@ def test_a_process_that_ends_while_it_answers_holds_nobody_up():
     """At some of these moments it has sent half of a result."""
     done = subprocess.run([sys.executable, "-c", ABANDON], cwd=ROOT, timeout=100)
     assert done.returncode == 0
+
+
+def test_a_picture_that_kills_its_process_is_given_up(decoders, tmp_path):
+    """After three tries, with its name; the others of its batch, and later ones, are decoded."""
+    files = gray(tmp_path, 30)
+    bad = os.fsencode(files[5]), os.fsencode(files[6]), os.fsencode(files[29])
+    pids = tmp_path / "pids"
+
+    batches = [
+        [inputs.Picture(file) for file in files[start : start + 10]] for start in (0, 10, 20)
+    ]
+    results = []
+    for batch in batches:
+        together = [decoders._processes.map(die_of, batch[n : n + 5], bad, pids) for n in (0, 5)]
+        results += [result for future in together for result in future.result()]
+    for file, result in zip(files, results, strict=True):
+        assert isinstance(result, Killed) == (os.fsencode(file) in bad)
+        if os.fsencode(file) not in bad:
+            assert np.array_equal(result, resized_pixels(load_image(file), Preprocessing(4, 4)))
+    killed = pids.read_text().split()
+    assert len(killed) == len(set(killed)) == 9
+
+
+def die_of(picture: inputs.Picture, bad: list[bytes], pids: Path) -> np.ndarray | str:
+    """A picture's pixels; of those in `bad` the end of the process, as when memory runs out."""
+    if os.fsencode(picture.path) in bad:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode_picture(picture, Preprocessing(4, 4))
+
+
+def test_what_killed_its_process_is_a_line_of_its_own(decoders, tmp_path, monkeypatch):
+    pictures = [inputs.Picture(file) for file in gray(tmp_path, 2)]
+    monkeypatch.setattr(batch_decoders, "decode_picture", die)
+    monkeypatch.setattr(batch_decoders, "_thumbnail", die)
+    pictures[1] = inputs.Picture("s.tar", "1.png", b"")
+    [(_, [first, second])] = decoders.decode([pictures], Preprocessing(4, 4))
+    assert first.startswith(f"{pictures[0].path} has ended each of the 3 processes that decoded it")
+    assert second.startswith("s.tar/1.png has ended each of")
+    assert list(decoders.thumbnails([pictures])) == [(pictures, [None, None])]
+
+
+def die(_picture: inputs.Picture, *_arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_that_are_killed_while_they_work_lose_nothing():
+    """Whatever they are about: some have half of a result sent."""
+    with Processes(2) as processes:
+        futures = [processes.map(repeated, range(n, n + 5), 300_000) for n in range(0, 200, 5)]
+        for chunk in (0, 5, 12, 13, 25, 38):
+            [*_, (pid, _)] = futures[chunk].result()
+            time.sleep(random.random() * 0.02)
+            with contextlib.suppress(ProcessLookupError):  # it may have been killed before
+                os.kill(pid, signal.SIGKILL)
+        results = [result for future in futures for result in future.result()]
+    assert [(len(result), result[:1]) for _, result in results] == [
+        (300_000, bytes([number])) for number in range(200)
+    ]
+    assert len({pid for pid, _ in results}) >= 4
+
+
+def repeated(number: int, count: int) -> tuple[int, bytes]:
+    time.sleep(0.005)
+    return os.getpid(), bytes([number]) * count
+
+
+def test_a_bug_in_a_process_keeps_its_traceback(decoders):
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError"):
+        decoders._processes.map(eval, ["1", "1 / 0", "2"]).result()
+    assert decoders._processes.map(eval, ["1", "2"]).result() == [1, 2]
 
 
 def shard_of(directory: Path, keys: str, mode: str = "w") -> Path:
@@ -601,8 +716,16 @@ def test_a_shard_is_read_as_webdataset_reads_it(tmp_path, mode):
         theirs = wds.tariterators.tar_file_expander([{"url": "", "stream": stream}], eof_value=None)
         expected = [(m["fname"], m["data"]) for m in theirs if m["fname"].endswith("png")]
     found = list(inputs.read_pictures(inputs.list_entries([str(shard)])))
-    assert [(picture.key, picture.content) for picture in found] == expected
+    assert [(picture.key, picture.read()) for picture in found] == expected
     assert len(expected) == inputs.count_pictures([str(shard)]) == 3
+    # Of one that is not compressed nothing travels but where to read.
+    assert all((picture.content is None) == (mode == "w") for picture in found)
+    os.truncate(shard, 600)
+    decoded = decode_picture(found[-1], Preprocessing(4, 4))
+    if mode == "w":
+        assert decoded == f"{shard} has become shorter; replace the file"
+        shard.unlink()
+        assert "cannot read" in decode_picture(found[-1], Preprocessing(4, 4))
 
 
 def test_a_shard_cut_anywhere_gives_what_it_has_and_one_error(tmp_path):

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blip2
-from blip2.engine import Engine
+from blip2.engine import Engine, Load
 from blip2.engine import engine as engine_module
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation
@@ -412,3 +412,45 @@ def test_a_model_that_is_forgotten_lets_its_engine_go(pipeline):
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_listener_is_told_of_each_token_and_of_the_end(pipeline, values):
+    engine = Engine(pipeline, 8)
+    heard: list[int | None] = []
+    options = pipeline.options({"max_output_len": 5})
+    picture = engine.picture(values[0])
+    request = engine.submit(picture, "", options, 0, lambda _, token: heard.append(token))
+    assert heard_of(request) == heard[:-1]
+    assert heard[-1] is None
+    assert set(request.stages) == {"wait", "ViT", "Q-Former", "OPT"}
+    again = engine.submit(picture, "", options)  # which was looked at
+    again.answers()
+    assert set(again.stages) == {"wait", "OPT"}
+    assert all(seconds >= 0 for seconds in again.stages.values())
+    engine.close()
+
+
+def heard_of(request) -> list[int]:
+    tokens = list(request.tokens())
+    request.answers()
+    return tokens
+
+
+def test_rows_have_room_for_the_longest_from_the_start(pipeline, values):
+    """Otherwise a long request would wait until no short one is under way."""
+    engine = stepped(pipeline, 4)
+    assert engine.load == Load(0, 0, 0, 4)
+    engine = SteppedEngine(pipeline, 4, prompt_len=20, max_output_len=100)
+    picture = engine.picture(values[0])
+    short = engine.submit(picture, "", pipeline.options({"max_output_len": 20}))
+    engine.take_turn()
+    engine._note_load()
+    assert engine.load == Load(0, 1, 1, 4)
+    rows = engine._running.rows
+    long = engine.submit(picture, "", pipeline.options({"max_output_len": 100}))
+    finish(engine)
+    assert short.is_over
+    assert long.is_over
+    assert engine._running.rows is rows
+    engine._note_load()
+    assert engine.load == Load(0, 0, 0, 4)

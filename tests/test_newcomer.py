@@ -19,7 +19,7 @@ PROGRAMS = [
     *("run.py --input_dir a.png", "onnx_export.py --image a.png", "opt/convert_checkpoint.py"),
     *("build_vit_qformer.py all", "demo/evaluate.py", "demo/train.py", "-m demo.train"),
     *("-m demo.draw pictures 2", "-m bench.captions", "-m bench.cpu demo", "-m bench.gpu"),
-    "-m bench.tensorrt_check",
+    *("-m bench.tensorrt_check", "serve.py"),
 ]
 
 
@@ -60,7 +60,8 @@ def test_the_readme_installs_tensorrt_llm_as_its_requirements_say():
     [
         ("transformers", ["transformers>=5.23,<5.24"]),
         ("PIL", ["-r", f"{ROOT}/requirements.txt"]),
-        ("ray", ["ray[data]>=2.60,<3"]),
+        ("ray", ["ray[serve]>=2.60,<3"]),
+        ("uvicorn", ["-r", f"{ROOT}/requirements-serve.txt"]),
         ("matplotlib", ["matplotlib"]),
     ],
 )

@@ -16,7 +16,7 @@ from batch_runs import CHECKPOINT
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-SUFFIXES = (".py", ".cu", ".cuh", ".typed")
+SUFFIXES = (".py", ".cu", ".cuh", ".typed", ".html")
 pytestmark = pytest.mark.xdist_group("package")  # the wheel is built once
 
 
@@ -86,10 +86,10 @@ def test_the_metadata_is_the_requirements_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
-    assert set(metadata.get_all("Provides-Extra")) == {"gpu", "ray"}
+    assert set(metadata.get_all("Provides-Extra")) == {"gpu", "ray", "serve"}
     lines = [
         line
-        for file in ("requirements.txt", "requirements-gpu.txt", "requirements-ray.txt")
+        for file in (*(f"requirements{name}.txt" for name in ("", "-gpu", "-ray", "-serve")),)
         for line in (ROOT / file).read_text().splitlines()
     ]
     named = filter(None, (line.partition("#")[0].strip() for line in lines))
@@ -137,7 +137,7 @@ def test_the_programs_name_one_another_as_they_are_installed(environment, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert f"blip2-run --engine_dir {CHECKPOINT} --opt_engine_dir opt" in done.stdout
-    for name in ("blip2-onnx-export", "blip2-build-vit-qformer"):
+    for name in ("blip2-onnx-export", "blip2-build-vit-qformer", "blip2-serve"):
         done = run(environment / name, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert done.stdout.startswith(f"usage: {name}")

@@ -91,6 +91,14 @@ def test_session_equals_the_modules(session, setup, batch):
         close(query_output, expected_output)
 
 
+def test_bytes_give_what_their_pixel_values_give(session):
+    pixels = torch.randint(256, (11, 3, 28, 28), dtype=torch.uint8)
+    table = torch.from_numpy(session.preprocessing.table())
+    values = torch.stack([table[c][pixels[:, c].long()] for c in range(3)], 1)
+    expected = session.vit(values).clone()
+    assert torch.equal(session.vit(pixels), expected)
+
+
 def test_batches_of_all_sizes_in_turn(session, setup):
     for index, batch in enumerate([2, 5, 2, 8, 1, 5, 8, 1, 17, 2]):
         pixel_values = pictures(batch, seed=index)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from blip2 import memory
-from blip2.engine.request import Picture, Request
+from blip2.engine.request import Listener, Picture, Request
 from blip2.engine.running import Running, explained
 from blip2.errors import Blip2Error
 from blip2.language import GenerationOptions
@@ -43,18 +43,39 @@ _AGAIN = 0.025  # they have had
 _REMEMBERED = 1024  # prompts whose ids are kept
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What an engine has to do: requests that wait or have rows, and its rows."""
+
+    waiting: int
+    running: int
+    rows_used: int
+    rows: int
+
+
 class Engine:
     """Answers requests of any options at once, where OPT's session has rows; else in batches."""
 
-    def __init__(self, pipeline: Pipeline, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        max_rows: int | None = None,
+        *,
+        prompt_len: int = 0,
+        max_output_len: int = 0,
+    ) -> None:
         """Of an open pipeline, which nobody else may use from now on.
 
         Args:
             pipeline: the sessions and the tokenizer.
             max_rows: answers at once; None is what suits the engines.
+            prompt_len: input_ids that every row has room for, and
+            max_output_len: new tokens. A request that needs more waits until no row is in use.
         """
         self._pipeline = pipeline
-        self._running = Running(pipeline, max_rows or pipeline.default_rows)
+        rows = max_rows or pipeline.default_rows
+        self._running = Running(pipeline, rows, prompt_len, max_output_len)
+        self._load = Load(0, 0, 0, rows)
         self._begun_at = 0.0  # when requests were last begun
         self._expected, self._until = 0, 0.0  # requests that may come at once, and till when
         self._wanted = 1  # arrivals at which the thread is to be woken
@@ -68,14 +89,27 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def picture(self, pixel_values: torch.Tensor) -> Picture:
-        """Something to ask about: 3 x S x S, as the ViT takes it. It is copied to its device now."""
+        """Something to ask about: 3 x S x S, as `VisionSession.pixel_values` takes it.
+
+        It is copied to the ViT's device now.
+        """
         vision = self._pipeline.vision
         on_gpu = vision.device.type == "cuda"
         with torch.cuda.device(vision.device) if on_gpu else contextlib.nullcontext():
-            return Picture(pixel_values.to(vision.device, vision.dtype, non_blocking=True))
+            return Picture(vision.pixel_values(pixel_values))
+
+    @property
+    def load(self) -> Load:
+        """As it was after the last turn, for any thread."""
+        return self._load
 
     def submit(
-        self, picture: Picture, text: str, options: GenerationOptions, number: int = 0
+        self,
+        picture: Picture,
+        text: str,
+        options: GenerationOptions,
+        number: int = 0,
+        listener: Listener | None = None,
     ) -> Request:
         """Ask; returns at once.
 
@@ -84,12 +118,14 @@ class Engine:
             text: the prompt; an empty one asks for a caption.
             options: how to decode.
             number: among the requests that share a seed: each draws its own numbers.
+            listener: is called with each token, and with None at the end.
 
         Raises:
             Blip2Error: the engines cannot take such a request.
         """
         input_ids = self._input_ids(text, options)
-        request = Request(picture, input_ids, options, self._pipeline.tokenizer.decode, number)
+        decode = self._pipeline.tokenizer.decode
+        request = Request(picture, input_ids, options, decode, number, listener)
         self._tell(lambda: self._arrivals.append(request))
         return request
 
@@ -163,6 +199,7 @@ class Engine:
                 self._turn()
             except BaseException as error:
                 self._running.fail_all(error)
+            self._note_load()
         closed = Blip2Error("the engine was closed", "load the model again")
         self._waiting.extend(self._arrivals)
         for request in self._waiting:
@@ -203,6 +240,13 @@ class Engine:
         if active and not running.is_busy:
             self._expected = active + len(self._waiting)
             self._until = time.monotonic() + _AGAIN
+
+    def _note_load(self) -> None:
+        requests = self._running.requests
+        used = sum(request.options.num_beams for request in requests)
+        rows = self._running.rows
+        capacity = self._running.max_rows if rows is None else rows.capacity
+        self._load = Load(len(self._waiting), len(requests), used, capacity)
 
     def _drop_cancelled(self) -> None:
         self._running.drop(lambda request: request.is_cancelled)

@@ -16,6 +16,10 @@ from blip2.pipeline import Answer
 
 _keys = itertools.count()  # no two requests have one, as they may have an address
 
+# Called by the engine's thread with each token of a request, and with None when it is over: must not
+# wait, nor raise.
+Listener = Callable[["Request", "int | None"], None]
+
 
 @dataclasses.dataclass(eq=False)
 class Picture:
@@ -40,6 +44,7 @@ class Request:
         options: GenerationOptions,
         decode: Callable[[list[int]], str],
         number: int,
+        listener: Listener | None = None,
     ) -> None:
         """Made by `Engine.submit`."""
         self.picture, self.input_ids, self.options = picture, input_ids, options
@@ -50,6 +55,9 @@ class Request:
         self._decode = decode
         self._ids: list[int] = []
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._listener = listener
+        # Seconds: until it was begun, of its looks if its picture needed one, of OPT once it is over.
+        self.stages: dict[str, float] = {}
         self._is_over = threading.Event()
         self._answers: list[Answer] = []
         self._error: BaseException | None = None
@@ -94,7 +102,11 @@ class Request:
     def say(self, token: int) -> None:
         """Hand out a token."""
         self._ids.append(token)
-        self._news.put(token)
+        self._tell(token)
+
+    def begin(self) -> None:
+        """Note that it is no longer waiting."""
+        self.stages["wait"] = time.monotonic() - self.arrived
 
     @property
     def said(self) -> int:
@@ -114,8 +126,15 @@ class Request:
     def _end(self, answers: list[Answer], error: BaseException | None) -> None:
         if not self._is_over.is_set():
             self._answers, self._error = answers, error
+            rest = time.monotonic() - self.arrived - sum(self.stages.values())
+            self.stages["OPT" if self.stages else "wait"] = rest
             self._is_over.set()
-            self._news.put(None)
+            self._tell(None)
+
+    def _tell(self, token: int | None) -> None:
+        self._news.put(token)
+        if self._listener is not None:
+            self._listener(self, token)
 
     def _raise(self) -> None:
         if self._error is not None:

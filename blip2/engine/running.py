@@ -30,9 +30,18 @@ _STEPS_AHEAD = 1  # that are queued before the tokens of the one before are read
 class Running:
     """The rows, and the requests that have them. Not for several threads."""
 
-    def __init__(self, pipeline: Pipeline, max_rows: int) -> None:
-        """Of an open pipeline; `max_rows` rows at most, fewer where memory does not suffice."""
-        self.max_rows = max_rows
+    def __init__(
+        self, pipeline: Pipeline, max_rows: int, prompt_len: int = 0, max_output_len: int = 0
+    ) -> None:
+        """Of an open pipeline.
+
+        Args:
+            pipeline: the sessions and the tokenizer.
+            max_rows: at most; fewer where memory does not suffice.
+            prompt_len: input_ids that rows have room for, whoever opens them, and
+            max_output_len: new tokens.
+        """
+        self.max_rows, self._room = max_rows, (prompt_len, max_output_len)
         self._pipeline = pipeline
         self.rows: Rows | None = None
         self._prepared: set[tuple[int, int]] = set()
@@ -77,7 +86,7 @@ class Running:
             return False
         if not self.fits(input_ids, options):
             self.rows = None  # its memory first
-            lengths = len(input_ids), options.max_output_len
+            lengths = map(max, self._room, (len(input_ids), options.max_output_len))
             self.rows = self._pipeline.language.open_rows(self.max_rows, *lengths)
         return True
 
@@ -111,8 +120,8 @@ class Running:
         for count in sorted({prepared_rows(count) for count in range(1, batch + 1)}):
             for _ in range(2):  # the second time graphs are captured
                 self._answer_nothing(input_ids, [2] * count)
-        # Every number of rows for three steps.
-        lengths = [3 + 3 * (row // 8) for row in range(self.rows.capacity)]
+        # Every number of rows for two steps.
+        lengths = [3 + 2 * (row // 8) for row in range(self.rows.capacity)]
         self._answer_nothing(input_ids, lengths)
 
     def _answer_nothing(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> None:
@@ -134,10 +143,16 @@ class Running:
     def look(self, requests: Sequence[Request]) -> list[Request]:
         """Look at their pictures; those are returned whose pictures could be looked at."""
         pictures = {id(r.picture): r.picture for r in requests if r.picture.query_output is None}
+        for request in requests:
+            request.begin()
         try:
             if pictures:
                 values = torch.stack([p.pixel_values for p in pictures.values()])
-                look = self._pipeline.look(values, Stopwatch())
+                watch = Stopwatch()
+                look = self._pipeline.look(values, watch)
+                for request in requests:
+                    if id(request.picture) in pictures:
+                        request.stages |= watch.seconds
                 self._pipeline.check_files()
                 # Whether it is finite nobody waits for: if not, OPT's logits will not be either.
                 for picture, row in zip(pictures.values(), look.query_output.clone(), strict=True):

@@ -136,6 +136,8 @@ class Rows:
         with torch.inference_mode(), compile_ahead():
             logits = self._pool.read(ids, lengths, tables, [(row, 1) for row in range(prompts)])
             self._model.likeliest(logits)
+            if self.capacity > 1:
+                self._pool.move_rows(torch.tensor([[1], [0]], device=self._device))
             for count in sorted({prepared_rows(rows) for rows in range(1, prompts + 1)}):
                 self._pool.step(self._tokens[: min(count, self.capacity)], count)
             self._pool.forget(0)
@@ -182,18 +184,29 @@ class Rows:
             return
         used = self.used
         staying = sorted(self._requests.values(), key=_first)
-        if all(request.count == 1 for request in staying):
-            holes = sorted(set(range(used)) - {request.first for request in staying})
-            behind = [request for request in staying if request.first >= used]
-            moves = list(zip(behind, holes, strict=True))
-        else:  # beams stay together: all move up, in order
-            ends = itertools.accumulate((request.count for request in staying), initial=0)
-            moves = [(r, end) for r, end in zip(staying, ends, strict=False) if r.first != end]
         with torch.inference_mode():
-            for request, first in moves:
-                self._move(request, first)
+            if all(request.count == 1 for request in staying):
+                holes = set(range(used)) - {request.first for request in staying}
+                self._fill(sorted(holes), [r for r in staying if r.first >= used])
+            else:  # beams stay together: all move up, in order
+                ends = itertools.accumulate((request.count for request in staying), initial=0)
+                for request, end in zip(staying, ends, strict=False):
+                    if request.first != end:
+                        self._move(request, end)
             self._pool.forget(used)
             self._regroup()
+
+    def _fill(self, holes: Sequence[int], behind: Sequence[_Request]) -> None:
+        """Let those behind the end, of one row each, lie in the holes before it."""
+        if not behind:
+            return
+        pairs = self._copied(torch.tensor([[request.first for request in behind], holes]))
+        sources, targets = pairs
+        for state in self._states:
+            state[targets] = state[sources]
+        self._pool.move_rows(pairs)
+        for request, hole in zip(behind, holes, strict=True):
+            request.first = hole
 
     def _begin(self, admission: Admission) -> _Request:
         options, first = admission.options, self.used

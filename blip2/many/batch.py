@@ -18,7 +18,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from blip2.pipeline import Answer, Pipeline, Stopwatch
 from blip2.vision.session import VisionSession
 
 WAIT = "wait for pictures"  # the stage of a worker that has none to look at
+_RECENT = 10.0  # seconds whose rate the progress bar shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +136,6 @@ class Work:
                 yield Batch(position, chosen)
             position += len(batch)
 
-    def positions(self) -> Iterator[int]:
-        """Where the windows of the batches begin; without `only`, also behind the last of them."""
-        if self.only is None:
-            return itertools.count(self.start.position, self.batch_size)
-        return iter(sorted({n // self.batch_size * self.batch_size for n in self.only}))
-
-    def most_batches(self) -> int | float:
-        """More than that there cannot be; of a whole input only a reading of it says how many."""
-        return math.inf if self.only is None else len(self.only)
-
     def is_wanted(self, number: int) -> bool:
         """Whether picture `number` of the input is to be looked at."""
         return self.only is None or number in self.only
@@ -153,11 +143,15 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """The output's lines of each picture of the batch at `position`, and what its stages took."""
+    """The output's lines of each picture of the batch at `position`, and what its stages took.
+
+    `moment` is when it was known here, by time.perf_counter: not all are written at once.
+    """
 
     position: int
     lines: list[list[dict[str, Any]]]
     seconds: dict[str, float]
+    moment: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 class Workers(Protocol):
@@ -179,6 +173,8 @@ class Summary:
 
     The seconds are sums over all workers. `wall_seconds` are those in which there were answers;
     `before` and `after` those of this process before the workers could begin and when they had ended.
+    The first answer came `first_after` seconds after the run began; `middle_rate` are the pictures a
+    second of its middle half, or 0 where that is too short to say.
     """
 
     done: int
@@ -189,13 +185,18 @@ class Summary:
     workers: int = 1
     before: Mapping[str, float] = dataclasses.field(default_factory=dict)
     after: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    first_after: float | None = None
+    middle_rate: float = 0.0
 
     def following(self, earlier: Summary) -> Summary:
         """Of two parts of a run, the later of which is this one."""
         seconds = collections.Counter(earlier.seconds)
         seconds.update(self.seconds)
         new, wall = self.new + earlier.new, self.wall_seconds + earlier.wall_seconds
-        return dataclasses.replace(self, new=new, wall_seconds=wall, seconds=dict(seconds))
+        first = self.first_after if earlier.first_after is None else earlier.first_after
+        return dataclasses.replace(
+            self, new=new, wall_seconds=wall, seconds=dict(seconds), first_after=first
+        )
 
     def table(self, total: float) -> str:
         """What was done, and a line for each stage.
@@ -210,11 +211,13 @@ class Summary:
             f"{self.done} {pictures} done, {self.failed} of them failed;"
             f" {self.new} in this run{by_workers}, {rate:.1f} pictures/s"
         ]
+        if self.first_after is not None:
+            lines.append(self._start_and_middle())
         stages = {**self.before, **self.seconds, **self.after}
         if summed:
-            # Where one process starts the others wait: those seconds are in "other".
-            name, stages = f"total, {self.workers} x {total:.1f} s", dict(self.seconds)
-            total *= self.workers
+            # Of the time in which they could answer.
+            name, stages = f"total, {self.workers} x {self.wall_seconds:.1f} s", dict(self.seconds)
+            total = self.workers * self.wall_seconds
         heading = f"sum of {self.workers} workers" if summed else "time"
         width = max(20, len(heading) + 2)
         lines.append(f"{'stage':<20}{heading:>{width}}{'share':>8}")
@@ -222,6 +225,14 @@ class Summary:
         for stage, seconds in [*stages.items(), (name, total)]:
             lines.append(f"{stage:<20}{seconds:>{width - 2}.1f} s{seconds / total:>7.0%}")
         return "\n".join(lines)
+
+    def _start_and_middle(self) -> str:
+        """What a short run is of, and what a long one is."""
+        parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.before.items())
+        start = f"first answer after {self.first_after:.1f} s" + (f" ({parts})" if parts else "")
+        if not self.middle_rate:
+            return start
+        return f"{start}; {self.middle_rate:.1f} pictures/s in the middle of the run"
 
 
 def describe(facts: Facts, questions: Sequence[Question], batch_size: int) -> dict[str, Any]:
@@ -284,7 +295,11 @@ def _changed_input(
 
 
 def record(
-    answers: Iterable[Answered], workers: int, total: int, journal: Journal | StandardOutput
+    answers: Iterable[Answered],
+    workers: int,
+    total: int,
+    journal: Journal | StandardOutput,
+    begun: float | None = None,
 ) -> Summary:
     """Write the lines of every batch, those of pictures that are in the journal left out.
 
@@ -292,26 +307,51 @@ def record(
         answers: batches from the one with the first missing picture on, in order.
         workers: how many engines they come from.
         total: pictures of the input, for the progress bar.
+        begun: when the run began, by time.perf_counter; None is now.
 
     Raises:
         Blip2Error: the journal cannot be written, or `answers` raises it. What was written stays.
     """
-    begun, done, failed = time.perf_counter(), journal.done, journal.failed
+    started, done, failed = time.perf_counter(), journal.done, journal.failed
     seconds: collections.Counter[str] = collections.Counter()
-    watch = Stopwatch()
+    watch, first_after = Stopwatch(), None
+    moments: list[tuple[float, int]] = []
     with _progress_bar(total, done) as bar:
         for answered in answers:
             # The first block may be one that a killed run wrote in part.
             new = answered.lines[max(0, journal.done - answered.position) :]
             with watch.time("write"):
                 journal.append(list(itertools.chain.from_iterable(new)))
+            if new and first_after is None:
+                first_after = time.perf_counter() - (started if begun is None else begun)
+            moments.append((answered.moment, len(new)))
             seconds.update(answered.seconds)
             done += len(new)
             failed += sum("error" in lines[0] for lines in new)
             bar.set_postfix(failed=failed, refresh=False)
             bar.update(len(new))
-    wall = time.perf_counter() - begun
-    return Summary(done, failed, done - journal.done, wall, {**seconds, **watch.seconds}, workers)
+    return Summary(
+        done,
+        failed,
+        done - journal.done,
+        time.perf_counter() - started,
+        {**seconds, **watch.seconds},
+        workers,
+        first_after=first_after,
+        middle_rate=_middle_rate(moments),
+    )
+
+
+def _middle_rate(moments: Sequence[tuple[float, int]]) -> float:
+    """Pictures a second between the first quarter of the batches and the last, of `moments` of each.
+
+    0 where a batch more or less would matter.
+    """
+    moments = sorted(moments)
+    middle = moments[len(moments) // 4 : len(moments) - len(moments) // 4]
+    if len(middle) < 10 or middle[0][0] == middle[-1][0]:
+        return 0.0
+    return sum(count for _, count in middle[1:]) / (middle[-1][0] - middle[0][0])
 
 
 def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
@@ -355,10 +395,35 @@ def retry_errors(workers: Workers, work: Work, journal: Journal) -> Summary:
     return Summary(journal.done, journal.failed, len(waiting), wall, dict(seconds), workers.count)
 
 
-def _progress_bar(total: int, done: int) -> tqdm:
+class _ProgressBar(tqdm):
+    """Shows pictures/s of the last seconds, without the start of a run."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self._moments: collections.deque[tuple[float, float]] = collections.deque()
+        super().__init__(**arguments)
+
+    def update(self, n: float = 1) -> bool | None:
+        """Count `n` more."""
+        now = time.perf_counter()
+        self._moments.append((now, self.n + n))
+        while len(self._moments) > 2 and self._moments[1][0] < now - _RECENT:
+            self._moments.popleft()
+        return super().update(n)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What it shows."""
+        rate = None
+        if len(self._moments) > 1:
+            (begun, before), (_, done) = self._moments[0], self._moments[-1]
+            rate = (done - before) / max(time.perf_counter() - begun, 1e-9)
+        return {**super().format_dict, "rate": rate}
+
+
+def _progress_bar(total: int, done: int) -> _ProgressBar:
     # In a log file every refresh is another line.
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, unit=" pictures", mininterval=interval, smoothing=0.1)
+    return _ProgressBar(total=total, initial=done, unit=" pictures", mininterval=interval)
 
 
 class LocalWorkers:
@@ -373,53 +438,62 @@ class LocalWorkers:
         """Do the work, batch by batch.
 
         Raises:
-            Blip2Error: a decoding process was killed, or the engines cannot take a question.
+            Blip2Error: no decoding process can be started, or the engines cannot take a question.
         """
-        batches = (batch.pictures for batch in work.batches())
-        decoded = zip(
-            work.positions(), self._decoders.decode(batches, work.preprocessing), strict=False
-        )
+        return self.answer_some(work.batches(), work)
+
+    def answer_some(self, batches: Iterable[Batch], work: Work) -> Generator[Answered, None, None]:
+        """Do some of the work: batches of whole blocks, not decoded, which are taken ahead.
+
+        Raises:
+            Blip2Error: as `answer`.
+        """
+        named, taken = itertools.tee(batches)
+        pictures = (batch.pictures for batch in taken)
+        decoded = zip(named, self._decoders.decode(pictures, work.preprocessing), strict=False)
         # The next batch is laid out while this one is answered.
         ahead = ThreadPoolExecutor(1)
         watch = Stopwatch()
 
-        def batches() -> Iterator[tuple[Batch, torch.Tensor]]:
+        def laid_out() -> Iterator[tuple[Batch, torch.Tensor]]:
             coming = ahead.submit(self._next_batch, decoded)
             while True:
                 with watch.time(WAIT):
-                    batch, values = coming.result()
-                if not batch.pictures:
+                    found = coming.result()
+                if found is None:
                     return
                 coming = ahead.submit(self._next_batch, decoded)
-                yield batch, values
+                yield found
 
         try:
-            yield from answer_batches(self._pipeline, batches(), work, watch)
+            yield from answer_batches(self._pipeline, laid_out(), work, watch)
         finally:
             # Not waited for: it may wait for a picture, until the decoders end.
             ahead.shutdown(wait=False, cancel_futures=True)
 
     def _next_batch(
-        self,
-        decoded: Iterator[tuple[int, tuple[Sequence[Picture], list[np.ndarray | str]]]],
-    ) -> tuple[Batch, torch.Tensor]:
-        position, (pictures, values) = next(decoded, (0, ((), [])))
-        batch = Batch(position, pictures, values)
+        self, decoded: Iterator[tuple[Batch, tuple[Sequence[Picture], list[np.ndarray | str]]]]
+    ) -> tuple[Batch, torch.Tensor] | None:
+        if (found := next(decoded, None)) is None:
+            return None
+        batch, (_, values) = found
+        # From here on the names are enough.
+        pictures = [dataclasses.replace(picture, content=None) for picture in batch.pictures]
+        batch = Batch(batch.position, pictures, values)
         return batch, stack_pictures(batch, self._pipeline.vision)
 
 
 def stack_pictures(batch: Batch, vision: VisionSession) -> torch.Tensor:
-    """Those pictures of a batch that were decoded: B x 3 x S x S, as the ViT takes them.
+    """The pixels of a batch's pictures that could be decoded: B x 3 x S x S, uint8.
 
     For a GPU in memory that it copies from at full speed.
     """
     values = [picture for picture in batch.decoded if not isinstance(picture, str)]
     size = (len(values), 3, vision.preprocessing.height, vision.preprocessing.width)
     on_gpu = vision.device.type == "cuda"
-    stacked = torch.empty(size, dtype=vision.dtype, pin_memory=on_gpu)
-    with np.errstate(over="ignore"):  # Inf is what the pipeline looks for
-        for target, picture in zip(stacked.numpy(), values, strict=True):
-            np.copyto(target, picture, casting="same_kind")
+    stacked = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+    if values:
+        np.stack(values, out=stacked.numpy())
     return stacked
 
 

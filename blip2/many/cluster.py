@@ -1,64 +1,58 @@
-"""The stages of many pictures on a Ray cluster: one Ray Data actor with the engines for each GPU.
+"""Many pictures on a Ray cluster: an actor with the engines, and processes that decode, for each GPU.
 
-    with Cluster(address, open_pipeline) as cluster:
-        facts = cluster.facts(questions, decoding)
+    with Cluster(address) as cluster:
+        facts = cluster.open(open_pipeline, questions, decoding)
         for answered in cluster.answer(work): ...
 
-One task reads the input, tasks on any machine decode its batches, actors answer them, and this
-process gets the answers in the input's order. Ray Data schedules, holds back what is ahead, starts
-killed workers again and repeats the batches that they had.
+An actor is a `LocalWorkers`: it is given windows of the input, decodes the next ones while it answers
+one, and sends back lines. So pictures are decoded on the machine that answers them, and of those that
+are files only the names travel. This process gives out blocks of windows, as many as `Work.block`
+says, and puts what comes back into the input's order. The blocks of an actor that is lost, or its
+machine with it, begin anew on another.
 
-A row is one batch, pickled: Arrow has no type for file names that are no UTF-8. A Blip2Error travels
-as a row too; raised in a worker, Ray would turn it into a traceback.
+Nothing here imports PyTorch: the actors do that while this process does, so make a Cluster first. A
+Blip2Error travels as a result; raised in a worker, Ray would turn it into a traceback.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
-import pickle
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blip2
 from blip2.errors import Blip2Error, first_line
-from blip2.images import Preprocessing
-from blip2.language import GenerationOptions
 from blip2.layout import install
-from blip2.many.batch import (
-    WAIT,
-    Answered,
-    Batch,
-    Facts,
-    Question,
-    Start,
-    Work,
-    answer_batches,
-    stack_pictures,
-)
-from blip2.many.decoders import decode_picture
-from blip2.pipeline import Pipeline, Stopwatch
+
+if TYPE_CHECKING:
+    from blip2.many.batch import Answered, Batch, Facts, Question, Work
+    from blip2.pipeline import Pipeline
 
 # Ray reads it when it is imported.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning for every actor
 
 try:
     import ray
-    import ray.data
 except ImportError:
     raise Blip2Error("a cluster needs Ray", f"install it with: {install('ray')}") from None
 
-Row = dict[str, Any]
-OpenPipeline = Callable[[], Pipeline]
+OpenPipeline = Callable[[], "Pipeline"]
+
+TRIES = 3
+_AHEAD = 2  # windows that wait in an actor, besides those that it decodes or answers
 
 
 class Cluster:
@@ -69,27 +63,22 @@ class Cluster:
     """
 
     def __init__(
-        self,
-        address: str,
-        open_pipeline: OpenPipeline,
-        actors: int | None = None,
-        decoders: int | None = None,
+        self, address: str, actors: int | None = None, decoders: int | None = None
     ) -> None:
-        """Join a cluster, or start one.
+        """Join a cluster, or start one, and have its actors started.
 
         Args:
             address: of a cluster, as Ray takes it; "local" starts one of this machine.
-            open_pipeline: opens the engines; run on the machines that have the GPUs.
             actors: how many engines at once; None is one for each GPU, or without any GPU one for
                 each machine.
-            decoders: the most batches decoded at once; None is as many as there are processors.
+            decoders: processes that decode pictures, of each actor; None is half of its share of the
+                processors, on a machine with GPUs at most 8.
 
         Raises:
             Blip2Error: there is no cluster at the address, or it has no room for so many actors.
         """
-        self._open_pipeline, self._decoders = open_pipeline, decoders
         self._directory = os.getcwd()
-        _connect(address)
+        connect(address)
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
         self.count = actors or gpus or sum(node["Alive"] for node in ray.nodes())
@@ -100,14 +89,19 @@ class Cluster:
                 f" {'GPU' if gpus else 'processor'}{'s' if room > 1 else ''}",
                 "give at most as many",
             )
-        # Without GPUs half of the processors compute, in so many threads; the others decode. One for
-        # each actor would be what decoding asks for: Ray fuses equal stages, and nothing goes ahead.
+        # Half of the processors decode. Without GPUs the others compute, in so many threads.
         share = cpus / 2 / self.count
-        self._per_actor = (
+        threads = int(share) if share >= 2 else min(round(share, 2), 0.9)
+        self._options = (
             {"num_gpus": 1, "num_cpus": 1}
             if gpus
-            else {"num_cpus": int(share) if share >= 2 else min(round(share, 2), 0.9)}
+            else {"num_cpus": threads, "scheduling_strategy": "SPREAD"}
         )
+        self._decoders = decoders or max(1, min(int(share), 8 if gpus else int(share)))
+        self._opening: tuple[Any, ...] = ()
+        self._work: Work | None = None
+        self._lost: list[_Block] = []
+        self._actors = [_Actor(self._start()) for _ in range(self.count)]
 
     def __enter__(self) -> Cluster:
         return self
@@ -115,59 +109,212 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def facts(self, questions: Sequence[Question], decoding: dict[str, Any]) -> Facts:
-        """Open the engines on one of the machines, and read off what a run must know of them.
+    def open(
+        self, open_pipeline: OpenPipeline, questions: Sequence[Question], decoding: dict[str, Any]
+    ) -> Facts:
+        """Open the engines in every actor; returns when the first has done so.
+
+        Args:
+            open_pipeline: opens them; run on the machines.
+            questions: that will be asked.
+            decoding: fields of GenerationOptions.
+
+        Returns:
+            What a run must know of the engines.
 
         Raises:
             Blip2Error: they cannot be opened there, or cannot take a question, or decode so.
         """
-        # max_calls: the process ends, and leaves its GPU to an actor.
-        task = ray.remote(max_calls=1, max_retries=0, **self._per_actor)(_facts)
-        with _killed_workers():
-            row = ray.get(task.remote(self._directory, self._open_pipeline, questions, decoding))
-        return _unpacked(row)
+        self._opening = (self._directory, open_pipeline, self._decoders, questions, decoding)
+        for actor in self._actors:
+            actor.call = actor.handle.open.remote(*self._opening)
+        while (first := self._result()) is None:
+            pass
+        _, facts = first
+        return facts
 
     def answer(self, work: Work) -> Generator[Answered, None, None]:
         """Do the work, batch by batch in the input's order.
 
         Raises:
-            Blip2Error: a batch's worker was killed again and again, or its engines cannot take a
-                question.
+            Blip2Error: a block's actors were lost again and again, no actor is left, or the engines
+                cannot take a question.
         """
-        if work.start.entry == len(work.entries):
-            return
-        rows = (
-            ray.data.from_items([_packed(work)])
-            .map_batches(_read, fn_args=(self._directory,), num_cpus=0)
-            .map(
-                _decode,
-                fn_args=(self._directory, work.preprocessing),
-                num_cpus=1,
-                compute=ray.data.TaskPoolStrategy(size=self._decoders),
-            )
-            .map(
-                _Answerer,
-                fn_constructor_args=(
-                    *(self._directory, self._open_pipeline, work.questions, work.options),
-                ),
-                # Ray warns of actors that get nothing.
-                compute=ray.data.ActorPoolStrategy(size=min(self.count, work.most_batches())),
-                **self._per_actor,
-            )
-        )
-        # Closed at once: what Ray still does for an iterator after `shutdown` would start it again.
-        with _killed_workers(), contextlib.closing(iter(rows.iter_rows())) as packed:
-            for row, position in zip(packed, work.positions(), strict=False):
-                answered = _unpacked(row)
-                if answered.position != position:
-                    raise RuntimeError(f"batch {answered.position} came instead of {position}")
+        # The names of a whole input may be many: what is to be done travels by and by.
+        self._work = dataclasses.replace(work, entries=(), only=None)
+        for actor in self._actors:
+            if actor.is_open:
+                actor.handle.begin.remote(self._work)
+        unread = _blocks(work)
+        answers: dict[int, Answered | None] = {}  # in the input's order; None is yet to come
+
+        def next_block() -> _Block | None:
+            if self._lost:
+                return self._lost.pop(0)
+            if (block := next(unread, None)) is not None:
+                answers.update(dict.fromkeys(batch.position for batch in block.batches))
+            return block
+
+        while True:
+            for actor in self._actors:
+                if actor.is_open and actor.call is None:
+                    actor.give(next_block)
+            if not answers:
+                return
+            if (result := self._result()) is None:
+                continue
+            actor, report = result
+            for answered in actor.take(report):
+                # Of a block that was lost some may have come before.
+                if answers.get(answered.position, answered) is None:
+                    # By this machine's clock.
+                    answers[answered.position] = dataclasses.replace(
+                        answered, moment=time.perf_counter()
+                    )
+            while answers and (answered := answers[next(iter(answers))]) is not None:
+                del answers[answered.position]
                 yield answered
 
+    def _start(self) -> Any:
+        """An actor, of which its machine is not known yet."""
+        return ray.remote(**self._options)(_Engines).remote()
 
-def _connect(address: str) -> None:
+    def _result(self) -> tuple[_Actor, Any] | None:
+        """Wait for the end of a call; what came of it, None where that is of no interest.
+
+        Raises:
+            Blip2Error: what came of it is one; or as `_replace`.
+        """
+        calls = {actor.call: actor for actor in self._actors if actor.call is not None}
+        [call], _ = ray.wait(list(calls))
+        actor = calls[call]
+        actor.call = None
+        try:
+            result = ray.get(call)
+        except ray.exceptions.RayTaskError:
+            raise  # a bug, with its traceback
+        except ray.exceptions.RayError as error:
+            self._replace(actor, error)
+            return None
+        if isinstance(result, Blip2Error):
+            raise result
+        if not actor.is_open:
+            actor.is_open = True
+            if self._work is None:
+                return actor, result
+            actor.handle.begin.remote(self._work)
+            return None
+        return actor, result
+
+    def _replace(self, actor: _Actor, error: Exception) -> None:
+        """Start another actor in place of one that was lost; its blocks begin anew.
+
+        Raises:
+            Blip2Error: that was tried too often.
+        """
+        print(f"note: an actor was lost ({first_line(error)})", file=sys.stderr)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(actor.handle)  # its machine may only be out of reach
+        mend = "lower `batch_size`, or give fewer `workers`; the same command goes on"
+        if actor.blocks:
+            first = actor.blocks[0]
+            first.losses += 1
+            if first.losses == TRIES:
+                names = (first.batches[n].pictures[n].name.values() for n in (0, -1))
+                raise Blip2Error(
+                    f"each of {TRIES} actors was lost that answered the pictures from"
+                    f" {' to '.join(map('/'.join, names))}, perhaps because memory ran out",
+                    mend,
+                )
+        self._lost = sorted([*self._lost, *actor.blocks], key=lambda b: b.batches[0].position)
+        self._actors.remove(actor)
+        if actor.losses + 1 < TRIES:
+            replacement = _Actor(self._start(), losses=actor.losses + 1)
+            replacement.call = replacement.handle.open.remote(*self._opening)
+            self._actors.append(replacement)
+        if not self._actors:
+            raise Blip2Error(
+                f"every actor was lost {TRIES} times before it answered anything, perhaps because"
+                " memory ran out",
+                mend,
+            )
+
+
+@dataclasses.dataclass
+class _Block:
+    """Batches behind one another, and how many actors were lost that answered them."""
+
+    batches: list[Batch]
+    losses: int = 0
+
+
+def _blocks(work: Work) -> Iterator[_Block]:
+    size = work.batch_size * work.block
+    for _, batches in itertools.groupby(work.batches(), lambda batch: batch.position // size):
+        yield _Block(list(batches))
+
+
+@dataclasses.dataclass
+class _Report:
+    """What an actor has answered since its last one, and how many batches more it has room for."""
+
+    answered: list[Answered]
+    room: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Actor:
+    """An actor as this process sees it.
+
+    Attributes:
+        handle: Ray's.
+        losses: of those before it, in a row, since one has answered something.
+        call: what it is about; None where it has nothing to do.
+        is_open: its engines are.
+        blocks: those that it was given and has not answered yet, in that order.
+        unsent: batches of the last of them.
+        room: how many batches it waits for.
+    """
+
+    handle: Any
+    losses: int = 0
+    call: Any = None
+    is_open: bool = False
+    blocks: list[_Block] = dataclasses.field(default_factory=list)
+    unsent: collections.deque[Batch] = dataclasses.field(default_factory=collections.deque)
+    room: int = _AHEAD
+
+    def give(self, next_block: Callable[[], _Block | None]) -> None:
+        """Send it what it has room for. Where there is no more it is told so, and ends what it has."""
+        batches: list[Batch] = []
+        while len(batches) < self.room:
+            if not self.unsent:
+                if (block := next_block()) is None:
+                    break
+                self.blocks.append(block)
+                self.unsent.extend(block.batches)
+            batches.append(self.unsent.popleft())
+        if batches or self.blocks:
+            self.call = self.handle.exchange.remote(batches, len(batches) < self.room)
+
+    def take(self, report: _Report) -> list[Answered]:
+        """Note what it has answered: in the order in which it was given."""
+        self.room = report.room
+        for answered in report.answered:
+            self.losses = 0
+            if answered.position == self.blocks[0].batches[-1].position:
+                del self.blocks[0]
+        return report.answered
+
+
+def connect(address: str) -> None:
+    """Join a Ray cluster, or start one of this machine ("local"); `blip2` is sent along.
+
+    Raises:
+        Blip2Error: there is none at the address.
+    """
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         _check_reachable(address)
         with tempfile.TemporaryDirectory() as code, _quiet_stderr():
@@ -179,6 +326,7 @@ def _connect(address: str) -> None:
                 runtime_env={"working_dir": code},
                 logging_level=logging.ERROR,
                 log_to_driver=False,
+                **({"include_dashboard": False} if address == "local" else {}),
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise Blip2Error(
@@ -187,11 +335,6 @@ def _connect(address: str) -> None:
         ) from None
     # Ray's own handler would end this process before it has said what was done.
     signal.signal(signal.SIGTERM, on_sigterm)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    # A block, which is what one task takes, never holds two rows.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
 
 
 def _check_reachable(address: str) -> None:
@@ -215,35 +358,98 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-@contextlib.contextmanager
-def _killed_workers() -> Iterator[None]:
-    try:
-        yield
-    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        raise Blip2Error(
-            f"a process of the cluster was killed, perhaps because memory ran out"
-            f" ({first_line(error)})",
-            "give the same command again to go on",
-        ) from None
+class _Engines:
+    """What an actor is: `LocalWorkers` for the batches that it is given. Runs in a worker of Ray's."""
 
+    def __init__(self) -> None:
+        """Import what takes seconds, while the process that wants us does so too."""
+        import blip2.many.batch  # noqa: F401
 
-# What follows runs in Ray's workers.
+        self._changed = threading.Condition()
+        # Batches in order; None where there are no more for now.
+        self._given: collections.deque[Batch | None] = collections.deque()
+        self._is_hungry = False  # somebody waits for more of them
+        self._answered: list[Answered] = []
+        self._error: BaseException | None = None
+        self._work: Work | None = None
 
+    def open(
+        self,
+        directory: str,
+        open_pipeline: OpenPipeline,
+        decoders: int,
+        questions: Sequence[Question],
+        decoding: dict[str, Any],
+    ) -> Facts | Blip2Error:
+        """Open the engines, and read off what a run must know of them."""
+        from blip2.many.batch import Facts, LocalWorkers
+        from blip2.many.decoders import Decoders
 
-def _packed(content: object) -> Row:
-    return {"content": pickle.dumps(content)}
+        # Or a process that decodes would import Ray's program, as what it was started from.
+        vars(sys.modules["__main__"]).pop("__file__", None)
+        try:
+            _enter(directory)
+            with contextlib.ExitStack() as on_error:
+                # They start while the engines load.
+                pool = on_error.enter_context(Decoders(decoders))
+                pipeline = open_pipeline()
+                facts = Facts.of(pipeline, questions, decoding)
+                on_error.pop_all()
+        except Blip2Error as error:
+            return error
+        self._workers = LocalWorkers(pipeline, pool)
+        threading.Thread(target=self._run, daemon=True).start()
+        return facts
 
+    def begin(self, work: Work) -> None:
+        """What is asked of the batches that come from now on."""
+        with self._changed:
+            self._given.append(None)
+            self._work = work
 
-def _unpacked(row: Row) -> Any:
-    """What was packed.
+    def exchange(self, batches: Sequence[Batch], is_all: bool) -> _Report | Blip2Error:
+        """Take batches in order; wait for an answer, or until there is nothing to do but take more.
 
-    Raises:
-        Blip2Error: that was one.
-    """
-    content = pickle.loads(row["content"])
-    if isinstance(content, Blip2Error):
-        raise content
-    return content
+        `is_all` says that there are no more for now: what was given is answered to its end.
+        """
+        with self._changed:
+            self._given.extend(batches)
+            if is_all:
+                self._given.append(None)
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: self._answered or self._error or (self._is_hungry and not self._given)
+            )
+            if isinstance(self._error, Blip2Error):
+                return self._error
+            if self._error is not None:
+                raise self._error
+            answered, self._answered = self._answered, []
+            return _Report(answered, max(0, _AHEAD - len(self._given)))
+
+    def _next(self) -> Batch | None:
+        with self._changed:
+            while not self._given:
+                self._is_hungry = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._is_hungry = False
+            return self._given.popleft()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                if (first := self._next()) is None:
+                    continue
+                batches = itertools.chain([first], iter(self._next, None))
+                for answered in self._workers.answer_some(batches, self._work):
+                    with self._changed:
+                        self._answered.append(answered)
+                        self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
 
 def _enter(directory: str) -> None:
@@ -255,74 +461,3 @@ def _enter(directory: str) -> None:
             f"{socket.gethostname()} cannot enter {directory} ({error.strerror})",
             "start the run in a directory that all machines of the cluster share",
         ) from None
-
-
-def _facts(
-    directory: str,
-    open_pipeline: OpenPipeline,
-    questions: Sequence[Question],
-    decoding: dict[str, Any],
-) -> Row:
-    try:
-        _enter(directory)
-        return _packed(Facts.of(open_pipeline(), questions, decoding))
-    except Blip2Error as error:
-        return _packed(error)
-
-
-def _read(rows: dict[str, Sequence[bytes]], directory: str) -> Iterator[dict[str, list[bytes]]]:
-    """The batches of the work that is the only row."""
-    try:
-        _enter(directory)
-        for batch in pickle.loads(rows["content"][0]).batches():
-            yield {"content": [pickle.dumps(batch)]}
-    except Blip2Error as error:
-        yield {"content": [pickle.dumps(error)]}
-
-
-def _decode(row: Row, directory: str, preprocessing: Preprocessing) -> Row:
-    try:
-        _enter(directory)
-        batch = _unpacked(row)
-    except Blip2Error as error:
-        return _packed(error)
-    decoded = [decode_picture(picture, preprocessing) for picture in batch.pictures]
-    # From here on the names are enough.
-    pictures = [dataclasses.replace(picture, content=None) for picture in batch.pictures]
-    return _packed(Batch(batch.position, pictures, decoded))
-
-
-class _Answerer:
-    """The engines of one GPU."""
-
-    def __init__(
-        self,
-        directory: str,
-        open_pipeline: OpenPipeline,
-        questions: Sequence[Question],
-        options: GenerationOptions,
-    ) -> None:
-        self._questions, self._options = questions, options
-        self._opened: Pipeline | Blip2Error
-        try:
-            _enter(directory)
-            self._opened = open_pipeline()
-        except Blip2Error as error:
-            self._opened = error
-        self._idle_since = time.perf_counter()
-
-    def __call__(self, row: Row) -> Row:
-        watch = Stopwatch()
-        watch.seconds[WAIT] = time.perf_counter() - self._idle_since
-        try:
-            batch = _unpacked(row)
-            if isinstance(self._opened, Blip2Error):
-                raise self._opened
-            values = stack_pictures(batch, self._opened.vision)
-            preprocessing, size = self._opened.vision.preprocessing, len(batch.decoded)
-            work = Work([], Start(), size, preprocessing, self._questions, self._options)
-            [answered] = answer_batches(self._opened, [(batch, values)], work, watch)
-        except Blip2Error as error:
-            return _packed(error)
-        self._idle_since = time.perf_counter()
-        return _packed(answered)

@@ -1,27 +1,22 @@
 """Pictures decoded by worker processes, ahead of whoever takes them, in the order given.
 
 with Decoders(workers=4) as decoders:
-    for batch in decoders.decode(batches, preprocessing):   # batches of inputs.Picture
-        batch.pixel_values, batch.errors
+    for batch, decoded in decoders.decode(batches, preprocessing):   # batches of inputs.Picture
+        ...
+
+A worker that is killed is started again, and what it had is tried again: a picture that kills it each
+time is one that cannot be read.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
-import contextlib
 import io
 import itertools
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,12 +27,13 @@ from blip2 import images
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.many.inputs import Picture
+from blip2.many.processes import TRIES, Killed, Processes
 
 # Batches in flight: one being taken, and enough behind it that the workers never wait for it.
 AHEAD = 3
 THUMBNAIL = 320  # pixels of the longer side
 _SHARE = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in so many of time
-_MOST_WORKERS = 61 if sys.platform == "win32" else 256  # that Windows can wait for at once
+_MOST_TOGETHER = 8  # pictures of a batch for one worker at a time
 
 T = TypeVar("T")
 
@@ -62,44 +58,38 @@ class Decoders:
     """A pool of processes that decode pictures. Use it as a context: leaving it ends them."""
 
     def __init__(self, workers: int) -> None:
-        # Not forked: a process that runs engines has threads and a GPU, which no fork could use.
-        # Nor forked from a server: that one imports from the current directory, not from ours.
-        context = multiprocessing.get_context("spawn")
-        # The workers end when nobody holds the other end: even where this process was killed.
-        ended, self._lifeline = context.Pipe(duplex=False)
-        workers = min(workers, _MOST_WORKERS)
-        self._pool = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(ended,)
-        )
+        """Start `workers` of them.
+
+        Raises:
+            Blip2Error: one cannot be started.
+        """
         try:
-            # They start and import while the engines load.
-            for _ in range(workers):
-                self._submit(int)
-        except BaseException:
-            self.__exit__(Blip2Error)
-            raise
+            self._processes = Processes(workers)
+        except OSError as error:
+            raise _not_started(error) from None
 
     def __enter__(self) -> Decoders:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:  # a download would be waited for
-            self._lifeline.close()
-            # A worker may end with half of a result sent. The pool's thread, which waits for the rest,
-            # hears that there is none once this process holds the pipe no longer either.
-            self._pool._result_queue._writer.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._lifeline.close()
+    def __exit__(self, *_: object) -> None:
+        self._processes.close()
 
     def decode(
         self, batches: Iterable[Sequence[Picture]], preprocessing: Preprocessing
     ) -> Iterator[tuple[Sequence[Picture], list[np.ndarray | str]]]:
-        """Each batch with, for each picture, its 3 x S x S float32 values or what is wrong with it.
+        """Each batch with, for each picture, its 3 x S x S bytes or what is wrong with it.
 
         Raises:
-            Blip2Error: a worker was killed.
+            Blip2Error: a worker was killed, and cannot be started again.
         """
-        return self._map(batches, decode_picture, preprocessing)
+        for batch, decoded in self._map(batches, decode_picture, preprocessing):
+            yield (
+                batch,
+                [
+                    _killed(picture) if isinstance(result, Killed) else result
+                    for picture, result in zip(batch, decoded, strict=True)
+                ],
+            )
 
     def thumbnails(
         self, batches: Iterable[Sequence[Picture]]
@@ -107,95 +97,64 @@ class Decoders:
         """Each batch with a small JPEG of each picture as a data URL; None where it has none.
 
         Raises:
-            Blip2Error: a worker was killed.
+            Blip2Error: a worker was killed, and cannot be started again.
         """
-        return self._map(batches, _thumbnail)
+        for batch, decoded in self._map(batches, _thumbnail):
+            yield batch, [None if isinstance(result, Killed) else result for result in decoded]
 
     def _map(
         self, batches: Iterable[Sequence[Picture]], function: Callable[..., T], *arguments: object
-    ) -> Iterator[tuple[Sequence[Picture], list[T]]]:
-        waiting: collections.deque[tuple[Sequence[Picture], list[Future[T]]]] = collections.deque()
+    ) -> Iterator[tuple[Sequence[Picture], list[T | Killed]]]:
+        waiting: collections.deque[tuple[Sequence[Picture], list[Future[list[T | Killed]]]]]
+        waiting = collections.deque()
         source = iter(batches)
         while True:
             for batch in itertools.islice(source, AHEAD - len(waiting)):
-                futures = [self._submit(function, picture, *arguments) for picture in batch]
+                size = min(-(-len(batch) // self._processes.count), _MOST_TOGETHER)
+                parts = (batch[start : start + size] for start in range(0, len(batch), size or 1))
+                futures = [self._processes.map(function, part, *arguments) for part in parts]
                 waiting.append((batch, futures))
             if not waiting:
                 return
             batch, futures = waiting.popleft()
-            yield batch, [self._result(future) for future in futures]
-
-    def _submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        try:
-            with _deaf_to_interrupts():
-                return self._pool.submit(function, *arguments)
-        except BrokenProcessPool:
-            raise _worker_killed() from None
-        except OSError as error:
-            raise Blip2Error(
-                f"cannot start a process that decodes pictures: {error.strerror or error}",
-                "end other programs, or give fewer `workers`",
-            ) from None
-
-    @staticmethod
-    def _result(future: Future[T]) -> T:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise _worker_killed() from None
+            try:
+                results = [result for future in futures for result in future.result()]
+            except OSError as error:
+                raise _not_started(error) from None
+            yield batch, results
 
 
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Have a process that is started within never hear of Ctrl-C; this one hears it afterwards.
-
-    The new one would answer with a traceback until it has got as far as `_start_worker`.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # else the first start does so, and opens the ears
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _worker_killed() -> Blip2Error:
+def _not_started(error: OSError) -> Blip2Error:
     return Blip2Error(
-        "a process that decodes pictures was killed, perhaps because memory ran out",
-        "give the same command again to go on, with fewer `workers`",
+        f"cannot start a process that decodes pictures: {error.strerror or error}",
+        "end other programs, or give fewer `workers`",
     )
 
 
-def _start_worker(ended: Connection) -> None:
-    """Leave Ctrl-C to the parent, and end when it closes its end of the pipe, whatever goes on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
-
-
-def _end_with(ended: Connection) -> None:
-    ended.poll(None)  # nothing is ever sent
-    os._exit(1)
+def _killed(picture: Picture) -> str:
+    name = "/".join(picture.name.values())
+    return (
+        f"{name} has ended each of the {TRIES} processes that decoded it, perhaps because memory ran"
+        " out; scale it down, or give fewer workers"
+    )
 
 
 def _load(picture: Picture) -> Image.Image:
     if picture.error:
         raise Blip2Error(picture.error)
-    if picture.content is None:
+    if picture.key is None:
         return images.load_image(picture.path)
     name = f"{picture.path}/{picture.key}"
-    if not picture.content:
+    content = picture.read()
+    if not content:
         raise Blip2Error(f"{name} is empty", "replace the file")
-    return images.decode_image(picture.content, name)
+    return images.decode_image(content, name)
 
 
 def decode_picture(picture: Picture, preprocessing: Preprocessing) -> np.ndarray | str:
-    """A picture's 3 x S x S float32 values, or what is wrong with it."""
+    """A picture's 3 x S x S bytes, not normalised, or what is wrong with it."""
     try:
-        return images.pixel_array(_load(picture), preprocessing)
+        return images.resized_pixels(_load(picture), preprocessing)
     except (Blip2Error, MemoryError) as error:
         return str(error) or "not enough memory for this picture"
 

@@ -7,7 +7,8 @@
 Folders are searched recursively for picture files and shards, sorted by path; hidden folders in them
 are left out. Links to folders are not followed: they may lead in circles. What macOS leaves beside
 pictures (`._name`, `__MACOSX/`) are none. `{000..009}` and `{a,b}` stand for names, as in webdataset.
-A shard's pictures are read one after the other, so a shard may be larger than the memory.
+Of a shard only the headers are read, and whoever decodes a picture reads that; a compressed one is read
+from its begin to its end, picture by picture. So a shard may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -40,20 +41,44 @@ _ENCODINGS = {  # of a list, by its byte order mark
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture, not decoded: a file or URL, or with `key` and `content` a file in a shard.
+    """One picture, not decoded: a file or URL, or with `key` a file in a shard.
 
-    `error` says why there is nothing to decode: of a file in a shard, or where a shard breaks off.
+    Of the latter `content` are the bytes, of a compressed shard, or `place` says where they lie: offset
+    and size. `error` says why there is nothing to decode: of a file in a shard, or where a shard breaks
+    off.
     """
 
     path: str
     key: str | None = None
     content: bytes | None = None
     error: str | None = None
+    place: tuple[int, int] | None = None
 
     @property
     def name(self) -> dict[str, str]:
         """What tells it from the others, as the output's lines have it."""
         return {"path": self.path} if self.key is None else {"path": self.path, "key": self.key}
+
+    def read(self) -> bytes:
+        """The bytes of a file in a shard.
+
+        Raises:
+            Blip2Error: the shard cannot be read, or is not what it was.
+        """
+        if self.content is not None:
+            return self.content
+        offset, size = self.place
+        try:
+            with open(self.path, "rb") as shard:
+                shard.seek(offset)
+                content = shard.read(size)
+        except OSError as error:
+            raise Blip2Error(
+                f"cannot read {self.path}: {error.strerror}", "check its permissions"
+            ) from None
+        if len(content) < size:
+            raise Blip2Error(f"{self.path} has become shorter", "replace the file")
+        return content
 
 
 def is_picture(path: str) -> bool:
@@ -222,6 +247,12 @@ def _open_shard(path: str, mode: str) -> tarfile.TarFile:
     return tarfile.open(path, mode, tarinfo=_Member, ignore_zeros=True)
 
 
+def _is_plain(path: str) -> bool:
+    """Whether a shard's files lie in it as they are: by its first header, which says "ustar"."""
+    with open(path, "rb") as shard:
+        return shard.read(512)[257:262] == b"ustar"
+
+
 def _pictures_in(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in shard:
         if not member.isdir() and is_picture(member.name):
@@ -236,16 +267,28 @@ _DAMAGES = (OSError, EOFError, tarfile.TarError, ValueError, zlib.error, lzma.LZ
 
 def _read_shard(path: str) -> Iterator[Picture]:
     try:
-        with _open_shard(path, "r|*") as shard:
+        if not _is_plain(path):
+            with _open_shard(path, "r|*") as shard:
+                for member in _pictures_in(shard):
+                    yield _refused(path, member) or Picture(
+                        path, member.name, shard.extractfile(member).read()
+                    )
+            return
+        size = os.path.getsize(path)
+        with _open_shard(path, "r:") as shard:
             for member in _pictures_in(shard):
-                yield _read_member(path, shard, member)
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(_CUT)
+                place = (member.offset_data, member.size)
+                yield _refused(path, member) or Picture(path, member.name, place=place)
     except _DAMAGES as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         what = "truncated" if reason == _CUT or isinstance(error, EOFError) else "damaged"
         yield Picture(path, error=f"{path} is {what} ({reason}); replace the file")
 
 
-def _read_member(path: str, shard: tarfile.TarFile, member: tarfile.TarInfo) -> Picture:
+def _refused(path: str, member: tarfile.TarInfo) -> Picture | None:
+    """What is said instead of a file that is none, or too large."""
     name = f"{path}/{member.name}"
     if not member.isreg():
         error = f"{name} is a link or a device, not a file; make the shard of files"
@@ -253,7 +296,7 @@ def _read_member(path: str, shard: tarfile.TarFile, member: tarfile.TarInfo) -> 
     if member.size > MAX_FILE_BYTES:
         error = f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; give a smaller file"
         return Picture(path, member.name, error=error)
-    return Picture(path, member.name, shard.extractfile(member).read())
+    return None
 
 
 def count_pictures(entries: Sequence[str]) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2 import artifacts
 from blip2.engines import Places
@@ -22,6 +23,9 @@ from blip2.many.decoders import Decoders, default_workers
 from blip2.many.journal import Journal, StandardOutput
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 from blip2.prompts import check_length
+
+if TYPE_CHECKING:
+    from blip2.many.cluster import Cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +40,8 @@ class Job:
         output: a file of JSON lines, which a later run goes on with; None is standard output.
         html: a page of the output to make afterwards.
         batch_size: pictures at once; None is what suits the engines.
-        workers: processes that decode pictures; None is half of the processors, or in a cluster all
-            that are free.
-        cluster: address of a Ray cluster to work on; "local" is one of this machine.
-        ray_actors: copies of the engines in it; None is one a GPU.
+        workers: processes that decode pictures here; None is half of the processors.
+        cluster: whose machines answer; None is this process.
         max_txt_len: tokens that a prompt may have.
         retry_errors: ask again about pictures of which the output has an error.
         verify: compare the engines' large files with their hashes.
@@ -53,8 +55,7 @@ class Job:
     html: Path | None = None
     batch_size: int | None = None
     workers: int | None = None
-    cluster: str | None = None
-    ray_actors: int | None = None
+    cluster: Cluster | None = None
     max_txt_len: int = 32
     retry_errors: bool = False
     verify: bool = True
@@ -69,10 +70,11 @@ class Job:
             Blip2Error: something to mend; the output has what was answered.
         """
         watch = watch or Stopwatch()
+        begun = time.perf_counter() - sum(watch.seconds.values())
         self._check_places()
         entries = inputs.list_entries(self.sources)
         with self._workers(watch) as (facts, workers):
-            summary = self._answer(entries, facts, workers)
+            summary = self._answer(entries, facts, workers, begun)
         afterwards = Stopwatch()
         if self.html:
             with Decoders(self._decoding_processes) as decoders, afterwards.time("page"):
@@ -108,11 +110,10 @@ class Job:
     @contextlib.contextmanager
     def _workers(self, watch: Stopwatch) -> Iterator[tuple[Facts, Workers]]:
         """Who answers, until the end of the context, and what a run must know of their engines."""
-        if self.cluster:
-            from blip2.many.cluster import Cluster  # Ray is an extra
-
-            with Cluster(self.cluster, self._open, self.ray_actors, self.workers) as cluster:
-                yield cluster.facts(self.questions, self.decoding), cluster
+        if self.cluster is not None:
+            with watch.time("load engines"):
+                facts = self.cluster.open(self._open, self.questions, self.decoding)
+            yield facts, self.cluster
             return
         with Decoders(self._decoding_processes) as decoders:
             with watch.time("load engines"):
@@ -125,8 +126,10 @@ class Job:
             facts = Facts.of(pipeline, self.questions, self.decoding)
             yield facts, batch.LocalWorkers(pipeline, decoders)
 
-    def _answer(self, entries: Sequence[str], facts: Facts, workers: Workers) -> Summary:
-        """Have the workers answer, and write it."""
+    def _answer(
+        self, entries: Sequence[str], facts: Facts, workers: Workers, begun: float
+    ) -> Summary:
+        """Have the workers answer, and write it; `begun` is when the run began."""
         for question, ids in zip(self.questions, facts.prompts, strict=True):
             check_length(question.prompt, ids, self.max_txt_len)
         size = self.batch_size or facts.batch_size
@@ -144,7 +147,7 @@ class Job:
             again = batch.retry_errors(workers, work, lines) if self.retry_errors else None
             total = inputs.count_pictures(entries)
             with contextlib.closing(workers.answer(work)) as answers:
-                summary = batch.record(answers, workers.count, total, lines)
+                summary = batch.record(answers, workers.count, total, lines, begun)
             return summary.following(again) if again else summary
 
     def _open_output(self, facts: Facts, batch_size: int) -> Journal | StandardOutput:

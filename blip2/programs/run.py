@@ -5,6 +5,7 @@
     python run.py --engine_dir onnx --opt_engine_dir opt/2.7B/trt_ckpt/int8_weightonly/1-gpu
     python run.py --input_dir photos/ --output captions.jsonl        # many pictures, resumable
     python run.py --input_dir photos/ --output captions.jsonl --ray  # on every GPU here
+    python run.py --server http://127.0.0.1:8000 --input_dir photo.jpg     # asks serve.py
     mpirun -n 2 python run.py --opt_engine_dir trt_engine/blip-2-opt-2.7b/fp16/2-gpu
 
 What --engine_dir and --opt_engine_dir hold decides what runs them: TensorRT plans, ONNX files or a
@@ -14,6 +15,7 @@ BLIP-2 checkpoint; a TensorRT-LLM engine, a TensorRT-LLM checkpoint or a BLIP-2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -30,13 +32,27 @@ from blip2.templates import TEMPLATE
 if TYPE_CHECKING:
     import torch
 
+    from blip2.answers import Answer
     from blip2.engines import Places
     from blip2.language import GenerationOptions
-    from blip2.pipeline import Answer, Pipeline
+    from blip2.many.cluster import Cluster
+    from blip2.pipeline import Pipeline
 
 
 STANDARD_OUTPUT = Path("-")
 DEFAULT_TEXT = "Question: which city is this? Answer:"
+# What is for engines of this process, not for a server's.
+ENGINE_FLAGS = (
+    *(
+        "engine_dir",
+        "opt_engine_dir",
+        "query_tokens",
+        "hf_model_location",
+        "no_verify",
+        "benchmark",
+    ),
+    *("batch_size", "ray", "html", "retry_errors"),
+)
 SAMPLING = ("top_k", "top_p", "temperature")
 
 
@@ -85,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workers",
         type=cli.int_between(1, 256),
         help="with --output: processes that decode pictures (default: half of the processors; with"
-        " --ray: as many as are free)",
+        " --ray: of each actor); with --server: pictures asked about at once (default: 32)",
     )
     add(
         "--ray",
@@ -99,6 +115,12 @@ def parse_arguments() -> argparse.Namespace:
         type=cli.positive_int,
         metavar="N",
         help="with --ray: copies of the engines (default: one a GPU, or without any one a machine)",
+    )
+    add(
+        "--server",
+        metavar="URL",
+        help="ask a server that serve.py started, instead of opening engines; its key is that of"
+        " $BLIP2_API_KEY",
     )
     add(
         "--query_tokens",
@@ -162,6 +184,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("several --input_text need --output")
     if not many and len(args.input_dir or []) > 1:
         parser.error("several pictures need --output")
+    if args.server:
+        for name in ENGINE_FLAGS:
+            if getattr(args, name):
+                parser.error(f"--{name} goes without --server")
+        if not args.input_dir:
+            parser.error("with --server give --input_dir the picture")
     args.input_text = args.input_text or ["" if many else DEFAULT_TEXT]
     return args
 
@@ -180,6 +208,8 @@ def template(text: str) -> str:
 
 def main() -> int | None:
     args = parse_arguments()
+    if args.server:
+        return ask_server_of_many(args) if args.output else ask_server(args)
     if args.output:
         return answer_many(args)
     answer_one(args)
@@ -204,7 +234,7 @@ def answer_one(args: argparse.Namespace) -> None:
     with watch.time("load engines"):
         pipeline = open_pipeline(places, verify=not args.no_verify)
     with watch.time("load picture"):
-        pixel_values = load_pixel_values(source, pipeline)
+        pixel_values = load_pictures(source, pipeline)
     options = pipeline.options(decoding_options(args))
     prompt_ids = pipeline.tokenizer.encode(question.prompt)
     check_length(question.prompt, prompt_ids, args.max_txt_len)
@@ -222,6 +252,63 @@ def answer_one(args: argparse.Namespace) -> None:
         print(json.dumps(as_json(question, answers, times)))
     else:
         print(as_text(question, answers, times))
+
+
+def ask_server(args: argparse.Namespace) -> None:
+    """Print a server's answer about one picture. Imports no torch."""
+    from blip2.serving.client import Client, read_picture
+
+    seconds = {"start": cli.seconds_since_start()}
+    [text], [picture] = args.input_text, args.input_dir
+    if picture.endswith(".pt"):
+        raise Blip2Error(f"{picture} is a tensor", "give `input_dir` a picture")
+    begun = time.perf_counter()
+    content = read_picture(picture)
+    seconds["load picture"] = time.perf_counter() - begun
+    with Client(args.server) as client:
+        answered = client.ask(content, text, server_options(args))
+    question = Asked(text, answered.prompt)
+    times = Times({**seconds, **answered.seconds}, cli.seconds_since_start())
+    answers = [answered.answers]
+    if args.json:
+        print(json.dumps(as_json(question, answers, times)))
+    else:
+        print(as_text(question, answers, times))
+
+
+def ask_server_of_many(args: argparse.Namespace) -> int:
+    """As `answer_many`, of a server. Imports no torch."""
+    from blip2.serving.many import REQUESTS, ServedJob
+
+    printed = args.output == STANDARD_OUTPUT
+    job = ServedJob(
+        url=args.server,
+        sources=args.input_dir,
+        questions=args.input_text,
+        options=server_options(args),
+        output=None if printed else args.output,
+        requests=args.workers or REQUESTS,
+    )
+    begun = time.perf_counter()
+    try:
+        summary = job.run()
+    except KeyboardInterrupt:
+        if printed:
+            raise
+        raise KeyboardInterrupt("the same command goes on where this one stopped") from None
+    rate = summary.new / (time.perf_counter() - begun)
+    table = (
+        f"{summary.done} pictures done, {summary.failed} of them failed; {summary.new} in this run,"
+        f" {rate:.1f} pictures/s"
+    )
+    print(table, file=sys.stderr if printed else sys.stdout)
+    return 1 if summary.failed else 0
+
+
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a server is told of how to decode."""
+    more = {"prompt_template": args.prompt_template, "max_txt_len": args.max_txt_len}
+    return {**decoding_options(args), **more}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +352,27 @@ def benchmark(
 
 def answer_many(args: argparse.Namespace) -> int:
     """Write a line for each picture and question; 1 if some picture could not be read, else 0."""
+    with contextlib.ExitStack() as open_until_the_end:
+        stages, cluster = {"start": cli.seconds_since_start()}, None
+        if args.ray:
+            from blip2.many.cluster import Cluster
+
+            # Its processes import PyTorch while this one does.
+            cluster = open_until_the_end.enter_context(
+                Cluster(args.ray, args.ray_actors, args.workers)
+            )
+            stages["start Ray"] = cli.seconds_since_start() - stages["start"]
+        return answer_on(cluster, args, stages)
+
+
+def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[str, float]) -> int:
+    """As `answer_many`, on a cluster or here; `stages` are those before, in seconds."""
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
     from blip2.templates import fill_template
 
+    stages["import"] = cli.seconds_since_start() - sum(stages.values())
     printed = args.output == STANDARD_OUTPUT
     job = Job(
         sources=args.input_dir,
@@ -280,14 +383,13 @@ def answer_many(args: argparse.Namespace) -> int:
         html=args.html,
         batch_size=args.batch_size,
         workers=args.workers,
-        cluster=args.ray,
-        ray_actors=args.ray_actors,
+        cluster=cluster,
         max_txt_len=args.max_txt_len,
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
     )
     try:
-        summary = job.run(Stopwatch({"start": cli.seconds_since_start()}))
+        summary = job.run(Stopwatch(stages))
     except KeyboardInterrupt:
         if printed:
             raise
@@ -306,14 +408,17 @@ def places_of(args: argparse.Namespace) -> Places:
     )
 
 
-def load_pixel_values(source: str, pipeline: Pipeline) -> torch.Tensor:
-    """image.pt as saved by the export (B x 3 x S x S), or one picture, preprocessed."""
+def load_pictures(source: str, pipeline: Pipeline) -> torch.Tensor:
+    """image.pt as saved by the export, or the pixels of one picture: B x 3 x S x S for the ViT."""
+    import torch
+
     from blip2 import images
 
     if source.endswith(".pt"):
         return load_saved_picture(Path(source))
     picture = images.load_image(source)
-    return images.pixel_values(picture, pipeline.vision.preprocessing)[None]
+    pixels = images.resized_pixels(picture, pipeline.vision.preprocessing)
+    return torch.from_numpy(pixels)[None]
 
 
 def load_saved_picture(path: Path) -> torch.Tensor:

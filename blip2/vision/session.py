@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 
 import torch
@@ -52,6 +53,8 @@ class VisionSession(abc.ABC):
     def vit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values B x 3 x S x S → image_embeds B x T x H_v in the session's dtype.
 
+        As for `pixel_values`, bytes are pixels still to be normalised.
+
         Raises:
             Blip2Error: the pictures have another size than the checkpoint takes.
         """
@@ -63,7 +66,31 @@ class VisionSession(abc.ABC):
                 "make image.pt with the same checkpoint, or give the picture itself",
             )
         self.load()
-        return self._split(self._vit, pixel_values.to(self.device, self.dtype))
+        return self._split(lambda part: self._vit(self.pixel_values(part)), pixel_values)
+
+    def pixel_values(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures as the ViT takes them, on its device and in its dtype: [B x] 3 x S x S.
+
+        Args:
+            pictures: uint8 pixels, as `images.resized_pixels` makes them, which are rescaled and
+                normalised now; or floats, for which that was done.
+        """
+        if pictures.dtype != torch.uint8:
+            return pictures.to(self.device, self.dtype, non_blocking=True)
+        # The bytes are copied, not what they become: that is two or four times as much.
+        rows = pictures.to(self.device, non_blocking=True).int() + self._table_rows
+        return self._table.index_select(0, rows.flatten()).view(pictures.shape)
+
+    @functools.cached_property
+    def _table(self) -> torch.Tensor:
+        """`Preprocessing.table` on the device, channel by channel: 768."""
+        table = torch.from_numpy(self.preprocessing.table())
+        return table.flatten().to(self.dtype).to(self.device)
+
+    @functools.cached_property
+    def _table_rows(self) -> torch.Tensor:
+        """Where each channel begins in `_table`: 3 x 1 x 1."""
+        return torch.arange(0, 768, 256, dtype=torch.int32, device=self.device)[:, None, None]
 
     def qformer(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """image_embeds B x T x H_v → query_output B x n x H_lm, projected to OPT's hidden size."""

@@ -14,7 +14,7 @@ from blip2.language.decoding import BeamSearch, Greedy
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
+from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy, likeliest
 from blip2.language.native.layers import Layers
 from blip2.language.session import GenerationOptions
 
@@ -209,3 +209,54 @@ def test_a_beam_takes_over_the_table_of_another(device, num_beams):
         expected = torch.where(filled, cache.sources[source_rows], rows.int()[:, None])
         cache.reorder(source_rows)
         assert torch.equal(cache.sources, expected)
+
+
+@pytest.mark.parametrize("head_size", [8, 80, 128])
+def test_rows_are_moved_as_far_as_they_have_tokens(device, head_size):
+    layers, rows, heads, max_len = 3, 40, 5, 96
+    generator = torch.Generator(device).manual_seed(head_size)
+    shape = (layers, rows, heads, max_len, head_size)
+    keys, values = (
+        torch.randn(shape, generator=generator, device=device, dtype=torch.float16)
+        for _ in range(2)
+    )
+    lengths = torch.randint(0, max_len + 1, (rows,), generator=generator, device=device)
+    order = torch.randperm(rows, generator=generator, device=device)
+    pairs = order[:26].view(2, 13).contiguous()
+    lengths[pairs[0, :3]] = torch.tensor([0, 1, max_len], device=device)
+    expected = []
+    for cache in (keys, values):
+        wanted = cache.clone()
+        for source, target in pairs.T.tolist():
+            length = int(lengths[source])
+            wanted[:, target, :, :length] = cache[:, source, :, :length]
+        expected.append(wanted)
+    launch(
+        kernels.move_rows_kernel,
+        (heads, layers, pairs.shape[1]),
+        keys,
+        values,
+        lengths,
+        pairs,
+        rows * heads * max_len * head_size,
+        max_len * head_size,
+        head_size,
+        BLOCK=2048,
+        device=device,
+    )
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+
+
+@pytest.mark.parametrize("vocab_size", [5, 8192, 50272, 50273])
+def test_the_likeliest_tokens_and_whether_scores_are_finite(device, vocab_size):
+    scores = torch.randn(9, vocab_size, device=device)
+    scores[1, 3] = scores[1, 4] = 50  # of two the first
+    for row, bad in ((2, math.nan), (3, math.inf), (4, -math.inf)):
+        scores[row, vocab_size - 1] = bad
+    tokens, finite = likeliest(scores)
+    assert finite.tolist() == [1, 1, 0, 0, 0, 1, 1, 1, 1]
+    whole = finite.bool()
+    assert torch.equal(scores.gather(1, tokens[:, None])[whole, 0], scores[whole].amax(1))
+    assert tokens[1] == 3
+    assert ((tokens >= 0) & (tokens < vocab_size)).all()

@@ -109,6 +109,17 @@ def test_stages_of_every_batch_size_are_right_and_share_memory(num_heads, tmp_pa
     assert len(session._stages.vit._prepared) == 11
 
 
+def test_bytes_become_pixel_values_on_the_gpu(tmp_path):
+    """More than a graph takes, from pinned memory; with the bits that the host would give them."""
+    models.tiny_blip2(tmp_path)
+    session = open_checkpoint_session(tmp_path, tmp_path)
+    pixels = torch.randint(256, (MAX_BATCH_SIZE + 9, 3, 28, 28), dtype=torch.uint8).pin_memory()
+    table = torch.from_numpy(session.preprocessing.table()).half()
+    expected = torch.stack([table[c][pixels[:, c].long()] for c in range(3)], 1)
+    assert torch.equal(session.pixel_values(pixels).cpu(), expected)
+    assert torch.equal(session.vit(pixels), session.vit(expected))
+
+
 def test_float32_is_computed_in_float32(tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint.checkpoint)
     session = TorchSession(checkpoint, Preprocessing.of(checkpoint), torch.float32, GPU)

@@ -137,8 +137,15 @@ class RowPool:
         view = KVCache.over(self._keys[:, rows], self._values[:, rows], lengths, width)
         return self._model.step(tokens[rows], view)
 
+    def move_rows(self, pairs: torch.Tensor) -> None:
+        """Let rows become copies of others, pairs 2 x n: from, to. No row is both."""
+        sources, targets = pairs
+        for tensor in (self._keys, self._values):
+            tensor[:, targets] = tensor[:, sources]
+        self._lengths[targets] = self._lengths[sources]
+
     def move(self, source: int, target: int, count: int) -> None:
-        """Let rows lie further in front."""
+        """Let a request's rows, side by side, lie further in front."""
         for tensor in (self._keys, self._values):
             for offset in range(count):
                 tensor[:, target + offset] = tensor[:, source + offset]

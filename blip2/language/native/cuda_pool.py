@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blip2.gpu.kernel_launch import launch
+from blip2.language.native import kernels
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.prompt import Prompt, is_captured, padded_length
@@ -115,6 +117,27 @@ class CudaPool:
                 self._model.config, self._model.weights, self._cache, rows
             )
         return self._steps[rows](tokens)
+
+    def move_rows(self, pairs: torch.Tensor) -> None:
+        """As `RowPool.move_rows`: one kernel for all of them, and of each what it has."""
+        cache = self._cache
+        layers, rows, heads, max_len, head_size = cache.keys.shape
+        launch(
+            kernels.move_rows_kernel,
+            (heads, layers, pairs.shape[1]),
+            cache.keys,
+            cache.values,
+            cache.lengths,
+            pairs,
+            rows * heads * max_len * head_size,
+            max_len * head_size,
+            head_size,
+            BLOCK=2048,
+            device=pairs.device,
+        )
+        sources, targets = pairs
+        cache.lengths[targets] = cache.lengths[sources]
+        cache.sources[targets] = self._own[targets].expand(-1, max_len)
 
     def move(self, source: int, target: int, count: int) -> None:
         """As `RowPool.move`."""

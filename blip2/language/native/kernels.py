@@ -126,6 +126,38 @@ def prompt_attention_kernel(
 
 
 @triton.jit
+def move_rows_kernel(
+    keys,  # layers x rows x heads x max_len x D
+    values,
+    lengths,  # rows, int64: tokens of each
+    pairs,  # 2 x moves, int64: rows, and the ones that become copies of them
+    layer_size,  # rows · heads · max_len · D
+    head_size,  # max_len · D
+    D,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Copy one head of one layer of a row, as far as it has tokens."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    head, layer, move = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    source = tl.load(pairs + move)
+    target = tl.load(pairs + tl.num_programs(2) + move)
+    size = (tl.load(lengths + source) * D).to(tl.int32)
+    start = layer.to(tl.int64) * layer_size
+    start_from = start + (source * tl.num_programs(0) + head) * head_size
+    start_to = start + (target * tl.num_programs(0) + head) * head_size
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        there = at < size
+        key = tl.load(keys + start_from + at, mask=there)
+        value = tl.load(values + start_from + at, mask=there)
+        tl.store(keys + start_to + at, key, mask=there)
+        tl.store(values + start_to + at, value, mask=there)
+
+
+@triton.jit
 def _likeliest(logits, row, vocab_size, BLOCK: tl.constexpr):
     """The likeliest token of a row, of several the first, and the sum of its logits."""
     columns = tl.arange(0, BLOCK)

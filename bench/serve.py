@@ -1,0 +1,373 @@
+"""serve.py under load, from outside its processes, beside the same engines without a server.
+
+    python -m bench.serve                          # random weights of the real shapes: no download
+    python -m bench.serve --model_dir DIRECTORY    # a BLIP-2 of your own
+    python -m bench.serve --model_dir demo/checkpoint --text "" --seconds 5    # on a CPU
+
+Clients in closed loops, each asking again when it has its answer; then arrivals at random (Poisson) at
+shares of what 64 clients got. Every request brings a picture that the server has not seen, as a data:
+URL. Answers of random weights hardly end by themselves: most have TOKENS tokens. "Offline" is what
+`run.py --output` does with pictures that are decoded already. "First" is from sending to the first
+text; it includes the decoding of the picture, which is said apart. "Token" is from one token of an
+answer to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from blip2 import cli
+from blip2.errors import Blip2Error
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "Question: which city is this? Answer:"
+TOKENS = 20
+CLIENTS = (1, 8, 64, 256)
+SHARES = (0.5, 0.8, 0.95)
+_WARM_UP_SECONDS = 3.0
+_START_SECONDS = 600.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as directory:
+        model = args.model_dir
+        if model is None:
+            from bench.startup import random_checkpoint
+
+            model = random_checkpoint(Path(directory, "checkpoint"))
+        alone = offline(model)
+        print(
+            f"offline: {alone['rate']:.1f} captions/s; first token of one alone:"
+            f" {alone['first_ms']:.1f} ms",
+            flush=True,
+        )
+        with serving(model, args.workers) as server:
+            picture = args.picture.read_bytes() if args.picture else photograph()
+            load = Load(server, picture, args.text)
+            asyncio.run(measure(load, args.seconds, alone))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Measure serve.py under load.")
+    parser.add_argument(
+        "--model_dir", type=Path, help="BLIP-2 checkpoint (default: random weights)"
+    )
+    parser.add_argument("--picture", type=Path, help="JPEG or PNG (default: noise, 54 kB of JPEG)")
+    parser.add_argument("--text", default=TEXT, help="the question; empty: a caption")
+    parser.add_argument(
+        "--seconds", type=cli.positive_float, default=15.0, help="of each line, after a warm-up"
+    )
+    parser.add_argument("--workers", type=cli.positive_int, help="as serve.py's")
+    return parser.parse_args()
+
+
+def photograph() -> bytes:
+    """A JPEG of 640 x 480, some 54 kB, as pictures of the web are."""
+    import numpy as np
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    coarse = chance.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+    grain = chance.normal(0, 6, (480, 640, 3))
+    pixels = np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=60)
+    return content.getvalue()
+
+
+def offline(model: Path) -> dict[str, float]:
+    """The same engines without a server, in a process whose GPU memory ends with it."""
+    code = "import sys; from bench.serve import print_offline; print_offline(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise Blip2Error(f"the engines of {model} do not answer; see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_offline(model: str) -> None:
+    """Captions a second of a folder that is decoded, and milliseconds to the first token of one."""
+    import torch
+
+    from blip2.engines import Places
+    from blip2.many import answering
+    from blip2.pipeline import Stopwatch, open_pipeline
+
+    pipeline = open_pipeline(Places.of(model, model))
+    size, sides = pipeline.default_batch_size, pipeline.vision.preprocessing
+    values = torch.randn(size, 3, sides.height, sides.width).to(pipeline.vision.dtype)
+    if pipeline.vision.device.type == "cuda":
+        values = values.pin_memory()
+
+    options = dataclasses.replace(pipeline.options({"max_output_len": TOKENS}), end_id=-1)
+    block = answering.block_of(pipeline, options)
+    windows = (answering.Window(n * size, size, values) for n in range(max(8, 3 * block)))
+    answer = answering.answer_in_batches
+    if answering.has_rows(pipeline, options):
+        answer = answering.answer_in_rows
+    ended = []
+    for _ in answer(pipeline, windows, [TEXT], options, size, Stopwatch()):
+        ended.append(time.perf_counter())
+    # Of whole blocks, behind one that warms up; of batches behind two.
+    first = max(2, block) - 1
+    rate = (len(ended) - 1 - first) * size / (ended[-1] - ended[first])
+
+    options = dataclasses.replace(options, max_output_len=1)
+    seconds = []
+    for _ in range(22):
+        begun = time.perf_counter()
+        pipeline.ask(pipeline.look(values[:1], Stopwatch()), [TEXT], options)
+        seconds.append(time.perf_counter() - begun)
+    first_ms = 1e3 * statistics.median(seconds[2:])
+    print(json.dumps({"rate": rate, "first_ms": first_ms}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """One that runs: where, and its processes."""
+
+    port: int
+    pid: int
+
+    def seconds_of_processors(self) -> dict[str, float]:
+        """What each of its kinds of process has used of processors."""
+        found = {"HTTP": _seconds_of(self.pid), "engines": 0.0, "decoders": 0.0}
+        for child in _children(self.pid):
+            command = Path(f"/proc/{child}/maps").read_text()
+            found["engines" if "libtorch" in command else "decoders"] += _seconds_of(child)
+        return found
+
+
+def _seconds_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS  # proc(5): utime, stime
+
+
+def _children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in listed for child in path.read_text().split()]
+
+
+@contextlib.contextmanager
+def serving(model: Path, workers: int | None) -> Iterator[Server]:
+    """serve.py as a process of its own, until the end of the context."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve.py", "--port", str(port), "--max_waiting", "1024"]
+    command += ["--engine_dir", str(model), "--opt_engine_dir", str(model)]
+    command += ["--workers", str(workers)] if workers else []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            asyncio.run(_until_ready(port, process))
+            yield Server(port, process.pid)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def _until_ready(port: int, process: subprocess.Popen) -> None:
+    give_up = time.monotonic() + _START_SECONDS
+    while time.monotonic() < give_up and process.poll() is None:
+        with contextlib.suppress(OSError, EOFError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            status = await reader.readline()
+            writer.close()
+            if b" 200 " in status:
+                return
+        await asyncio.sleep(0.2)
+    raise Blip2Error("the server does not start; see above")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One answer: when it was asked for, and seconds to its first text, its last, and to decode."""
+
+    begun: float
+    first: float
+    whole: float
+    decode: float
+    tokens: int
+
+    @property
+    def token(self) -> float:
+        """Seconds from one token to the next, on average."""
+        return (self.whole - self.first) / max(1, self.tokens - 1)
+
+
+class Connection:
+    """To the server, for one request after another."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, body: bytes, begun: float) -> Sample:
+        """Send a request and read its stream; `begun` is when it should have been sent."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
+        reader, writer = self._streams
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        while (await reader.readline()).strip():
+            pass
+        if b" 200 " not in status:
+            raise Blip2Error(f"the server answers {status.decode().strip()}")
+        first, last, tokens, decode = 0.0, b"", 0, 0.0
+        while size := int((await reader.readline()).strip(), 16):  # chunked: RFC 9112
+            last = await reader.readexactly(size)
+            await reader.readexactly(2)
+            first = first or time.perf_counter()
+        await reader.readexactly(2)
+        whole = time.perf_counter()
+        for event in last.split(b"\n\n"):
+            data = event.removeprefix(b"data: ")
+            if not data.startswith(b"{"):
+                continue
+            found = json.loads(data)
+            if "error" in found:
+                raise Blip2Error(f"the server says: {found['error']['message']}")
+            decode = found.get("blip2", {}).get("seconds", {}).get("decode", decode)
+            tokens = (found.get("usage") or {}).get("completion_tokens", tokens)
+        return Sample(begun, first - begun, whole - begun, decode, tokens)
+
+
+class Load:
+    """Requests without end, each with a picture of its own."""
+
+    def __init__(self, server: Server, picture: bytes, text: str) -> None:
+        self.server, self._numbers = server, itertools.count()
+        padded = picture + b"\0" * (-len(picture) % 3)  # base64 of parts is that of the whole
+        marker = "@@@"
+        url = "data:image/jpeg;base64," + base64.b64encode(padded).decode() + marker
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        body = {
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": TOKENS,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        self._before, _, self._after = json.dumps(body).encode().partition(marker.encode())
+
+    def body(self) -> bytes:
+        """The next request's."""
+        tail = f"{os.getpid():08x}{next(self._numbers):016x}".encode()
+        return self._before + base64.b64encode(tail) + self._after
+
+    async def closed(self, clients: int, seconds: float) -> list[Sample]:
+        """What `clients` get that ask again as soon as they have an answer."""
+        end = time.perf_counter() + seconds
+
+        async def client() -> list[Sample]:
+            connection, samples = Connection(self.server.port), []
+            while (now := time.perf_counter()) < end:
+                samples.append(await connection.ask(self.body(), now))
+            return samples
+
+        return [
+            s for found in await asyncio.gather(*(client() for _ in range(clients))) for s in found
+        ]
+
+    async def poisson(self, rate: float, seconds: float) -> list[Sample]:
+        """What comes of arrivals at random, `rate` a second, whether others are answered or not."""
+        chance, idle = random.Random(1), [Connection(self.server.port)]
+        samples: list[Sample] = []
+        begun = time.perf_counter()
+
+        async def one(at: float) -> None:
+            connection = idle.pop() if idle else Connection(self.server.port)
+            samples.append(await connection.ask(self.body(), at))
+            idle.append(connection)
+
+        at, tasks = begun, []
+        while (at := at + chance.expovariate(rate)) < begun + seconds:
+            await asyncio.sleep(max(0.0, at - time.perf_counter()))
+            tasks.append(asyncio.create_task(one(at)))
+        await asyncio.gather(*tasks)
+        return samples
+
+
+async def measure(load: Load, seconds: float, alone: dict[str, float]) -> None:
+    """Print a line for each load."""
+    print(f"{'':<22}{'answers/s':>10}{'offline':>9}{'tokens':>8}", end="")
+    for name in ("first", "token", "whole"):
+        print(f"{name + ', ms: p50':>17}{'p95':>8}{'p99':>8}", end="")
+    print(flush=True)
+    rates, idle = {}, 0.0
+    for clients in CLIENTS:
+        await load.closed(clients, _WARM_UP_SECONDS)
+        before, begun = load.server.seconds_of_processors(), time.perf_counter()
+        samples = await load.closed(clients, seconds)
+        took, after = time.perf_counter() - begun, load.server.seconds_of_processors()
+        rates[clients] = len(samples) / took
+        line(f"{clients} in closed loop", rates[clients], alone["rate"], samples)
+        if clients == 1:
+            idle = percentile([s.whole for s in samples], 99)
+            bare = statistics.median(s.first - s.decode for s in samples)
+            decode = statistics.median(s.decode for s in samples)
+            more = 1e3 * bare - alone["first_ms"]
+            print(
+                f"    first text {more:+.1f} ms beside the pipeline's, and {1e3 * decode:.1f} to decode"
+            )
+        used = {name: 1e3 * (after[name] - before[name]) / len(samples) for name in after}
+        shares = ", ".join(f"{name} {ms:.2f}" for name, ms in used.items())
+        print(f"    ms of processors an answer: {shares}", flush=True)
+    capacity = rates[64]
+    for share in SHARES:
+        begun = time.perf_counter()
+        samples = await load.poisson(share * capacity, seconds)
+        took = time.perf_counter() - begun
+        line(f"random, {share:.0%} of 64's", len(samples) / took, alone["rate"], samples)
+        slower = percentile([s.whole for s in samples], 99) / idle
+        print(f"    whole answers' p99: {slower:.1f}x of one client's", flush=True)
+
+
+def line(name: str, rate: float, offline_rate: float, samples: Sequence[Sample]) -> None:
+    """Print a load's numbers."""
+    tokens = statistics.mean(sample.tokens for sample in samples)
+    print(f"{name:<22}{rate:>10.1f}{rate / offline_rate:>9.0%}{tokens:>8.1f}", end="")
+    parts: tuple[Callable[[Sample], float], ...] = (
+        lambda s: s.first,
+        lambda s: s.token,
+        lambda s: s.whole,
+    )
+    for part in parts:
+        values = [part(sample) for sample in samples]
+        p50, p95, p99 = (1e3 * percentile(values, share) for share in (50, 95, 99))
+        print(f"{p50:>17.1f}{p95:>8.1f}{p99:>8.1f}", end="")
+    print(flush=True)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` percent do not exceed: the nearest rank."""
+    ranked = sorted(values)
+    return ranked[max(0, -(-len(ranked) * int(share) // 100) - 1)]
+
+
+if __name__ == "__main__":
+    cli.run(main)
