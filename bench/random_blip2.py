@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import time
@@ -74,17 +76,16 @@ def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSessio
     return vision, languages
 
 
-def float8_vit(directory: Path) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The checkpoint's ViT with all layers in FP8, as an export has it that leaves none out.
-
-    None on a GPU without FP8.
-    """
+def in_float8(vision: TorchSession, directory: Path) -> TorchSession | None:
+    """A loaded session, but with all layers of its ViT in FP8; None where the GPU has none."""
     device = torch.device(DEVICE)
     if not has_float8(device):
         return None
     vit = modules.load_vision_transformer(open_checkpoint(directory), torch.float16, device)
     quantise_linears(vit.encoder)
-    return Graphs(CudaVisionTransformer(vit))
+    session = copy.copy(vision)
+    session._stages = dataclasses.replace(vision._stages, vit=Graphs(CudaVisionTransformer(vit)))
+    return session
 
 
 def timed(name: str, function: Callable, *arguments):
