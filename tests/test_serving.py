@@ -34,7 +34,7 @@ from blip2.serving.errors import Refusal
 from blip2.serving.fetch import Target, is_public
 from blip2.serving.frames import Frame
 from blip2.serving.front import Front
-from blip2.serving.pictures import Pictures
+from blip2.serving.pictures import Decoded, Pictures
 from blip2.serving.texts import GrowingText
 from blip2.templates import TEMPLATE
 
@@ -309,7 +309,7 @@ class FakeEngines:
     def __init__(self) -> None:
         self.has: list[str] = []
 
-    async def load_picture(self, key, _shape, _pixels) -> None:
+    async def load_picture(self, key, _shape, _slot) -> None:
         self.has.append(key)
 
     def forget_picture(self, key) -> None:
@@ -333,7 +333,7 @@ class FakeDecoders:
         self.asked.append(content)
         if content == b"bad":
             raise Refusal(400, "bad")
-        return Frame({"shape": [3, 2, 2]}, b"values")
+        return Decoded([3, 2, 2], 0)
 
 
 def test_pictures_are_kept_by_content_and_let_go_in_time():
@@ -501,7 +501,7 @@ class FakePeer:
 
 READY = {
     "preprocessing": dataclasses.asdict(Preprocessing(2, 2)),
-    **{"dtype": "float32", "rows": 4, "max_txt_len": 9, "max_output_len": 9, "max_beams": 2},
+    **{"rows": 4, "max_txt_len": 9, "max_output_len": 9, "max_beams": 2},
     "fingerprint": "x",
 }
 
@@ -511,7 +511,7 @@ def test_who_leaves_while_he_is_asking_leaves_nothing_behind():
 
     async def run() -> None:
         peer = FakePeer()
-        engines = Engines(peer)
+        engines = Engines(peer, lambda _slot: None)
         peer.frames.put_nowait(Frame({"ready": dict(READY)}, b""))
         await engines.ready()
         asking = asyncio.create_task(engines.ask("picture", Question("what?"), 3))
@@ -540,7 +540,7 @@ def test_news_wait_for_a_slow_reader_and_come_together():
     async def run() -> None:
         peer = FakePeer()
         peer.may.set()
-        engines = Engines(peer)
+        engines = Engines(peer, lambda _slot: None)
         peer.frames.put_nowait(Frame({"ready": dict(READY)}, b""))
         await engines.ready()
         asked = await engines.ask("picture", Question("what?"), 2)

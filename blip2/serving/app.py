@@ -35,6 +35,7 @@ from blip2.serving.metrics import CONTENT_TYPE, Metrics
 from blip2.serving.page import Page
 from blip2.serving.pictures import Decoders, Held, Pictures
 from blip2.serving.replies import Reply
+from blip2.serving.slots import Slots
 
 _BODIES_TOGETHER = 16  # times the largest
 
@@ -68,6 +69,7 @@ class Service:
             settings.max_body, settings.body_timeout, _BODIES_TOGETHER * settings.max_body
         )
         self._engines: Engines | None = None
+        self._slots: Slots | None = None
         self._decoders: Decoders | None = None
         self._pictures: Pictures | None = None
         self._rows_wanted = 0  # by the requests that were accepted
@@ -83,13 +85,14 @@ class Service:
             Blip2Error: they cannot be opened.
             EnginesEnded: their process has ended.
         """
-        self._engines = await Engines.start(engine_settings)
+        self._slots = slots = Slots()
+        self._engines = await Engines.start(engine_settings, slots.memory, slots.give_back)
         facts = await self._engines.ready()
-        self._decoders = Decoders(
-            self.settings.decoders,
-            self.settings.picture_timeout,
-            facts.preprocessing,
-        )
+        preprocessing, decoders = facts.preprocessing, self.settings.decoders
+        # Of each process one that it fills, and one that the engines have yet to take.
+        slots.make(2 * decoders, 3 * preprocessing.height * preprocessing.width)
+        timeout = self.settings.picture_timeout
+        self._decoders = Decoders(decoders, timeout, preprocessing, slots)
         await self._decoders.start()
         self._pictures = Pictures(self._engines, self._decoders)
         return facts
@@ -114,6 +117,8 @@ class Service:
             self._decoders.close()
         if self._engines is not None:
             self._engines.close()
+        if self._slots is not None:
+            self._slots.memory.close()
 
     def _routes(self) -> Router:
         page = Page.load()

@@ -20,16 +20,17 @@ from blip2 import images, memory
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.serving.frames import Channel
+from blip2.serving.slots import SharedMemory
 
 MAX_PIXELS = 50_000_000  # some 400 MB while they are decoded
 _MEMORY = 4 << 30  # bytes: what a decoder may make of a picture that lies
 
 
-def run(channel: Channel) -> None:
+def run(channel: Channel, memory: SharedMemory) -> None:
     """Decode what comes until the server has gone; raises EOFError or OSError then.
 
-    A frame has the picture's file; the first one the preprocessing. The answer has the pixels,
-    3 x S x S, or the code of what is wrong.
+    A frame has the picture's file, and the slot of `memory` for its pixels; the first one the
+    preprocessing. The answer has the pixels' shape, 3 x S x S, or the code of what is wrong.
     """
     _limit_memory()
     frame = channel.read()
@@ -41,7 +42,9 @@ def run(channel: Channel) -> None:
         if isinstance(pixels, str):
             channel.write({"wrong": pixels})
         else:
-            channel.write({"shape": list(pixels.shape)}, pixels.tobytes())
+            slot = memory.slot(frame.message["slot"], pixels.nbytes)
+            np.copyto(np.frombuffer(slot, np.uint8).reshape(pixels.shape), pixels)
+            channel.write({"shape": list(pixels.shape)})
 
 
 def decode(content: bytes, preprocessing: Preprocessing) -> np.ndarray | str:

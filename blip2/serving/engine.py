@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from blip2.errors import Blip2Error
@@ -19,6 +20,7 @@ from blip2.serving import engine_process
 from blip2.serving.engine_process import EngineSettings
 from blip2.serving.errors import Refusal, broken
 from blip2.serving.processes import Peer
+from blip2.serving.slots import SharedMemory
 from blip2.templates import TEMPLATE
 
 
@@ -75,9 +77,9 @@ class EnginesEnded(Exception):
 class Engines:
     """The process that has the engines."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, took: Callable[[int], None]) -> None:
         """Made by `start`."""
-        self._peer = peer
+        self._peer, self._took = peer, took
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[Asked, int]] = {}  # with the number of the choice
         self._loads: list[asyncio.Future[Load]] = []
@@ -85,9 +87,18 @@ class Engines:
         self.ended: asyncio.Task[None] = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls, settings: EngineSettings) -> Engines:
-        """Have the engines opened; `ready` waits for them."""
-        return cls(await Peer.start("blip2-engines", engine_process.run, settings))
+    async def start(
+        cls, settings: EngineSettings, memory: SharedMemory, took: Callable[[int], None]
+    ) -> Engines:
+        """Have the engines opened; `ready` waits for them.
+
+        Args:
+            settings: what is opened.
+            memory: in whose slots pixels will be.
+            took: called with the slot of a picture that they have taken.
+        """
+        peer = await Peer.start("blip2-engines", engine_process.run, settings, memory)
+        return cls(peer, took)
 
     async def ready(self) -> Facts:
         """What the engines are, once they are loaded.
@@ -109,9 +120,9 @@ class Engines:
         """Of engines that are ready."""
         return self._ready.result()
 
-    async def load_picture(self, key: str, shape: list[int], pixels: bytes) -> None:
-        """Give them a picture, to be called `key`. Raises OSError: they have ended."""
-        await self._peer.send({"do": "picture", "key": key, "shape": shape}, pixels)
+    async def load_picture(self, key: str, shape: list[int], slot: int) -> None:
+        """Give them the picture in a slot, to be called `key`. Raises OSError: they have ended."""
+        await self._peer.send({"do": "picture", "key": key, "shape": shape, "slot": slot})
 
     def forget_picture(self, key: str) -> None:
         """Let a picture go; requests that have it keep it."""
@@ -190,6 +201,8 @@ class Engines:
             asked.put(choice, event)
             if "text" not in event:
                 del self._asked[number]
+        for slot in message.get("took", ()):
+            self._took(slot)
         if "load" in message:
             waiting = self._loads.pop(0)
             if not waiting.done():  # who asked may have left

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import queue
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from blip2.errors import Blip2Error
 from blip2.serving.conversation import fitting_prompt
 from blip2.serving.frames import Channel, Frame
+from blip2.serving.slots import SharedMemory
 from blip2.serving.texts import GrowingText, first_stop
 from blip2.templates import TEMPLATE, fill_template
 
@@ -56,11 +58,11 @@ class EngineSettings:
 _USUAL_TXT_LEN = 128
 
 
-def run(channel: Channel, settings: EngineSettings) -> None:
-    """Open the engines, say so, and answer until the server has gone."""
+def run(channel: Channel, settings: EngineSettings, memory: SharedMemory) -> None:
+    """Open the engines, say so, and answer until the server has gone; pixels come in `memory`."""
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        host = Host(channel, settings)
+        host = Host(channel, settings, memory)
     except Blip2Error as error:
         channel.write({"failed": str(error)})
         return
@@ -70,7 +72,7 @@ def run(channel: Channel, settings: EngineSettings) -> None:
 class Host:
     """The engines, and what is asked of them. One thread reads what comes, one writes what is made."""
 
-    def __init__(self, channel: Channel, settings: EngineSettings) -> None:
+    def __init__(self, channel: Channel, settings: EngineSettings, memory: SharedMemory) -> None:
         """Open the engines and have them make what they need.
 
         Raises:
@@ -82,7 +84,7 @@ class Host:
         from blip2.engines import Places
         from blip2.pipeline import open_pipeline
 
-        self._channel = channel
+        self._channel, self._memory = channel, memory
         places = Places.of(**settings.places)
         self._pipeline = open_pipeline(places, settings.verify)
         if self._pipeline.vision.device.type == "cuda":
@@ -152,10 +154,13 @@ class Host:
     def _take_picture(self, frame: Frame) -> None:
         import torch
 
-        pixels = torch.frombuffer(frame.content, dtype=torch.uint8).view(frame.message["shape"])
-        if self._pipeline.vision.device.type == "cuda":
-            # From other memory the copy would be waited for, and it waits for the steps before it.
-            pixels = pixels.pin_memory()
+        shape, slot = frame.message["shape"], frame.message["slot"]
+        there = self._memory.slot(slot, math.prod(shape))
+        pixels = torch.frombuffer(there, dtype=torch.uint8).view(shape)
+        # For a GPU from other memory the copy would be waited for, and it waits for the steps before.
+        on_gpu = self._pipeline.vision.device.type == "cuda"
+        pixels = pixels.pin_memory() if on_gpu else pixels.clone()
+        self._write({"took": [slot]})
         self._pictures[frame.message["key"]] = self._engine.picture(pixels)
 
     def _ask(self, frame: Frame) -> None:

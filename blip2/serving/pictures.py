@@ -21,8 +21,8 @@ from blip2.images import FORMATS, Preprocessing
 from blip2.serving import decoding
 from blip2.serving.engine import Engines
 from blip2.serving.errors import Refusal, broken
-from blip2.serving.frames import Frame
 from blip2.serving.processes import Peer
+from blip2.serving.slots import Slots
 
 KEPT = 512  # pictures; of BLIP-2's OPT-2.7B 160 kB of the GPU's memory each
 _START_SECONDS = 60.0  # for a process to start in, on a busy machine
@@ -38,18 +38,29 @@ class Unwanted(Exception):
     """Whoever asked for a picture has left."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Where the pixels of a picture are: 3 x S x S, uint8."""
+
+    shape: list[int]
+    slot: int
+
+
 class Decoders:
     """Processes that decode a picture each, at most for so long."""
 
-    def __init__(self, count: int, seconds: float, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, count: int, seconds: float, preprocessing: Preprocessing, slots: Slots
+    ) -> None:
         """Start none yet.
 
         Args:
             count: processes.
             seconds: that a picture may take.
             preprocessing: what the ViT takes.
+            slots: where pixels go, one at least for each process.
         """
-        self._seconds = seconds
+        self._seconds, self._slots = seconds, slots
         self._first = decoding.first_message(preprocessing)
         # None is a process that is to be started.
         self._idle: asyncio.LifoQueue[Peer | None] = asyncio.LifoQueue()
@@ -57,8 +68,8 @@ class Decoders:
             self._idle.put_nowait(None)
         self._peers: set[Peer] = set()
 
-    async def decode(self, content: bytes, is_wanted: Callable[[], bool]) -> Frame:
-        """A picture's pixels and their shape.
+    async def decode(self, content: bytes, is_wanted: Callable[[], bool]) -> Decoded:
+        """A picture's pixels, in a slot that whoever has read them gives back.
 
         Args:
             content: the file's.
@@ -68,7 +79,7 @@ class Decoders:
             Refusal: it is none, damaged, too large, or takes too long.
             Unwanted: nobody waits for it any more.
         """
-        peer = await self._idle.get()
+        peer, slot = await self._idle.get(), None
         try:
             if not is_wanted():
                 raise Unwanted
@@ -77,8 +88,16 @@ class Decoders:
                 peer = None
             if peer is None:
                 peer = await self._start()
+            slot = await self._slots.take()
             try:
-                frame = await asyncio.wait_for(peer.ask({}, content), self._seconds)
+                answer = peer.ask({"slot": slot}, content)
+                message = (await asyncio.wait_for(answer, self._seconds)).message
+                if wrong := message.get("wrong"):
+                    raise _refused(_WRONG[wrong], f"picture_{wrong}")
+                decoded, slot = Decoded(message["shape"], slot), None
+                return decoded
+            except Refusal:
+                raise
             except BaseException:  # it is somewhere in this picture, or dead
                 self._end(peer)
                 peer = None
@@ -89,9 +108,8 @@ class Decoders:
             raise _refused(_WRONG["damaged"], "picture_damaged") from None
         finally:
             self._idle.put_nowait(peer)
-        if wrong := frame.message.get("wrong"):
-            raise _refused(_WRONG[wrong], f"picture_{wrong}")
-        return frame
+            if slot is not None:  # whose process is idle, or dead
+                self._slots.give_back(slot)
 
     async def start(self) -> None:
         """Have all processes started, so that no picture waits for one."""
@@ -101,7 +119,7 @@ class Decoders:
             self._idle.put_nowait(peer if isinstance(peer, Peer) else None)
 
     async def _start(self) -> Peer:
-        peer = await Peer.start("blip2-decoder", decoding.run)
+        peer = await Peer.start("blip2-decoder", decoding.run, self._slots.memory)
         self._peers.add(peer)
         try:
             await asyncio.wait_for(peer.ask(self._first), _START_SECONDS)
@@ -191,10 +209,9 @@ class Pictures:
 
     async def _load(self, digest: str, kept: _Kept, content: bytes) -> None:
         try:
-            frame = await self._decoders.decode(content, lambda: kept.is_wanted)
+            decoded = await self._decoders.decode(content, lambda: kept.is_wanted)
             try:
-                shape = frame.message["shape"]
-                await self._engines.load_picture(kept.name, shape, frame.content)
+                await self._engines.load_picture(kept.name, decoded.shape, decoded.slot)
             except OSError:
                 raise broken() from None
         except Unwanted:
