@@ -28,6 +28,7 @@ from bench.random_blip2 import (
     DEVICE,
     cache_bytes,
     float_weights,
+    in_float8,
     open_sessions,
     parameters,
     random_model,
@@ -40,6 +41,7 @@ from blip2.language.native.session import NativeSession
 from blip2.language.session import GenerationOptions
 from blip2.many import answering
 from blip2.pipeline import Pipeline, Stopwatch
+from blip2.vision.export import TOLERANCE
 from blip2.vision.torch_session import TorchSession
 
 COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
@@ -84,7 +86,9 @@ def main() -> None:
     report.limits()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, torch.inference_mode():
         model = random_model(Path(directory))
-        bench = Bench(report, model, *open_sessions(Path(directory)))
+        vision, languages = open_sessions(Path(directory))
+        in_8_bits = in_float8(vision, Path(directory))
+        bench = Bench(report, model, vision, languages, in_8_bits)
         bench.correctness()
         bench.stages()
         bench.whole()
@@ -153,8 +157,11 @@ class Bench:
         model: Blip2ForConditionalGeneration,
         vision: TorchSession,
         languages: dict[str, NativeSession],
+        float8_vision: TorchSession | None,
     ) -> None:
+        """`float8_vision` is `vision` with its ViT in FP8, None where the GPU has none."""
         self.report, self.model, self.vision, self.languages = report, model, vision, languages
+        self.float8_vision = float8_vision
         config = model.config
         self.image_id = config.image_token_index
         self.num_query_tokens = config.num_query_tokens
@@ -176,9 +183,11 @@ class Bench:
         text_ids: torch.Tensor,
         tokens: int,
         num_beams: int = 1,
+        vision: TorchSession | None = None,
     ) -> list[list[int]]:
-        """Token ids of each picture's best answer."""
-        table = self.vision.qformer(self.vision.vit(pictures))
+        """Token ids of each picture's best answer; `vision` is the float16 one by default."""
+        vision = vision or self.vision
+        table = vision.qformer(vision.vit(pictures))
         rows = torch.arange(self.num_query_tokens, device=text_ids.device) + self.vocab_size
         input_ids = [torch.cat([rows, ids]) for ids in text_ids]
         options = GenerationOptions(end_id=END_ID, max_output_len=tokens, num_beams=num_beams)
@@ -211,6 +220,9 @@ class Bench:
         half = self.model.vision_model(pictures.half()).last_hidden_state
         ours = self.vision.vit(pictures)
         self.error("ViT", ours, embeds, half)
+        if self.float8_vision:
+            ours8 = self.float8_vision.vit(pictures)
+            self.error("ViT in FP8", ours8, embeds, half, TOLERANCE[torch.float8_e4m3fn])
         half = self.their_qformer(self.model, half)
         features_ours = self.vision.qformer(ours)
         self.error("ViT and Q-Former", features_ours, features, half)
@@ -242,13 +254,18 @@ class Bench:
         return list(self.languages[precision]._model._prepared.values())
 
     def error(
-        self, name: str, ours: torch.Tensor, exact: torch.Tensor, half: torch.Tensor | None = None
+        self,
+        name: str,
+        ours: torch.Tensor,
+        exact: torch.Tensor,
+        half: torch.Tensor | None = None,
+        bound: float = 0.02,
     ) -> None:
         def relative(x: torch.Tensor) -> float:
             return ((x.float() - exact).norm() / exact.norm()).item()
 
         found = relative(ours)
-        if not found < 0.02:  # NaN too
+        if not found < bound:  # NaN too
             raise SystemExit(f"{name}: relative error {found:.1e}")
         self.report.figures[f"{name}, error"] = found
         usual = "" if half is None else f", transformers' in float16 {relative(half):.1e}"
@@ -291,6 +308,9 @@ class Bench:
             pictures = self.pictures(batch).half()
             theirs, ms = median_ms(model.vision_model, pictures), median_ms(vision.vit, pictures)
             report.add(f"ViT, batch {batch}", ms, theirs, flops=VIT_FLOPS * batch)
+            if self.float8_vision:
+                ms = median_ms(self.float8_vision.vit, pictures)
+                report.add(f"ViT in FP8, batch {batch}", ms, theirs, flops=VIT_FLOPS * batch)
         for batch in BATCHES:
             embeds = vision.vit(self.pictures(batch)).clone()
             theirs, ms = (
@@ -381,9 +401,17 @@ class Bench:
             name += f", {num_beams} beams" if num_beams > 1 else ""
             for precision in self.languages if batch in BATCHES else ("float16",):
                 ms = median_wall_ms(self.ours, precision, *asked, num_beams)
-                self.report.add(f"{name}, {precision}", ms, theirs)
-                if batch > 1:
-                    print(f"{'':<34} {batch / ms * 1e3:>8.0f} captions/s", flush=True)
+                self.captions(f"{name}, {precision}", ms, batch, theirs)
+            if self.float8_vision and batch == BATCHES[-1]:
+                vision = self.float8_vision
+                ms = median_wall_ms(self.ours, "float16", *asked, num_beams, vision)
+                self.captions(f"{name}, float16, ViT in FP8", ms, batch, theirs)
+
+    def captions(self, name: str, ms: float, batch: int, theirs: float | None = None) -> None:
+        """A line, and of several pictures how many a second that is."""
+        self.report.add(name, ms, theirs)
+        if batch > 1:
+            print(f"{'':<34} {batch / ms * 1e3:>8.0f} captions/s", flush=True)
 
     def many(self) -> None:
         """Windows of decoded pictures, one after another, as `run.py --output` answers them."""
@@ -399,8 +427,7 @@ class Bench:
                 done.append(time.perf_counter())
             first = answering.block_of(pipeline, options) - 1  # all is captured and running
             ms = (done[-1] - done[first]) / (len(done) - 1 - first) * 1e3
-            self.report.add(f"windows of {size}, one after another, {precision}", ms)
-            print(f"{'':<34} {size / ms * 1e3:>8.0f} captions/s", flush=True)
+            self.captions(f"windows of {size}, one after another, {precision}", ms, size)
 
     def compiled(self) -> None:
         """transformers with a static cache and compilation."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import time
@@ -12,11 +14,15 @@ import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
 from blip2.checkpoints import open_checkpoint
+from blip2.devices import has_float8
 from blip2.language.conversion import ConversionOptions, convert, target_config
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import PackedLinear
 from blip2.language.native.session import NativeSession
-from blip2.vision.torch_session import TorchSession, open_checkpoint_session
+from blip2.vision import modules
+from blip2.vision.cuda import CudaVisionTransformer
+from blip2.vision.float8 import quantise_linears
+from blip2.vision.torch_session import Graphs, TorchSession, open_checkpoint_session
 
 DEVICE = "cuda"
 PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
@@ -68,6 +74,18 @@ def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSessio
         languages[name] = NativeSession(target)
         timed(f"load OPT, {name}", languages[name].load)
     return vision, languages
+
+
+def in_float8(vision: TorchSession, directory: Path) -> TorchSession | None:
+    """A loaded session, but with all layers of its ViT in FP8; None where the GPU has none."""
+    device = torch.device(DEVICE)
+    if not has_float8(device):
+        return None
+    vit = modules.load_vision_transformer(open_checkpoint(directory), torch.float16, device)
+    quantise_linears(vit.encoder)
+    session = copy.copy(vision)
+    session._stages = dataclasses.replace(vision._stages, vit=Graphs(CudaVisionTransformer(vit)))
+    return session
 
 
 def timed(name: str, function: Callable, *arguments):

@@ -34,6 +34,16 @@ def launches_dependently(gpu: torch.device | int) -> bool:
     return torch.cuda.get_device_capability(gpu)[0] >= 9
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether it multiplies in FP8: GPUs from Ada on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def describe(device: torch.device) -> str:
+    """The device as messages call it."""
+    return "a CPU" if device.type == "cpu" else f"an {torch.cuda.get_device_name(device)}"
+
+
 @contextlib.contextmanager
 def chosen(device: str | torch.device | None) -> Iterator[None]:
     """Within, engines are opened on `device`: "cpu", "cuda", "cuda:1"; None is the best there is.

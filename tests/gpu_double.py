@@ -21,6 +21,7 @@ import triton
 import triton.experimental.gluon  # else the first launch does, when the language is replaced
 import triton.language as tl
 from torch.nn import functional
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from blip2.language import decoding
@@ -57,6 +58,17 @@ def interpret(patch: pytest.MonkeyPatch, *modules: types.ModuleType) -> None:
                 patch.setattr(module, name, _interpreted(value.fn))
             elif name in ("gdc_wait", "gdc_launch_dependents"):  # an instruction of GPUs
                 patch.setattr(module, name, lambda: None)
+    convert = functools.partial(convert_float, interpreter._convert_float)
+    patch.setattr(interpreter, "_convert_float", convert)
+
+
+def convert_float(convert: Callable[..., Any], values: Any, source: Any, target: Any, mode: Any):
+    """The interpreter's conversion, which rounds 15.9 to 8 in E4M3, where no carry is in its sum."""
+    if (source, target) != (tl.float32, tl.float8e4nv):
+        return convert(values, source, target, mode)
+    # As GPUs do it: to the nearest even, what is too large to the largest.
+    rounded = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
 
 
 # One for each function: Triton's interpreter tells sums from maxima by what combines them.

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.vision import kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
+from blip2.vision.cuda_float8 import Float8
+from blip2.vision.float8 import quantise_linears
 
 pytestmark = pytest.mark.usefixtures("gpu_double")
 
@@ -42,6 +44,54 @@ def test_vit_equals_the_modules(head_size, patches, changes):
     assert relative_error(output, expected) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize(
+    "float8, hidden_act",
+    [({0, 1, 2}, "gelu"), ({1}, "gelu"), ({0, 2}, "gelu"), ({0, 1}, "quick_gelu")],
+)
+def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
+    """Layers in 8 bits before, behind and between those in 16."""
+    monkeypatch.setattr("blip2.vision.cuda_float8.product_dtype", lambda _device: torch.float32)
+    config = VisionConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=6,
+        hidden_act=hidden_act,
+        qkv_bias=hidden_act == "gelu",
+    )
+    module = with_random_weights(modules.VisionTransformer(config))
+    for index in float8:
+        quantise_linears(module.encoder.layers[index])
+    pixel_values = torch.randn(3, 3, 24, 24) * torch.tensor([1.0, 30.0, 0.0])[:, None, None, None]
+    expected = module(pixel_values)
+    output = CudaVisionTransformer(module)(pixel_values)
+    for found, truth in zip(output, expected, strict=True):
+        # Inputs that are a rounding apart, or GELU's two forms, may be rounded apart in 8 bits.
+        assert relative_error(found, truth) < 1e-2
+    pixel_values[0, 0, 5, 5] = torch.nan
+    spoiled = CudaVisionTransformer(module)(pixel_values)
+    assert spoiled.isfinite().all(-1).all(-1).tolist() == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # GELU of what is far below 0
+@pytest.mark.parametrize("width, gelu", [(1408, False), (6144, True), (33, True), (64, False)])
+def test_inputs_are_rounded_to_eight_bits_by_row(width, gelu):
+    """By the definition of E4M3: half a step, of 1/8 of the power of two below or of 2^-9."""
+    x = torch.randn(5, width) * torch.tensor([1.0, 1e4, 1e-6, 0.0, 3.0])[:, None]
+    x[4, 7], x[0, -1] = 1e4, 20
+    found = Float8.of(x, gelu)
+    truth = torch.nn.functional.gelu(x, approximate="tanh").double() if gelu else x.double()
+    scales = truth.abs().amax(1) / 448
+    assert (found.scales.double() - scales).abs().le(1e-5 * scales + 1e-30).all()
+    scaled = truth / scales.clamp_min(1e-30)[:, None]
+    step = 2.0 ** (scaled.abs().clamp_min(2.0**-6).log2().floor() - 3)
+    assert ((found.values.double() - scaled).abs() <= 0.501 * step + 1e-3 * scaled.abs()).all()
+    assert (found.values.float().abs().amax(1) == torch.tensor([448.0] * 3 + [0, 448])).all()
+
+
 @pytest.mark.parametrize(
     "images, tokens, hidden_act, few_rows",
     [(1, 5, "gelu", True), (2, 70, "gelu", True), (2, 5, "relu", True), (2, 5, "gelu", False)],
@@ -69,10 +119,15 @@ def test_qformer_equals_the_modules(images, tokens, hidden_act, few_rows, monkey
 
 
 @pytest.mark.parametrize(
-    "capability, shared_memory", [(86, 99 << 10), (90, 227 << 10)], ids=["8.6", "9.0"]
+    "capability, shared_memory",
+    [(86, 99 << 10), (89, 99 << 10), (90, 227 << 10)],
+    ids=["8.6", "8.9", "9.0"],
 )
 def test_all_launches_compile(capability, shared_memory):
     """Of a BLIP-2 of the real widths; the interpreter sees neither types nor sizes as a GPU does."""
     launches = compiled_launches("triton_compile.py", capability)
-    assert {name for name, _ in launches} == {n for n in dir(kernels) if n.endswith("_kernel")}
+    names = {name for name in dir(kernels) if name.endswith("_kernel")}
+    if capability < 89:
+        names = {name for name in names if "float8" not in name}
+    assert {name for name, _ in launches} == names
     assert all(needed <= shared_memory for _, needed in launches)

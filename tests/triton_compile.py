@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.gpu import kernel_launch
-from blip2.vision import cuda, kernels, modules
+from blip2.vision import cuda, cuda_float8, float8, kernels, modules
 
 
 class Driver:
@@ -61,11 +61,18 @@ def prepare(kernels: ModuleType, capability: int) -> dict[str, bool]:
 def main(capability: int) -> None:
     options = prepare(kernels, capability)
     kernel_launch._dependent_options = lambda _device: options
+    products = torch.float16 if capability == 90 else torch.bfloat16
+    cuda_float8.product_dtype = lambda _device: products
     with torch.device("meta"):
         vit = modules.VisionTransformer(VisionConfig(num_hidden_layers=1)).half()
         for images in (1, 16):
             pixel_values = torch.empty(images, 3, 224, 224, dtype=torch.float16)
             cuda.CudaVisionTransformer(vit)(pixel_values)
+        if capability >= 89:
+            float8.quantise_linears(vit.encoder)
+            for images in (1, 16):
+                pixel_values = torch.empty(images, 3, 224, 224, dtype=torch.float16)
+                cuda.CudaVisionTransformer(vit)(pixel_values)
     qformer = modules.QFormer(QFormerConfig(num_hidden_layers=2), 2560)
     for parameter in qformer.parameters():
         parameter.data.zero_()

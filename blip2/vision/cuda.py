@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blip2.gpu.kernel_launch import launch
 from blip2.vision import kernels, modules
+from blip2.vision.cuda_float8 import Attend, Float8VisionLayer, Residual
 
 _LOG2_E = math.log2(math.e)
 _ALIGNMENT = 8  # rows and columns: cuBLAS is slower where these are no multiple of it
@@ -65,12 +67,39 @@ class _Norm:
 
 @dataclasses.dataclass(frozen=True)
 class _VisionLayer:
+    """A layer in 16 bits, whose products cuBLAS adds to the residual in place."""
+
     norm1: _Norm
     qkv: nn.Linear
     projection: torch.Tensor
     norm2: _Norm
     fc1: nn.Linear
     fc2: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, layer: modules.VisionLayer, shift1: torch.Tensor, shift2: torch.Tensor):
+        return cls(
+            _Norm.of(layer.layer_norm1, shift1),
+            layer.self_attn.qkv,
+            layer.self_attn.projection.weight,
+            _Norm.of(layer.layer_norm2, shift2),
+            layer.mlp.fc1,
+            layer.mlp.fc2.weight,
+            layer.activation,
+        )
+
+    def __call__(self, residual: Residual, attend: Attend) -> None:
+        hidden = residual.summed()
+        hidden.addmm_(attend(self.qkv(self.norm1(hidden))), self.projection.T)
+        hidden.addmm_(self._expand(self.norm2(hidden)), self.fc2.T)
+
+    def _expand(self, x: torch.Tensor) -> torch.Tensor:
+        """activation(fc1(x))"""
+        if self.activation is not F.gelu:
+            return self.activation(self.fc1(x))
+        # cuBLAS has GELU's tanh approximation as an epilogue: a tenth of what float16 rounds.
+        return torch._addmm_activation(self.fc1.bias, x, self.fc1.weight.T, use_gelu=True)
 
 
 class CudaVisionTransformer:
@@ -99,36 +128,30 @@ class CudaVisionTransformer:
         start[0] += embeddings.class_embedding[0, 0].float()
         start[1:] += convolution.bias.float()
         self._start = start.to(weight.dtype)
-        self._heads, self._activation = layers[0].num_heads, layers[0].activation
+        self._heads = layers[0].num_heads
         shift = torch.zeros(width, device=weight.device)
         self._layers = []
         for layer in layers:
-            norm1 = _Norm.of(layer.layer_norm1, shift)
-            shift = shift + layer.self_attn.projection.bias.float()
-            norm2 = _Norm.of(layer.layer_norm2, shift)
-            shift = shift + layer.mlp.fc2.bias.float()
-            self._layers.append(
-                _VisionLayer(
-                    norm1,
-                    layer.self_attn.qkv,
-                    layer.self_attn.projection.weight,
-                    norm2,
-                    layer.mlp.fc1,
-                    layer.mlp.fc2.weight,
-                )
-            )
+            shift2 = shift + layer.self_attn.projection.bias.float()
+            kind = Float8VisionLayer if layer.is_float8 else _VisionLayer
+            self._layers.append(kind.of(layer, shift, shift2))
+            shift = shift2 + layer.mlp.fc2.bias.float()
         self._norm = _Norm.of(module.post_layernorm, shift)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         images, tokens = len(pixel_values), len(self._start)
-        hidden = self._embed(pixel_values)
-        mixed = torch.zeros_like(hidden)  # the rows of no token stay so
+        residual = Residual(self._embed(pixel_values))
+        mixed = torch.zeros_like(residual.hidden)  # the rows of no token stay so
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            self._attend(qkv, images, mixed)
+            return mixed
+
         for layer in self._layers:
-            self._attend(layer.qkv(layer.norm1(hidden)), images, mixed)
-            hidden.addmm_(mixed, layer.projection.T)
-            hidden.addmm_(self._expand(layer.norm2(hidden), layer.fc1), layer.fc2.T)
-        return self._norm(hidden)[: images * tokens].unflatten(0, (images, tokens))
+            layer(residual, attend)
+        out = self._norm(residual.summed())
+        return out[: images * tokens].unflatten(0, (images, tokens))
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The tokens' embeddings, less what `_norm`s add: B · T, and some more, x hidden_size."""
@@ -186,13 +209,6 @@ class CudaVisionTransformer:
             num_stages=3 if many else 2,
             device=qkv.device,
         )
-
-    def _expand(self, x: torch.Tensor, fc1: nn.Linear) -> torch.Tensor:
-        """activation(fc1(x))"""
-        if self._activation is not F.gelu:
-            return self._activation(fc1(x))
-        # cuBLAS has GELU's tanh approximation as an epilogue: a tenth of what float16 rounds.
-        return torch._addmm_activation(fc1.bias, x, fc1.weight.T, use_gelu=True)
 
 
 class _QFormerLinear:

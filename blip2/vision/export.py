@@ -24,7 +24,7 @@ from torch import nn
 from blip2 import artifacts
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
-from blip2.vision import int8, modules
+from blip2.vision import float8, int8, modules
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ OPSETS = (18, 23)
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1.4e-2,  # a cosine of 0.9999
-    torch.int8: 1.4e-1,  # 0.99
+    float8.DTYPE: 1.4e-1,  # 0.99
+    torch.int8: 1.4e-1,
 }
 
 Inputs = dict[str, torch.Tensor]
@@ -80,19 +81,25 @@ def export_vit(
         checkpoint: a BLIP-2 checkpoint.
         pixel_values: 1 x 3 x S x S, the picture to check it with.
         dtype: precision of the weights, inputs and outputs; of torch.int8 the linear layers are
-            dynamically quantised, all else is float32.
+            dynamically quantised, all else is float32; of float8.DTYPE those of most layers, all
+            else is float16.
         path: the .onnx file to write.
-        opset: one of OPSETS.
+        opset: one of OPSETS; FP8 needs the last.
+
+    Raises:
+        Blip2Error: the file disagrees with float32, or the network does not suit `dtype`.
     """
     torch.manual_seed(0)
     three = torch.cat([pixel_values, torch.randn(2, *pixel_values.shape[1:])])
     cases = [{"input": pixels.to(dtype_between(dtype))} for pixels in (pixel_values, three)]
     module = modules.load_vision_transformer(checkpoint, torch.float32)
     expected = references(module, cases)
-    narrow(module, dtype)
+    facts: dict[str, Any] = {"vision_config": dataclasses.asdict(VisionConfig.of(checkpoint))}
+    if dtype == float8.DTYPE:
+        facts["float8"] = narrow_layers(module, pixel_values)
+    narrow(module, dtype_between(dtype) if dtype == float8.DTYPE else dtype)
     write_graph(module, cases[1], "output", path, opset)
     differences = check_graph(path, cases, expected, TOLERANCE[dtype])
-    facts: dict[str, Any] = {"vision_config": dataclasses.asdict(VisionConfig.of(checkpoint))}
     if dtype != torch.int8:  # whose weights are no longer those of the configuration's layers
         facts["weights"] = locate_weights(module, path)
     return Exported(expected, differences, facts)
@@ -100,7 +107,7 @@ def export_vit(
 
 def dtype_between(vit_dtype: torch.dtype) -> torch.dtype:
     """Precision of the stages' inputs and outputs for a ViT in `vit_dtype`."""
-    return torch.float32 if vit_dtype == torch.int8 else vit_dtype
+    return {torch.int8: torch.float32, float8.DTYPE: torch.float16}.get(vit_dtype, vit_dtype)
 
 
 def export_qformer(
@@ -143,8 +150,40 @@ def export_qformer(
     return Exported(expected, differences, facts)
 
 
+def narrow_layers(vit: modules.VisionTransformer, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """Bring the layers whose error stays below the bound to FP8, in place; say which, and how far off.
+
+    Args:
+        vit: in float32.
+        pixel_values: 1 x 3 x S x S: views of it are measured with.
+
+    Raises:
+        Blip2Error: there is none, or FP8 products do not take the network's widths.
+    """
+    layers = vit.encoder.layers
+    sizes = {size for size in layers[0].mlp.fc1.weight.shape if size % float8.MULTIPLE}
+    if sizes:
+        raise Blip2Error(
+            f"the ViT has linears of {min(sizes)} channels, and FP8 wants multiples of"
+            f" {float8.MULTIPLE}",
+            "export with --dtype float16",
+        )
+    errors = float8.layer_errors(vit, float8.views(pixel_values))
+    suited = [index for index, error in enumerate(errors) if error <= float8.LAYER_BOUND]
+    if not suited:
+        raise Blip2Error(
+            f"FP8 is too coarse for every layer of this ViT: each is off by {min(errors):.0%} or"
+            f" more, where {float8.LAYER_BOUND:.0%} is the bound",
+            "export with --dtype float16",
+        )
+    for index in suited:
+        float8.quantise_linears(layers[index])
+    kept = [index for index in range(len(layers)) if index not in suited]
+    return {"layers": suited, "float16_layers": kept, "errors": errors}
+
+
 def narrow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the weights in place; of torch.int8, those of linear layers.
+    """Convert the weights in place; of torch.int8, those of linear layers. What is in FP8 stays so.
 
     Raises:
         Blip2Error: one is too large for `dtype`.
@@ -152,8 +191,8 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
     if dtype == torch.int8:
         int8.quantize_linears(module)
         return
-    module.to(dtype)
     for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtype)
         if not torch.isfinite(parameter).all():
             raise Blip2Error(
                 f"{name} has weights too large for {str(dtype).removeprefix('torch.')}",
@@ -275,7 +314,7 @@ def _compare(output: torch.Tensor, reference: torch.Tensor) -> Difference:
 
 
 def locate_weights(module: nn.Module, path: Path) -> dict[str, dict[str, Any]]:
-    """Where in a written graph's files the module's parameters lie, by their names.
+    """Where in a written graph's files the module's parameters and buffers lie, by their names.
 
     They are found by their bytes: the exporter names as it likes what it has transposed.
 
@@ -299,11 +338,11 @@ def locate_weights(module: nn.Module, path: Path) -> dict[str, dict[str, Any]]:
         places.setdefault(key, {"file": file, "offset": offset})
 
     def place(values: torch.Tensor) -> dict[str, Any] | None:
-        array = values.detach().contiguous().numpy()
-        return places.get((array.shape, hashlib.sha256(array).digest()))
+        content = values.contiguous().view(torch.uint8).numpy()
+        return places.get((tuple(values.shape), hashlib.sha256(content).digest()))
 
     weights = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.state_dict().items():
         found, transposed = place(parameter), False
         if found is None and parameter.ndim == 2:
             found, transposed = place(parameter.T), True

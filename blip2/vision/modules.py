@@ -17,6 +17,7 @@ from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
+from blip2.vision.float8 import Float8Linear, quantise_linears
 
 
 class VisionTransformer(nn.Module):
@@ -67,6 +68,11 @@ class VisionLayer(nn.Module):
         self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(width, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, width)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the weights of its linears are in E4M3: of all four, or of none."""
+        return isinstance(self.mlp.fc1, Float8Linear)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         qkv = self.self_attn.qkv(self.layer_norm1(hidden)).chunk(3, dim=-1)
@@ -185,6 +191,8 @@ def load_vision_transformer(
 ) -> VisionTransformer:
     """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on a device.
 
+    Layers whose weights have scales are in FP8.
+
     Raises:
         Blip2Error: a tensor is missing, has another shape than config.json says, or is not finite.
     """
@@ -196,6 +204,9 @@ def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
     _check_activation(config.hidden_act, "vision_config")
     with torch.device("meta"):
         module = VisionTransformer(config)
+    for index, layer in enumerate(module.encoder.layers):
+        if f"vision_model.encoder.layers.{index}.mlp.fc1.weight_scale" in checkpoint:
+            quantise_linears(layer)
     _check_shapes(_shapes(module, "vision_model."), checkpoint)
     return module
 
@@ -261,10 +272,11 @@ def _filled(
 ):
     """Replace every meta parameter by the checkpoint's, brought to the device as it is stored."""
     load, checks = Loader(device), FiniteChecks(dtype)
+    own = {name: buffer.dtype for name, buffer in module.named_buffers()}  # of layers in FP8
 
     def parameter(name: str) -> torch.Tensor:
         stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
-        return stored.to(dtype).contiguous()
+        return stored.to(own.get(name, dtype)).contiguous()
 
     names = list(module.state_dict())
     with ThreadPoolExecutor(load.threads) as pool:

@@ -21,7 +21,8 @@ import torch
 from blip2 import artifacts
 from blip2.artifacts.tensor_files import Stored, StoredTensor
 from blip2.checkpoints import Checkpoint
-from blip2.devices import best_device
+from blip2.devices import best_device, describe, has_float8
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.layout import EXPORT, QFORMER_ONNX, VIT_ONNX
 from blip2.vision.session import VisionSession
@@ -29,6 +30,7 @@ from blip2.vision.session import VisionSession
 # What checkpoints put before the names of the networks' own parameters.
 VIT_PREFIX, QFORMER_PREFIX = "vision_model.", ""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_WEIGHT_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _stored_weights(path: Path, weights: dict[str, Any], prefix: str) -> dict[st
         prefix + name: StoredTensor(
             path.parent / facts["file"],
             facts["offset"],
-            DTYPES[facts["dtype"]],
+            _WEIGHT_DTYPES[facts["dtype"]],
             tuple(facts["shape"]),
             facts["transposed"],
         )
@@ -135,9 +137,16 @@ def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     A ViT in INT8 is made for CPUs, and runs there on every machine.
 
     Raises:
-        Blip2Error: a file is missing, damaged, or does not fit the others.
+        Blip2Error: a file is missing, damaged, or does not fit the others; or the ViT is in FP8,
+            and the device has none.
     """
     files, device = OnnxFiles.open(engine_dir, query_tokens), best_device()
+    if files.compute_dtype == "float8" and not has_float8(device):
+        raise Blip2Error(
+            f"{files.vit} is in FP8, which {describe(device)} has not: NVIDIA GPUs have it from"
+            " compute capability 8.9 on",
+            f"export again with: {EXPORT} --dtype float16",
+        )
     if device.type == "cuda" and files.compute_dtype != "int8":
         from blip2.vision.torch_session import TorchSession
 

@@ -137,6 +137,11 @@ def _check_stage(path: Path, stage: Stage, facts: dict[str, Any]) -> None:
             f"{path} is {facts['dtype']}, and the plan {stage.plan_file} is float16",
             "export again with: python onnx_export.py --dtype float16",
         )
+    if facts.get("compute_dtype") == "float8":
+        raise Blip2Error(
+            f"{path} is in FP8, with scales for tokens that TensorRT has not",
+            "export again with: python onnx_export.py --dtype float16",
+        )
     if "opset" not in facts:
         raise LookupError("opset")
 
