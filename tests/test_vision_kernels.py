@@ -22,6 +22,7 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.parametrize(
     "head_size, patches, changes",
     [(24, 3, {}), (16, 8, {}), (8, 2, {"qkv_bias": False, "hidden_act": "quick_gelu"})],
@@ -42,6 +43,10 @@ def test_vit_equals_the_modules(head_size, patches, changes):
     output = CudaVisionTransformer(module.float())(pixel_values)
     assert output.shape == expected.shape
     assert relative_error(output, expected) < 1e-5
+    pixel_values[1, 0, 3, 3] = torch.nan
+    spoiled = CudaVisionTransformer(module)(pixel_values)
+    assert torch.equal(spoiled[0], output[0])
+    assert spoiled[1].isnan().any()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")

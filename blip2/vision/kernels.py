@@ -209,6 +209,9 @@ def _attend_rows(
         highest = higher
         v_low = qkv_low.load([at_key, 2 * heads + head, 0]).reshape(BLOCK_N, D_LOW)
         v_high = qkv_high.load([at_key, 2 * heads + head, D_LOW]).reshape(BLOCK_N, D_HIGH)
+        if not EVEN:  # another picture's rows lie behind the last: zero times NaN would be NaN
+            v_low = tl.where((slot < tokens)[:, None], v_low, 0.0)
+            v_high = tl.where((slot < tokens)[:, None], v_high, 0.0)
         weights = weights.to(v_low.dtype)
         mixed_low = tl.dot(weights, v_low, mixed_low * fade[:, None])
         mixed_high = tl.dot(weights, v_high, mixed_high * fade[:, None])
