@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -349,7 +350,9 @@ def test_blocks_of_lost_actors_begin_anew(tmp_path, monkeypatch, capfd, dies, me
 def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch):
     """The actors by themselves: what cannot be done there comes back as the run's error."""
     monkeypatch.chdir(tmp_path)  # they change directory, and their process's name
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "pytest", raising=False)
+    main = types.ModuleType("__main__")
+    main.__file__ = "pytest"
+    monkeypatch.setitem(sys.modules, "__main__", main)
 
     def fail() -> None:
         raise Blip2Error("no engine there")

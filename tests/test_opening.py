@@ -94,7 +94,15 @@ def test_one_checkpoint_directory_is_enough(tiny_export, tmp_path):
             HF_HUB_CACHE=str(tmp_path / "hub"),
         )
         assert direct.returncode == 0, direct.stderr
-        assert json.loads(direct.stdout)["answers"] == json.loads(converted.stdout)["answers"]
+        for [found], [expected] in zip(
+            json.loads(direct.stdout)["answers"],
+            json.loads(converted.stdout)["answers"],
+            strict=True,
+        ):
+            # Scores are sums: of another engine's pictures the same but for their last digits.
+            for name in ("score", "log_prob"):
+                assert found.pop(name) == pytest.approx(expected.pop(name), abs=1e-4)
+            assert found == expected
 
 
 @pytest.fixture
