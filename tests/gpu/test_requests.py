@@ -82,7 +82,8 @@ def test_no_row_is_lost_in_a_hundred_thousand_events(pipeline, values, alone):
     engine = SteppedEngine(pipeline, 64)
     chance = random.Random(3)
     pictures = [engine.picture(picture) for picture in values]
-    kinds = [pipeline.options(how | {"max_output_len": 6}) for how in OPTIONS]
+    short = {"max_output_len": 6, "min_output_len": 0}
+    kinds = [pipeline.options(how | short) for how in OPTIONS]
     plain = pipeline.options({"max_output_len": 5})
     asked: list = []
     events, over, allocated = 0, 0, 0
