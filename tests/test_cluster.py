@@ -321,7 +321,11 @@ def fake_engines(directory: Path, dies: str):
     [
         ("in block 1", None),
         ("at block 1", "each of 3 actors was lost that answered the pictures from 8.png to 15.png"),
-        ("opening", "every actor was lost 3 times before it answered anything"),
+        pytest.param(
+            "opening",
+            "every actor was lost 3 times before it answered anything",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_blocks_of_lost_actors_begin_anew(tmp_path, monkeypatch, capfd, dies, message):

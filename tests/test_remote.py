@@ -93,7 +93,15 @@ def test_pictures_of_a_store_are_found_and_read(files):
     assert "s-9.tar is damaged" in broken.error
 
 
-@pytest.mark.parametrize("form", ["x.jsonl", "x.csv", "x.parquet", "x.tar"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "x.jsonl",
+        "x.parquet",
+        pytest.param("x.csv", marks=pytest.mark.slow),
+        pytest.param("x.tar", marks=pytest.mark.slow),
+    ],
+)
 def test_outputs_in_a_store_are_those_of_a_disk(demo_opt, store, files, tmp_path, form):  # noqa: ARG001
     """Killed once on the way, and gone on with."""
     if form == "x.parquet":

@@ -47,6 +47,7 @@ def test_two_replicas_are_one_server(tmp_path, free_port):
         server.process.kill()
 
 
+@pytest.mark.slow
 def test_engines_that_cannot_be_opened_are_said_in_a_line(tmp_path, free_port):
     flags = {"--port": str(free_port), "--ray": "local", "--engine_dir": "nowhere"}
     flags["--ray_replicas"] = "1"
