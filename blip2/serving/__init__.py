@@ -7,5 +7,5 @@
     replicas  many of all this, on Ray client, many   what `run.py --server` asks with
 
 Three kinds of process: this one speaks HTTP and never imports torch; one has the engines; a few decode
-pictures. What they send one another are `frames`.
+pictures. What they send one another are `frames`; pixels lie in `slots`.
 """
