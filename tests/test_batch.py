@@ -711,16 +711,18 @@ def test_processes_that_are_killed_while_they_work_lose_nothing():
     """Whatever they are about: some have half of a result sent."""
     with Processes(2) as processes:
         futures = [processes.map(repeated, range(n, n + 5), 300_000) for n in range(0, 200, 5)]
+        killed = set()
         for chunk in (0, 5, 12, 13, 25, 38):
             [*_, (pid, _)] = futures[chunk].result()
             time.sleep(random.random() * 0.02)
             with contextlib.suppress(ProcessLookupError):  # it may have been killed before
                 os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
         results = [result for future in futures for result in future.result()]
     assert [(len(result), result[:1]) for _, result in results] == [
         (300_000, bytes([number])) for number in range(200)
     ]
-    assert len({pid for pid, _ in results}) >= 4
+    assert len(killed) >= 2  # whoever answered first is dead when the last are answered
 
 
 def repeated(number: int, count: int) -> tuple[int, bytes]:
