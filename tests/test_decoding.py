@@ -93,11 +93,11 @@ def test_samples_follow_the_distribution(top_k, top_p):
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_a_number_next_to_one_draws_a_token_that_is_left():
+def test_a_number_that_was_rounded_to_one_draws_a_token_that_is_left():
     scores = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0))
     options = GenerationOptions(end_id=0, top_k=3)
     settings = torch.tensor([decoding.sampling_settings(options, VOCAB)], dtype=torch.float64)
-    drawn = torch.full((64,), 1 - 2**-53, dtype=torch.float64)
+    drawn = torch.ones(64, dtype=torch.float64)
     tokens = decoding.draw_tokens(scores, settings.repeat(64, 1), drawn)
     assert (probabilities(options, scores).gather(1, tokens[:, None]) > 0).all()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -264,6 +265,62 @@ def test_rows_that_cannot_be_had_end_who_asks_and_nobody_else(pipeline, values, 
     with pytest.raises(Blip2Error, match="not enough GPU memory for this request; lower"):
         told(long)
     assert same(told(short), alone[1, 0, 0])
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """Of the groups that are begun."""
+    found, admit = [], Rows.admit
+
+    def noting(rows: Rows, admissions):
+        found.append(len(admissions))
+        return admit(rows, admissions)
+
+    monkeypatch.setattr(Rows, "admit", noting)
+    return found
+
+
+def test_nobody_is_begun_while_the_last_answers_are_still_to_be_handed_out(pipeline, values, sizes):
+    """Who gets one may ask again, and is begun together with those that wait."""
+    engine = stepped(pipeline, 8)
+    options = pipeline.options({"max_output_len": 2})
+    first = engine.submit(engine.picture(values[0]), "", options)
+    engine.take_turn()
+    assert not first.is_over
+    waiting = [engine.submit(engine.picture(value), "", options) for value in values]
+    engine.take_turn()
+    assert first.is_over
+    assert sizes == [1]
+    waiting.append(engine.submit(engine.picture(values[0]), "", options))
+    finish(engine)
+    assert sizes == [1, 4]
+    assert told(waiting[0]) == told(waiting[3]) == told(first)
+
+
+def test_those_who_may_ask_again_are_waited_for(pipeline, values, sizes, monkeypatch):
+    """Three answers end at once: of the three that follow none is begun before the last is there."""
+    monkeypatch.setattr(engine_module, "_SILENCE", 20)
+    monkeypatch.setattr(engine_module, "_AGAIN", 20)
+    engine = Engine(pipeline, 8)
+    options = pipeline.options({"max_output_len": 1})
+
+    def ask_slowly() -> list:
+        asked = []
+        for value in values:
+            asked.append(engine.submit(engine.picture(value), "", options))
+            time.sleep(0.05)
+        return asked
+
+    gate = threading.Event()
+    caller = threading.Thread(target=engine.call, args=(gate.wait,))
+    caller.start()
+    together = ask_slowly()
+    gate.set()
+    caller.join()
+    answers = [told(request) for request in together]
+    assert [told(request) for request in ask_slowly()] == answers
+    engine.close()
+    assert sizes == [3, 3]
 
 
 def test_beams_for_which_memory_has_no_rows_end_alone(pipeline, values, alone, monkeypatch):

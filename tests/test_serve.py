@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import doctest
+import functools
 import http.client
 import json
 import os
@@ -17,6 +18,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from bad_inputs import encoded
 from batch_runs import scene, wait_for
 from conftest import ROOT, run_program
 from serving_runs import (
@@ -30,6 +32,8 @@ from serving_runs import (
     question,
     start,
 )
+
+from demo import scenes
 
 openai = pytest.importorskip("openai", reason="pip install -r requirements-test.txt")
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
@@ -101,6 +105,18 @@ def test_openais_async_client_asks_many_at_once(server):
             return await asyncio.gather(*map(one, questions))
 
     assert asyncio.run(ask()) == [CAPTION, "red", "orange"] * 4
+
+
+def test_pictures_that_come_at_once_are_not_taken_for_one_another(server):
+    """Their pixels lie side by side in memory that decoders and engines share."""
+    drawn_scenes = [scene(100 + number) for number in range(12)]
+
+    def ask(number: int) -> str:
+        answer = server.ask("", encoded(drawn_scenes[number].image, "PNG"))
+        return answer.json["choices"][0]["message"]["content"]
+
+    found = at_once(*(functools.partial(ask, number) for number in range(len(drawn_scenes))))
+    assert found == [scenes.caption(drawn) for drawn in drawn_scenes]
 
 
 def test_openais_client_raises_its_errors(server, client):

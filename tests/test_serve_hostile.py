@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_inputs import encoded
 from batch_runs import wait_for
 from conftest import ROOT
 from PIL import Image
@@ -57,12 +58,6 @@ def in_time(server: Server, seconds: float = 1.0):
 
 
 _PATIENCE = 3  # machines that run tests have other things to do, too
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **more) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **more)
-    return content.getvalue()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

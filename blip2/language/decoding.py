@@ -357,7 +357,7 @@ def draw_tokens(scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tenso
     # float64: over a vocabulary of 50,000, float32 sums would shift the tokens' boundaries.
     cumulative = kept.softmax(dim=-1).double().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # A product may be rounded up to the total: the last one that has any of it is chosen then.
+    # A number that was rounded to 1 draws the last token that is left.
     target = torch.minimum(drawn[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return chosen.clamp(max=cumulative.shape[1] - 1)  # NaN in the scores is behind all

@@ -10,8 +10,8 @@ Without prompt_tasks every request would see the first picture.
 
 Neither has rows that requests could take and leave: `generate` takes one batch, no larger than the
 engine's, to its end. The executor would batch requests in flight, but ModelRunnerCpp has no call for
-that: it refuses larger batches, and since 1.0 it waits for any answer, so that of two threads which
-call it at the same time one would get the other's.
+that: it refuses larger batches, and its later releases, as we read their source, wait for any
+answer: of two threads which call it at the same time one would get the other's.
 
 Where TensorRT-LLM decodes otherwise than the native session (which is Hugging Face's):
 - Sampling draws from its own generator, seeded with `seed` for every request alike: equal requests

@@ -115,15 +115,12 @@ class Writer(abc.ABC):
         """Let go; what was not finished stays as it is."""
 
 
-class JsonLines(Writer):
-    """A line of JSON each."""
+class _OneFile(Writer):
+    """One that shows what was added as it grows, but in a store."""
 
-    def __init__(self, path: Path, store: Store) -> None:
+    def __init__(self, path: Path, store: Store, mode: str, **how: str) -> None:
         self._path, self._store = path, store
-        self._file = open(_begun_in(path, store), "wb")  # noqa: SIM115 - until close
-
-    def add(self, number: int, lines: Lines, picture: Picture | None) -> None:  # noqa: ARG002
-        self._file.write(encoded(lines))
+        self._file = open(_begun_in(path, store), mode, **how)  # noqa: SIM115 - until close
 
     def flush(self) -> None:
         self._file.flush()
@@ -139,20 +136,25 @@ class JsonLines(Writer):
             _begun(self._path).unlink(missing_ok=True)
 
 
-class Csv(Writer):
+class JsonLines(_OneFile):
+    """A line of JSON each."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        super().__init__(path, store, "wb")
+
+    def add(self, number: int, lines: Lines, picture: Picture | None) -> None:  # noqa: ARG002
+        self._file.write(encoded(lines))
+
+
+class Csv(_OneFile):
     """A row each, in UTF-8, under the names of the columns; flags have blanks between them.
 
     What is no text in a file's name is escaped. `beams` is JSON, and empty without any.
     """
 
     def __init__(self, path: Path, store: Store) -> None:
-        self._path, self._store = path, store
-        self._file = open(  # noqa: SIM115 - until close
-            *(_begun_in(path, store), "w"),
-            encoding="utf-8",
-            errors="backslashreplace",
-            newline="",
-        )
+        how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        super().__init__(path, store, "w", **how)
         self._rows = csv.DictWriter(self._file, _COLUMNS, lineterminator="\n")
         self._rows.writeheader()
 
@@ -162,19 +164,6 @@ class Csv(Writer):
             if "beams" in row:
                 row["beams"] = json.dumps(row["beams"], ensure_ascii=False)
             self._rows.writerow(row)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def finish(self) -> None:
-        self._file.close()
-        if self._store.is_remote:  # else it is where it belongs
-            self._store.publish(_begun(self._path), self._path.name)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._store.is_remote:
-            _begun(self._path).unlink(missing_ok=True)
 
 
 class Parquet(Writer):

@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   turn ^= 1;
   __syncthreads();
   double total = ends[THREADS - 1], target = drawn[blockIdx.x] * total;
-  // A product may be rounded up to the total: the last one that has any of it is chosen then.
+  // A number that was rounded to 1 draws the last token that is left.
   int chosen = sum(end <= target && end < total, parts, turn);
   if (threadIdx.x != min(chosen, THREADS - 1)) return;
   double reached = chosen ? ends[chosen - 1] : 0;
