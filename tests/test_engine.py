@@ -311,9 +311,10 @@ def test_those_who_may_ask_again_are_waited_for(pipeline, values, sizes, monkeyp
             time.sleep(0.05)
         return asked
 
-    gate = threading.Event()
-    caller = threading.Thread(target=engine.call, args=(gate.wait,))
+    is_held, gate = threading.Event(), threading.Event()
+    caller = threading.Thread(target=engine.call, args=(lambda: is_held.set() or gate.wait(),))
     caller.start()
+    is_held.wait()
     together = ask_slowly()
     gate.set()
     caller.join()
