@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 
 from blip2.images import Preprocessing, resized_pixels
 from blip2.many import inputs
-from blip2.serving import chat, decoding, fetch, many, server
+from blip2.serving import chat, decoding, fetch, frames, many, server
 from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
@@ -32,7 +32,7 @@ from blip2.serving.conversation import fitting_prompt, prompt_of
 from blip2.serving.engine import Engines, Question
 from blip2.serving.errors import Refusal
 from blip2.serving.fetch import Target, is_public
-from blip2.serving.frames import Frame
+from blip2.serving.frames import Channel, Frame
 from blip2.serving.front import Front
 from blip2.serving.pictures import Decoded, Pictures
 from blip2.serving.texts import GrowingText
@@ -478,6 +478,17 @@ def test_the_socket_has_no_algorithm_that_waits():
     with server._listen("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
         assert listening.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("content", [b"", b"pixels"])
+def test_no_part_of_a_frame_is_empty(content):
+    """From Python 3.12 on asyncio would send an empty part again and again, for ever."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        parts = frames.encode({"do": "load"}, content)
+        assert all(parts)
+        ours.sendmsg(parts)
+        assert Channel(theirs).read() == ({"do": "load"}, content)
 
 
 class FakePeer:

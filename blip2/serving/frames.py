@@ -22,9 +22,14 @@ class Frame(NamedTuple):
 
 
 def encode(message: dict[str, Any], content: bytes = b"") -> list[bytes]:
-    """The parts of a frame, in order."""
+    """The parts of a frame, in order; none is empty.
+
+    An empty one stays in asyncio's buffer from Python 3.12 on, whose event loop then tries to send it
+    again and again, at the cost of a whole processor (`_SelectorSocketTransport.writelines`).
+    """
     text = json.dumps(message).encode("ascii")
-    return [_LENGTHS.pack(len(text), len(content)), text, content]
+    head = _LENGTHS.pack(len(text), len(content)) + text
+    return [head, content] if content else [head]
 
 
 async def read(reader: asyncio.StreamReader) -> Frame:
