@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 
 from blip2.images import Preprocessing, resized_pixels
 from blip2.many import inputs
-from blip2.serving import chat, decoding, fetch, frames, many, server
+from blip2.serving import chat, decoding, fetch, frames, listening, many
 from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
@@ -475,9 +475,9 @@ def test_a_shard_is_sent_picture_by_picture(tmp_path, mode):
 
 def test_the_socket_has_no_algorithm_that_waits():
     """asyncio switches Nagle's off where the protocol is given by name, and of accepted sockets too."""
-    with server._listen("127.0.0.1", 0) as listening:
-        assert listening.proto == socket.IPPROTO_TCP
-        assert listening.getsockname()[0] == "127.0.0.1"
+    with listening.listen("127.0.0.1", 0) as opened:
+        assert opened.proto == socket.IPPROTO_TCP
+        assert opened.getsockname()[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("content", [b"", b"pixels"])
