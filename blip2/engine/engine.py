@@ -91,11 +91,13 @@ class Engine:
     def picture(self, pixel_values: torch.Tensor) -> Picture:
         """Something to ask about: 3 x S x S, as `VisionSession.pixel_values` takes it.
 
-        It is copied to the ViT's device now.
+        It is copied to the ViT's device now; bytes stay bytes until it is looked at.
         """
         vision = self._pipeline.vision
         on_gpu = vision.device.type == "cuda"
         with torch.cuda.device(vision.device) if on_gpu else contextlib.nullcontext():
+            if pixel_values.dtype == torch.uint8:
+                return Picture(pixel_values.to(vision.device, non_blocking=True))
             return Picture(vision.pixel_values(pixel_values))
 
     @property
@@ -317,6 +319,7 @@ class Engine:
         for request in batch:  # such an engine may not notice
             if not request.is_over and not torch.isfinite(request.picture.query_output).all():
                 request.fail(self._running.not_finite(request))
+        self._running.note_looks()
         if batch := [request for request in batch if not request.is_over]:
             self._generate(batch, options)
 

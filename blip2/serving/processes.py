@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from blip2.serving.frames import Channel, Stream
@@ -39,7 +41,7 @@ class Peer:
         # Not forked: this process has an event loop and threads.
         context = multiprocessing.get_context("spawn")
         process = context.Process(
-            target=_run, args=(target, theirs, arguments), name=name, daemon=not is_parent
+            target=_run, args=(name, target, theirs, arguments), name=name, daemon=not is_parent
         )
         # Starting takes milliseconds, in which nobody else would be answered.
         await asyncio.to_thread(process.start)
@@ -58,7 +60,11 @@ class Peer:
         return self._process.is_alive()
 
 
-def _run(target: Callable[..., None], connection: socket.socket, arguments: tuple) -> None:
+def _run(
+    name: str, target: Callable[..., None], connection: socket.socket, arguments: tuple
+) -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)  # what ps and top call it
     # Signals are the server's: it ends its processes when it has nothing left for them to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
