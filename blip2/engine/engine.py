@@ -32,8 +32,10 @@ from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline
 
 # Seconds. A group of requests is looked at and read while those under way wait, for 5 ms on an H100
-# and 1.5 ms for each of them: so groups are made large, as long as …
-_PATIENCE = 0.03  # one that would find a row has waited, or …
+# and 1.5 ms for each of them. So groups are made large: one is begun when its requests have waited, all
+# together, for as long as it holds up those under way, all together, at …
+_HELD_UP = 0.007  # each, or when …
+_PATIENCE = 0.06  # one that would find a row has waited, or …
 _LONG_PATIENCE = 0.2  # none was begun, where more wait than find rows
 # Where all answers end at once those who had them may ask again, all at once too. An engine that has
 # nothing else to do waits for them until …
@@ -301,10 +303,13 @@ class Engine:
         """Whether to look and read now, which those under way have to wait for."""
         running, first, now = self._running, self._waiting[0], time.monotonic()
         batch = min(self._pipeline.default_batch_size, max(1, running.rows.capacity // 2))
-        waiting = sum(r.options.rows for r in itertools.islice(self._waiting, batch))
+        nearest = list(itertools.islice(self._waiting, batch))
+        waiting = sum(request.options.rows for request in nearest)
         if waiting <= running.free:
+            waited = sum(request.options.rows * (now - request.arrived) for request in nearest)
             all_came = self._is_silent and waiting >= running.used
-            return waiting >= batch or all_came or now - first.arrived > _PATIENCE
+            is_worth_it = waited > _HELD_UP * running.used or now - first.arrived > _PATIENCE
+            return waiting >= batch or all_came or is_worth_it
         is_full = batch <= running.free
         return is_full or now - self._begun_at > _LONG_PATIENCE
 

@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--workers",
         type=cli.int_between(1, 256),
-        help="processes that decode pictures (default: half of the processors, at most 8)",
+        help="processes that decode pictures (default: all processors but two, at most 16)",
     )
     add(
         "--http_processes",
@@ -154,9 +154,15 @@ def default_http_processes() -> int:
     return max(1, min(4, available_processors() // 4))
 
 
+def default_workers() -> int:
+    """All processors but two, at most 16: who asks waits for pictures, and engines go before them."""
+    from blip2.many.decoders import available_processors
+
+    return max(1, min(16, available_processors() - 2))
+
+
 def serve_in(processes: int, args: argparse.Namespace) -> None:
     """Serve with so many processes that speak HTTP."""
-    from blip2.many.decoders import default_workers
     from blip2.serving.app import ServiceSettings
     from blip2.serving.front import is_loopback
     from blip2.serving.server import ServerSettings, serve

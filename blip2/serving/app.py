@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from blip2.serving import chat, fetch
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
-from blip2.serving.engine import Asked, EngineProcess, Engines, Facts
+from blip2.serving.engine import Asked, EngineProcess, Engines, Facts, Load
 from blip2.serving.engine_process import EngineSettings
 from blip2.serving.errors import Refusal, broken, loading, stopping
 from blip2.serving.exchange import LAST_WORD_SECONDS, Exchange
@@ -133,7 +133,6 @@ class Service:
         await self._decoders.start()
         kept = max(1, KEPT // together.processes)
         self._pictures = Pictures(self._engines, self._decoders, kept)
-        together.note_ready()
         return facts
 
     async def until_engines_end(self) -> None:
@@ -182,13 +181,11 @@ class Service:
 
     async def _ready(self, _request: Request) -> Response:
         self._check_open()
-        if not self._together.are_ready:  # whoever is told so may be answered by another of them
-            raise loading()
         return JSONResponse({"status": "ready"})
 
     async def _metrics(self, _request: Request) -> Response:
-        load = await self._engines.load() if self._has_engines else None
-        text = self.metrics.text(self._together.answers, *([load] if load else []))
+        load = await self._engines.load() if self._has_engines else Load()
+        text = self.metrics.text(self._together.answers, load)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _models(self, _request: Request) -> Response:

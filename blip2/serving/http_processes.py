@@ -23,7 +23,7 @@ from blip2.serving.together import Together
 
 _AGAIN_SECONDS = 1.0  # until one that has ended is replaced
 _END_SECONDS = 3.0  # to end in, beside what it finishes
-_STOP = {"do": "stop"}
+_ANSWER, _STOP = {"do": "answer"}, {"do": "stop"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,22 @@ class HttpProcesses:
         self._settings, self._listening, self._together = settings, listening, together
         self._peers: dict[int, Peer] = {}
         self._keeping: list[asyncio.Task[None]] = []
-        self._is_stopping = False
+        self._silent = set(range(1, together.processes))
+        self._all_answer = asyncio.Event()
+        self._may_answer = self._is_stopping = False
 
     def start(self, engines: EngineProcess) -> None:
         """Start them, for engines that may be loading still."""
-        for number in range(1, self._together.processes):
+        for number in self._silent:
             self._keeping.append(asyncio.create_task(self._keep(number, engines)))
+        self._note_answering()
 
-    async def ready(self) -> None:
-        """Wait until all take requests."""
-        while not self._together.are_ready:
-            await asyncio.sleep(0.01)
+    async def answer(self) -> None:
+        """Let them answer too, now that the first does; returns when all do."""
+        self._may_answer = True
+        for peer in self._peers.values():
+            peer.stream.send_soon(_ANSWER)
+        await self._all_answer.wait()
 
     async def drain(self) -> None:
         """Let them finish what runs, and end; returns when they have, or should have."""
@@ -94,14 +99,23 @@ class HttpProcesses:
                 "blip2-http", run, *arguments, self._together.of(number), is_parent=True
             )
         self._peers[number] = peer
+        if self._may_answer:
+            peer.stream.send_soon(_ANSWER)
         if self._is_stopping:  # since it was started
             peer.stream.send_soon(_STOP)
         try:
             with contextlib.suppress(EOFError, OSError):
-                await peer.stream.receive()  # it says nothing, and ends
+                await peer.stream.receive()  # it answers
+                self._silent.discard(number)
+                self._note_answering()
+                await peer.stream.receive()  # it says nothing more, and ends
         finally:
             del self._peers[number]
             peer.kill()
+
+    def _note_answering(self) -> None:
+        if not self._silent:
+            self._all_answer.set()
 
 
 def run(
@@ -112,7 +126,7 @@ def run(
     memory: SharedMemory,
     together: Together,
 ) -> None:
-    """Answer until the process that has started this one says "stop", or is gone."""
+    """Answer once the process that has started this one says so, until it says "stop" or is gone."""
     asyncio.run(_run(channel, settings, listening, engines, memory, together))
 
 
@@ -127,17 +141,25 @@ async def _run(
     starter = await Stream.open(channel.detach())
     service = Service(settings.service, together)
     answering = Answering(service.app, listening, settings.idle_timeout)
-    answering.start()
-    joining = asyncio.create_task(service.join(engines, memory))
     # If the engines are not to be had the process that has started this one says so, and ends it.
-    joining.add_done_callback(lambda task: task.cancelled() or task.exception())
+    joining = asyncio.create_task(service.join(engines, memory))
+    stopping = None
     try:
-        await starter.receive()
-        await service.drain(settings.shutdown_timeout)
-        await answering.stop()
+        # Until it is told to, others, who can answer, get the connections.
+        if (await starter.receive()).message == _ANSWER:
+            stopping = asyncio.create_task(starter.receive())
+            await asyncio.wait({stopping, joining}, return_when=asyncio.FIRST_COMPLETED)
+            if joining.done() and not joining.exception():
+                answering.start()
+                await starter.send({"answers": True})
+                await stopping
+                await service.drain(settings.shutdown_timeout)
+                await answering.stop()
     except (EOFError, OSError):
         pass
     finally:
         joining.cancel()
+        if stopping is not None:
+            stopping.cancel()
         service.close()
         starter.close()

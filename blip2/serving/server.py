@@ -103,7 +103,7 @@ async def _watch(
     try:
         others.start(await service.open(engines))
         await service.ready()
-        await others.ready()
+        await others.answer()
         print(f"{place} is ready: a page to ask on, and /v1/chat/completions", file=sys.stderr)
         sys.stderr.flush()
         await service.until_engines_end()

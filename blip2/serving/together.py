@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from blip2.serving.slots import SharedMemory
 
-_FIELDS = 3  # of a process: rows that are wanted, answers under way, whether it is ready
-_ROWS, _ANSWERS, _IS_READY = range(_FIELDS)
+_FIELDS = 2  # of a process: rows that are wanted, answers under way
+_ROWS, _ANSWERS = range(_FIELDS)
 _BYTES = 8  # of a count
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client then keeps what it counts
 
@@ -27,7 +27,6 @@ class Together:
         """Of process `number` of so many, in a memory that `create` has made."""
         self._memory, self.number, self.processes = memory, number, processes
         self._counts: memoryview | None = None
-        self._were_ready = False
 
     @classmethod
     def create(cls, processes: int = 1) -> Together:
@@ -64,16 +63,6 @@ class Together:
     def answers(self) -> int:
         """Under way, of all."""
         return sum(self._all[_ANSWERS::_FIELDS])
-
-    def note_ready(self) -> None:
-        """This process takes requests."""
-        self._all[self._at(_IS_READY)] = 1
-
-    @property
-    def are_ready(self) -> bool:
-        """Whether all take requests, or did: one that is replaced does no harm."""
-        self._were_ready = self._were_ready or all(self._all[_IS_READY::_FIELDS])
-        return self._were_ready
 
     def forget(self) -> None:
         """Take away what this process has counted: it has ended."""
