@@ -155,6 +155,8 @@ class Pipeline:
 
     def decoder(self, prefix: str = "") -> Decode:
         """What turns an answer's ids into its text, which begins with a prefix that was given."""
+        if not prefix:
+            return self.tokenizer.decode
         given = self.tokenizer.encode(prefix)[1:]
         return lambda ids: self.tokenizer.decode([*given, *ids])
 
