@@ -137,6 +137,9 @@ class FakeChosen:
     def __init__(self, left) -> None:
         self.keys, self.last, self._left = list(left), set(), left
 
+    def wait(self):
+        pass
+
     def read(self):
         for key, (how, left) in self._left.items():
             if how.num_beams > 1:

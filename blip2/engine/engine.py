@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from blip2 import memory
+from blip2.engine.lull import Lull
 from blip2.engine.request import Listener, Picture, Request
 from blip2.engine.running import Running, explained
 from blip2.errors import Blip2Error
@@ -76,7 +77,8 @@ class Engine:
         """
         self._pipeline = pipeline
         rows = max_rows or pipeline.default_rows
-        self._running = Running(pipeline, rows, prompt_len, max_output_len)
+        self.lull = Lull(pipeline.vision.device.type == "cuda")
+        self._running = Running(pipeline, rows, prompt_len, max_output_len, self.lull)
         self._load = Load(0, 0, 0, rows)
         self._begun_at = 0.0  # when requests were last begun
         self._expected, self._until = 0, 0.0  # requests that may come at once, and till when
@@ -219,13 +221,15 @@ class Engine:
         while not (self._is_closed or self._calls or self._running.is_busy):
             came = len(self._arrivals)
             if not (came or self._waiting):
-                self._changed.wait()
+                with self.lull.during():
+                    self._changed.wait()
                 continue
             wanted = self._expected - len(self._waiting)
             if came >= wanted or time.monotonic() >= self._until:
                 return
             self._wanted = wanted  # with fewer nobody wakes this thread, which would slow them down
-            self._changed.wait(_SILENCE)
+            with self.lull.during():
+                self._changed.wait(_SILENCE)
             self._wanted = 1
             if len(self._arrivals) == came:
                 return

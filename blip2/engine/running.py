@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from blip2 import memory
+from blip2.engine.lull import Lull
 from blip2.engine.request import Picture, Request
 from blip2.errors import Blip2Error
 from blip2.language import Generation, GenerationOptions
@@ -31,7 +32,12 @@ class Running:
     """The rows, and the requests that have them. Not for several threads."""
 
     def __init__(
-        self, pipeline: Pipeline, max_rows: int, prompt_len: int = 0, max_output_len: int = 0
+        self,
+        pipeline: Pipeline,
+        max_rows: int,
+        prompt_len: int = 0,
+        max_output_len: int = 0,
+        lull: Lull | None = None,
     ) -> None:
         """Of an open pipeline.
 
@@ -40,7 +46,9 @@ class Running:
             max_rows: at most; fewer where memory does not suffice.
             prompt_len: input_ids that rows have room for, whoever opens them, and
             max_output_len: new tokens.
+            lull: what begins where the device is waited for.
         """
+        self._lull = lull or Lull(is_used=False)
         self.max_rows, self._room = max_rows, (prompt_len, max_output_len)
         self._pipeline = pipeline
         self.rows: Rows | None = None
@@ -248,6 +256,8 @@ class Running:
                 self._leaving.append(key)
 
     def _deliver(self, chosen: Chosen) -> None:
+        with self._lull.during():
+            chosen.wait()
         read = list(chosen.read())
         self.note_looks()  # of whom these are the first tokens, they are over
         for news in read:

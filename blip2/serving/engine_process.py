@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # The engine's thread queues launches between waits for the GPU: whoever else runs Python here must
 # not keep it from that for Python's usual 5 ms.
 _SWITCH_INTERVAL = 1e-4
+_LULL = 0.005  # seconds that they wait, at most, until it waits for the GPU anyway …
+_FEW = 4  # … unless they have only so many tokens to hand on: of them the first ones are waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Host:
             events = [self.news.get()]
             while not self.news.empty():
                 events.append(self.news.get())
+            if len(events) > _FEW:
+                self.engine.lull.wait(_LULL)
             news: dict[Asker, list] = {}
             for answering, request, token in events:
                 told = answering.asker.hear(answering, request, token)
@@ -195,6 +199,7 @@ class Asker:
         }
         while True:
             frame = self._channel.read()
+            self._host.engine.lull.wait(_LULL)
             doers[frame.message["do"]](frame)
 
     def run_until_gone(self) -> None:
