@@ -205,6 +205,14 @@ def test_the_flags_of_commands_are_their_programs(page):
             assert named <= defined(program), command.text
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_targets_of_a_page(page):
+    """Of the Makefile."""
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
