@@ -17,6 +17,8 @@ from conftest import ROOT, run_program
 from pages import PAGES, Command, commands, fenced, shows
 from PIL import Image
 
+pytestmark = pytest.mark.xdist_group("docs")  # pages share what they run
+
 MODEL = "Salesforce/blip2-opt-2.7b"
 CONVERT = "python opt/convert_checkpoint.py"
 # What cannot run here, or need not a second time. The flags of these are checked all the same.
