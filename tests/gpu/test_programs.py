@@ -23,7 +23,8 @@ PRECISIONS = {
     "INT8": ("--use_weight_only",),
     "INT4": ("--use_weight_only", "--weight_only_precision", "int4"),
 }
-# Right in README, on a CPU: all, and in INT4 all answers but one. A tie may be decided otherwise here.
+# Right in docs/precision.md, on a CPU: all, and in INT4 all answers but one. A tie may be decided
+# otherwise here.
 CAPTIONS, ANSWERS, TIES = 1000, 7541, 5
 
 
