@@ -30,6 +30,6 @@ class Lull:
             if self._is_used:
                 self._is_now.clear()
 
-    def wait(self, seconds: float) -> None:
-        """Wait for it, at most so long: there may be none for a while."""
-        self._is_now.wait(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Wait for it, at most so long: there may be none for a while. Returns whether there is one."""
+        return self._is_now.wait(seconds)
