@@ -12,8 +12,9 @@ import dataclasses
 import socket
 import sys
 
+from blip2.errors import Blip2Error
 from blip2.serving.app import Service, ServiceSettings
-from blip2.serving.engine import EngineProcess
+from blip2.serving.engine import EngineProcess, Facts
 from blip2.serving.exchange import LAST_WORD_SECONDS
 from blip2.serving.frames import Channel, Stream
 from blip2.serving.listening import Answering
@@ -141,8 +142,8 @@ async def _run(
     starter = await Stream.open(channel.detach())
     service = Service(settings.service, together)
     answering = Answering(service.app, listening, settings.idle_timeout)
-    # If the engines are not to be had the process that has started this one says so, and ends it.
     joining = asyncio.create_task(service.join(engines, memory))
+    joining.add_done_callback(_explain)
     stopping = None
     try:
         # Until it is told to, others, who can answer, get the connections.
@@ -163,3 +164,9 @@ async def _run(
             stopping.cancel()
         service.close()
         starter.close()
+
+
+def _explain(joining: asyncio.Task[Facts]) -> None:
+    """Say why it does not answer, unless it is for the engines, of which the first process says so."""
+    if not joining.cancelled() and isinstance(error := joining.exception(), Blip2Error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
