@@ -251,9 +251,9 @@ def test_processors_are_counted_on_any_system(monkeypatch, tmp_path, limit, coun
         (tmp_path / "cpu.max").write_text(limit)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 20)
-    assert batch_decoders._processors() == count
+    assert batch_decoders.available_processors() == count
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert batch_decoders._processors() == (20 if count == 8 else count)
+    assert batch_decoders.available_processors() == (20 if count == 8 else count)
 
 
 def journal(path: Path, **options) -> Journal:

@@ -40,10 +40,10 @@ T = TypeVar("T")
 
 def default_workers() -> int:
     """Half of the processors that this process may use, at most 8: the engines need the others."""
-    return max(1, min(8, _processors() // 2))
+    return max(1, min(8, available_processors() // 2))
 
 
-def _processors() -> int:
+def available_processors() -> int:
     """How many processors this process may use: those it is bound to, within a container's share."""
     bound = getattr(os, "sched_getaffinity", None)  # macOS and Windows bind nobody
     count = len(bound(0)) if bound else os.cpu_count() or 1
