@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2 import artifacts, memory
+from blip2 import artifacts, memory, onnx_sessions
 from blip2.errors import Blip2Error, first_line
 from blip2.layout import EXPORT
 from blip2.vision.onnx_files import OnnxFiles
@@ -99,11 +99,9 @@ def open_graph(path: Path, optimise: bool = True):
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Or its threads would go on waiting actively while torch needs the cores for the OPT. Forbidding
+    # Its threads must not go on waiting actively while torch needs the cores for the OPT. Forbidding
     # them that within a run as well would cost ViT-g 6 %.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = onnx_sessions.session_options("work")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Each weight is converted just before its use; the default order converts all of them first.
