@@ -53,7 +53,9 @@ def test_errors_are_those_of_rounding_each_token_and_channel(tmp_path, bias):
     # The bound is for the worst case: rounding at random is far from it.
     large = expected.abs() > bound
     assert large.sum() > 100
-    assert ((y - expected)[large].norm() / expected[large].norm()) < (0.03 if int8.saturates() else 0.015)
+    assert ((y - expected)[large].norm() / expected[large].norm()) < (
+        0.03 if int8.saturates() else 0.015
+    )
 
 
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(tmp_path):

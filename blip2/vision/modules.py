@@ -282,9 +282,7 @@ def _filled(
 
     def parameter(name: str) -> torch.Tensor:
         stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
-        wanted = stored.to(own.get(name, dtype))
-        # A CPU multiplies bfloat16 as fast by a weight that lies column by column.
-        return wanted if dtype == torch.bfloat16 else wanted.contiguous()
+        return stored.to(own.get(name, dtype)).contiguous()
 
     names = list(module.state_dict())
     with ThreadPoolExecutor(load.threads) as pool:

@@ -39,8 +39,10 @@ class Bfloat16Linear(Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         if len(rows) <= _FEW_ROWS:
-            y = torch.mm(self.weight, rows.T).T.float()
+            # A single row would go another way, which is slower.
+            columns = functional.pad(rows, (0, 0, 0, 1)).T if len(rows) == 1 else rows.T
+            y = torch.mm(self.weight, columns)[:, : len(rows)].T.contiguous()
         else:
-            y = functional.linear(rows, self.weight).float()
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+            y = functional.linear(rows, self.weight)
+        y = y.float() if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
