@@ -108,8 +108,10 @@ def opt(args: argparse.Namespace) -> None:
 def vit(args: argparse.Namespace) -> None:
     """Both stages before OPT, for one picture and for several."""
     args.rows = args.rows or [1, 4]
-    limits = {name: product_rate(name) for name in ("float32", "bfloat16", "int8")}
-    print(", ".join(f"{name}: {rate / 1e9:.0f} G/s" for name, rate in limits.items()))
+    limits = {}
+    for precision in ("float32", "bfloat16", "int8"):
+        limits[precision] = product_rate(precision)
+        print(f"{precision}: {limits[precision] / 1e9:.0f} G/s", flush=True)
     vision = VisionConfig(num_hidden_layers=min(args.layers, 39))
     qformer = QFormerConfig(num_hidden_layers=min(args.layers, 12))
     for title, stage in (

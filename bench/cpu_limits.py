@@ -36,7 +36,7 @@ def memory_bandwidth() -> float:
 def product_rate(precision: str) -> float:
     """Operations a second of the best product of 2048 x 2048 in "float32", "bfloat16" or "int8"."""
     runs = {"float32": _float32_runs, "bfloat16": _bfloat16_runs, "int8": _int8_runs}[precision]()
-    return 2 * _SIZE**3 / min(median_seconds(run, 5) for run in runs)
+    return 2 * _SIZE**3 / min(median_seconds(run, 3) for run in runs)
 
 
 def _float32_runs() -> list[Run]:
