@@ -17,6 +17,8 @@ from conftest import ROOT, run_program
 from pages import PAGES, Command, commands, fenced, shows
 from PIL import Image
 
+pytestmark = pytest.mark.xdist_group("docs")  # pages share what they run
+
 MODEL = "Salesforce/blip2-opt-2.7b"
 CONVERT = "python opt/convert_checkpoint.py"
 # What cannot run here, or need not a second time. The flags of these are checked all the same.
@@ -203,6 +205,14 @@ def test_the_flags_of_commands_are_their_programs(page):
             program = name[2] or f"{name[1].replace('.', '/')}.py"
             named = set(re.findall(r" (--\w+)", command.text[name.end() :]))
             assert named <= defined(program), command.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_targets_of_a_page(page):
+    """Of the Makefile."""
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(named) <= set(targets)
 
 
 def anchors(page: Path) -> set[str]:
