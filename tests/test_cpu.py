@@ -170,7 +170,7 @@ def test_stages_in_bfloat16_are_near_transformers(tiny_checkpoint, float16_expor
     ):
         assert ours.dtype == torch.float32
         off = (ours - theirs).norm() / theirs.norm()
-        assert 1e-4 < off < 3e-2
+        assert 1e-3 < off < 3e-2  # float16 would be off by less
 
 
 @pytest.mark.usefixtures("fast_in_bfloat16")
