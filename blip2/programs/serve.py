@@ -149,16 +149,16 @@ def main() -> None:
 
 def default_http_processes() -> int:
     """One for every four processors, at most 4: the decoders and the engines need the others."""
-    from blip2.many.decoders import available_processors
+    from blip2 import cpu
 
-    return max(1, min(4, available_processors() // 4))
+    return max(1, min(4, cpu.cores() // 4))
 
 
 def default_workers() -> int:
     """All processors but two, at most 16: who asks waits for pictures, and engines go before them."""
-    from blip2.many.decoders import available_processors
+    from blip2 import cpu
 
-    return max(1, min(16, available_processors() - 2))
+    return max(1, min(16, cpu.cores() - 2))
 
 
 def serve_in(processes: int, args: argparse.Namespace) -> None:

@@ -94,11 +94,13 @@ class Host:
         """
         import torch
 
+        from blip2 import onnx_sessions
         from blip2.engine import Engine
         from blip2.engines import Places
         from blip2.pipeline import open_pipeline
 
         places = Places.of(**settings.places)
+        onnx_sessions.own_process()
         self.pipeline = open_pipeline(places, settings.verify)
         if self.pipeline.vision.device.type == "cuda":
             # What is left for processors is small. More threads would spin for what comes next, and
