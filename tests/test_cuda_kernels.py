@@ -14,8 +14,10 @@ from conftest import compiled_launches
 
 pytest.importorskip("triton")
 
+from blip2.float8 import quantise
 from blip2.language.decoding import BeamSearch, Greedy
 from blip2.language.native import cuda_decoding, fused_step, layers, prompt
+from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
 from blip2.language.native.cuda_cache import CudaCache
@@ -42,7 +44,7 @@ CONFIG = OPTCheckpointConfig(
 
 
 def random_models(
-    bits: int | None, seed: int = 0, config: OPTCheckpointConfig = CONFIG
+    bits: int | str | None, seed: int = 0, config: OPTCheckpointConfig = CONFIG
 ) -> tuple[OPTModel, CudaModel]:
     """The same float16 values behind the reference's float32 linears and the packed ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,8 +52,12 @@ def random_models(
     def draw(*shape: int, scale: float = 0.1) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).half()
 
-    def linears(channels: int, inputs: int, bits: int | None, bias: bool = True):
+    def linears(channels: int, inputs: int, bits: int | str | None, bias: bool = True):
         weight, bias = draw(channels, inputs), draw(channels) if bias else None
+        if bits == "float8":
+            values, scales = quantise(weight)
+            exact = FloatLinear.pack(values.float() * scales, bias, None)
+            return exact, PackedLinear.of_float8(values, scales[:, 0], bias)
         return FloatLinear.pack(weight, bias, bits), PackedLinear.pack(weight, bias, bits)
 
     def norms() -> tuple[Norm, Norm]:
@@ -108,6 +114,63 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
             cache.reorder(first_rows + beams)
 
 
+class RoundingLinear(FloatLinear):
+    """Rounds its inputs to E4M3 by token while `rounds` is set."""
+
+    rounds = False
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if RoundingLinear.rounds:
+            values, scales = quantise(x)
+            x = values.float() * scales
+        return super().__call__(x)
+
+
+# What an input is off by decides which way it is rounded to 8 bits, so that errors grow from layer to
+# layer until they are those of rounding.
+@pytest.mark.parametrize("layers, bound", [(1, 2e-2), (2, 8e-2)])
+@pytest.mark.parametrize("rows", [1, 9, 16, 70])
+def test_float8_rounds_the_inputs_of_prompts_and_of_more_than_eight_rows(
+    rows, layers, bound, monkeypatch
+):
+    """Through one row's kernel, Hopper's, and cuBLAS; prompts of one text and of many."""
+    monkeypatch.setattr("blip2.gpu.float8.product_dtype", lambda _device: torch.float32)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=layers)
+    reference, packed = random_models("float8", seed=rows, config=config)
+    for layer in reference.weights.layers:
+        for name in ("qkv", "dense", "fc", "proj"):
+            rounding = RoundingLinear(**vars(getattr(layer, name)))
+            object.__setattr__(layer, name, rounding)
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(3, 8, (rows,), generator=generator)
+    input_ids = torch.randint(0, CONFIG.vocab_size, (rows, 7), generator=generator)
+    caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
+    monkeypatch.setattr(RoundingLinear, "rounds", True)
+    expected, got = (
+        model.prefill(input_ids, lengths, torch.zeros(rows, 0, CONFIG.hidden_size), cache)
+        for model, cache in zip((reference, packed), caches, strict=True)
+    )
+    # Of few texts the last tokens' last MLP has its inputs in 16 bits.
+    assert relative_error(got, expected) < (bound if rows > 8 else 0.1)
+    monkeypatch.setattr(RoundingLinear, "rounds", rows > 8)
+    share_prompts(*caches, 7)
+    for tokens in torch.randint(0, CONFIG.vocab_size, (3, rows), generator=generator):
+        expected, got = reference.step(tokens, caches[0]), packed.step(tokens, caches[1])
+        assert relative_error(got, expected) < (bound if rows > 8 else 3e-3)
+
+
+def share_prompts(cache: KVCache, other: CudaCache, length: int) -> None:
+    """Give another cache, which has them but for rounding to 8 bits, the same keys and values."""
+    for kind in ("keys", "values"):
+        kept, found = (getattr(each, kind)[:, :, :, :length] for each in (cache, other))
+        assert relative_error(found.float(), kept) < 0.1
+        found.copy_(kept)
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_weights_lie_where_the_kernel_reads_them(bits):
     """linear.cu's indexing, written out: lane 4 g + t, channels g and g + 8, inputs 8t .. 8t + 7."""
@@ -156,7 +219,7 @@ def test_image_features_stand_where_their_ids_do(rows, most_captured, monkeypatc
     assert (got - expected).norm() / expected.norm() < 3e-3
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, 4, "float8"])
 def test_one_row_of_wider_models_is_one_launch(bits):
     """Which finds its weights by a table of addresses."""
     config = dataclasses.replace(CONFIG, hidden_size=512, num_attention_heads=8, vocab_size=96)
@@ -166,6 +229,8 @@ def test_one_row_of_wider_models_is_one_launch(bits):
     caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
     for model, cache in zip((reference, packed), caches, strict=True):
         model.prefill(input_ids, lengths, torch.zeros(1, 0, 512), cache)
+    if bits == "float8":  # which rounds the prompt's inputs
+        share_prompts(*caches, 7)
     for token in torch.randint(0, 96, (3, 1)):
         expected, got = reference.step(token, caches[0]), packed.step(token, caches[1])
         assert (got - expected).norm() / expected.norm() < 3e-3
@@ -187,19 +252,21 @@ GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)
 
 
 @pytest.mark.parametrize(
-    "gpu, width, bits",
+    "gpu, width, bits, float8",
     [
-        ("H100", 2560, (16, 16)),
-        ("H100", 2560, (8, 8)),
-        ("H100", 4096, (4, 8)),  # OPT-6.7B: blip2-opt-6.7b's
-        ("RTX 5090", 2560, (4, 8)),
+        ("H100", 2560, (16, 16), False),
+        ("H100", 2560, (8, 8), False),
+        ("H100", 2560, (8, 16), True),
+        ("H100", 4096, (4, 8), False),  # OPT-6.7B: blip2-opt-6.7b's
+        ("RTX 5090", 2560, (4, 8), False),
+        ("RTX 5090", 4096, (8, 16), True),
     ],
 )
-def test_the_fused_step_compiles(gpu, width, bits):
+def test_the_fused_step_compiles(gpu, width, bits, float8):
     compiled = pytest.importorskip("blip2.gpu.compiled")
     architecture, multiprocessors, shared = GPUS[gpu]
     config = dataclasses.replace(opt_2_7b(), hidden_size=width)
-    macros = fused_step.shape_macros(config, bits, multiprocessors, shared)
+    macros = fused_step.shape_macros(config, bits, multiprocessors, shared, float8)
     assert compiled.compile_source(fused_step.SOURCE, tuple(macros.items()), architecture)
 
 
@@ -345,6 +412,14 @@ def test_the_large_kernel_compiles(architecture, bits):
         compiled.compile_source(SOURCE, (("BITS", bits),), architecture)
 
 
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_120"])
+def test_the_large_kernel_compiles_for_float8(architecture):
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    macros = {"BITS": 8, "FLOAT8": 1, "TILES": 1, "WARPS": 8, "WIDTH": 2560, "RELU": 0}
+    macros |= {"RESIDUAL": 1, "OUT_FLOAT": 1, "HAS_BIAS": 1}
+    assert compiled.compile_source(SOURCE, tuple(macros.items()), architecture)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 def test_the_steps_attention_compiles(architecture, head_size):
@@ -353,11 +428,14 @@ def test_the_steps_attention_compiles(architecture, head_size):
     assert compiled.compile_source(ATTENTION_SOURCE, macros, architecture)
 
 
-@pytest.mark.parametrize("bits, rows", [(16, 9), (16, 40), (16, 64), (8, 48), (4, 30)])
+@pytest.mark.parametrize(
+    "bits, float8, rows",
+    [(16, 0, 9), (16, 0, 40), (16, 0, 64), (8, 0, 48), (4, 0, 30), (8, 1, 9), (8, 1, 64)],
+)
 @pytest.mark.parametrize("shape", [(7680, 2560), (2560, 10240)])
-def test_hoppers_kernels_compile(shape, bits, rows):
+def test_hoppers_kernels_compile(shape, bits, float8, rows):
     compiled = pytest.importorskip("blip2.gpu.compiled")
-    source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132)
+    source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132, bool(float8))
     # What a block adds up lies where its steps did; two blocks have room on a multiprocessor.
     assert 8 * macros["TILES"] * (128 + 4) * 4 <= shared_bytes <= (228 << 10) // 2 - (2 << 10)
     macros |= {"WIDTH": shape[1], "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
