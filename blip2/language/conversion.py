@@ -85,7 +85,7 @@ def target_config(checkpoint: Checkpoint, options: ConversionOptions) -> OPTChec
     _check_splits(opt, config)
     if config.is_float8:
         _check_float8(opt, config)
-    Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1))
+    Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1, quant_algo=None))
     return config
 
 
