@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exact import (
     HALF,
     SUMS,
@@ -22,7 +23,7 @@ from test_cuda_model import OPT_2_7B, Texts, open_cache, run
 
 from blip2.float8 import quantise
 from blip2.gpu.float8 import Float8, product_dtype
-from blip2.language.native.checkpoint import OPTWeights
+from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
 from blip2.language.native.float8_layers import Float8Layers, layers_for
 from blip2.language.native.fused_step import macros_for
@@ -33,7 +34,8 @@ from blip2.language.native.packing import PackedLinear
 SUMS_OF_FLOAT8 = 2e-3
 # Of a layer. What an input is off by in float16 decides which way it is rounded to E4M3; errors grow
 # from layer to layer until they are those of rounding.
-APART = 2e-2
+APART = 5e-2
+NEAR = 3e-3  # of one linear
 # Channels that are no multiple of a block's 128, inputs that are none of a step's 128, and OPT-2.7B's.
 SHAPES = [
     (203, 192),
@@ -60,11 +62,10 @@ def linear_of(device: torch.device, shape: tuple[int, int]) -> tuple[ExactLinear
     return ExactLinear.of(weight, draw(shape[0]), "float8")
 
 
-def assert_near(out: torch.Tensor, truth: torch.Tensor, bound: float) -> None:
-    assert relative_error(out, truth) < bound
-    # Channels of all sizes alike.
-    columns = (out.double() - truth).norm(dim=0) / truth.norm(dim=0)
-    assert (columns < 4 * bound).all()
+def assert_near(out: torch.Tensor, truth: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Each by itself, for rows and channels are of all sizes; `sizes` are those of what is added up."""
+    assert relative_error(out, truth) < SUMS_OF_FLOAT8
+    assert ((out.double() - truth).abs() <= SUMS_OF_FLOAT8 * sizes).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -99,6 +100,7 @@ def test_more_rows_are_multiplied_by_hoppers_kernel(device, shape, rows):
     x *= torch.logspace(-1, 1, rows, device=device).half()[:, None]
     rounded = Float8.of(x)
     inputs = rounded.values.double() * rounded.scales.double()[:, None]
+    sizes = inputs.norm(dim=1)[:, None] * exact.weight.norm(dim=1) + exact.bias.abs()
     for relu, residual in ((False, False), (True, False), (False, True)):
         truth = exact(inputs)
         truth = truth.relu() if relu else truth
@@ -112,7 +114,7 @@ def test_more_rows_are_multiplied_by_hoppers_kernel(device, shape, rows):
         kernels._launch(
             rounded.values, packed, out[:-1], relu=relu, residual=residual, row_scales=scales
         )
-        assert_near(out[:-1], truth, SUMS_OF_FLOAT8)
+        assert_near(out[:-1], truth, sizes + truth.abs())
         assert out[-1].isnan().all()
 
 
@@ -147,6 +149,44 @@ class RoundingLinear(ExactLinear):
         return super().__call__(x)
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    values, scales = quantise(x)
+    return values.double() * scales.double()
+
+
+@pytest.mark.parametrize("rows", [9, 48, 64, 90, 360])
+def test_a_layer_rounds_the_inputs_of_each_linear(device, rows):
+    """Each linear alone, on what was computed before it: by kernels of our own, and cuBLAS."""
+    width, heads = OPT_2_7B
+    exact, packed = random_opt(opt_config(width, heads, layers=1), "float8", device)
+    [truth], [layer] = exact.weights.layers, packed.layers
+    layers = Float8Layers(exact.config, packed, rows, device)
+    x = drawing(device)(rows, width).float()
+    layers.x.copy_(x)
+    found = {}
+
+    def attention(_index: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
+        found["qkv"] = qkv.double()
+        attended.copy_(qkv[:, :width])
+
+    def norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return F.layer_norm(x.double(), (width,), norm.weight, norm.bias, 1e-5)
+
+    half = 1 if product_dtype(device) == torch.float16 else 8
+    layers._attend(0, attention)
+    assert relative_error(found["qkv"], truth.qkv(rounded(norm(x, truth.input_norm)))) < NEAR * half
+    attended = layers._attended.double()
+    layers._add(layers._attended, layer.dense)
+    stream = layers._residual.summed().clone()
+    assert relative_error(stream.double() - x, truth.dense(rounded(attended))) < NEAR * half
+    hidden = layers._multiply(layers._norms[0][1](layers._residual), layer.fc, layers._hidden)
+    found = truth.fc(rounded(norm(stream, truth.post_norm)))
+    assert relative_error(hidden, found) < NEAR * half
+    layers._add(hidden, layer.proj, "relu")
+    added = layers._residual.summed().double() - stream
+    assert relative_error(added, truth.proj(rounded(hidden.double().relu()))) < NEAR * half
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 layer", "2 layers"])
 def models(request, device) -> tuple[ExactOPT, OPTWeights]:
     width, heads = OPT_2_7B
@@ -158,7 +198,7 @@ def models(request, device) -> tuple[ExactOPT, OPTWeights]:
 
 
 def bound_of(exact: ExactOPT) -> float:
-    return APART if exact.config.num_hidden_layers == 1 else 4 * APART
+    return APART * exact.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("requests, num_beams", [(9, 1), (10, 5), (64, 1), (80, 1)])
