@@ -9,7 +9,6 @@ how many captions and answers stay the same.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import time
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 import blip2
+from blip2 import cli
 from blip2.images import Preprocessing, decode_image, resized_pixels
 from demo import scenes
 
@@ -36,9 +36,9 @@ def large_jpeg(number: int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser("Measure what --decode fast saves, and what it changes.")
     parser.add_argument("--engine_dir", default="demo/checkpoint")
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--pictures", type=cli.positive_int, default=100)
     args = parser.parse_args()
     model = blip2.load(args.engine_dir)
     preprocessing = model._pipeline.vision.preprocessing
@@ -86,4 +86,4 @@ class Measured:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

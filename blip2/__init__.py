@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Blip2Error", "Features", "Model", "load"]
 
+__version__ = "0.1.0"  # the one place: pyproject.toml and every program's --version read it here
+
 # Nothing is sent anywhere: each library reads its switch when it is imported, which is after this.
 for _switch, _off in {
     "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime from 1.32 on: an id under the home directory, a host

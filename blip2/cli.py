@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from blip2 import layout, memory
+from blip2 import __version__, layout, memory
 from blip2.errors import Blip2Error
 
 # What is wrong with a path, wherever in a program it shows.
@@ -78,6 +78,7 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_DefaultsHelpFormatter,
         )
+        super().add_argument("--version", action="version", version=f"blip2-suite {__version__}")
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         self._names.update(name.removeprefix("--") for name in names)

@@ -14,29 +14,33 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from demo.drawing import Scene, draw
 from demo.scenes import (
     FORMS,
-    RELATIONS,
     Example,
     Question,
     caption,
     completion,
     evaluation_set,
+    listing_from_top,
     prompt,
     questions,
 )
 
 IMAGE_SIZE = 96
-TEXTS_PER_IMAGE = 8  # the caption, the questions about relations, the others
-RELATION_TEXTS = 4  # half: they are learned last, and the captions say nothing of above and below
-TEXT_LENGTH = 28  # tokens from BOS to newline; the longest caption takes 26
+TEXT_LENGTH = 28  # tokens from BOS to newline; the longest listing takes all of them
 BOS, PAD = 2, 1
 IGNORED = -100  # a target that does not count
 TOKENIZER_SEEDS = 800
-OTHERS = tuple(form for form in FORMS if form not in RELATIONS)
+HEIGHTS = ("is_above", "what_above")
+SIDES = ("is_beside", "what_beside")
+OTHERS = tuple(form for form in FORMS if form not in HEIGHTS + SIDES)
+# The questions about a picture, beside its caption and its listing from top to bottom. Where an
+# object is takes longest to learn, and its height longest of all: captions go from left to right.
+MIXTURE = {"above": (HEIGHTS, 3), "beside": (SIDES, 1), "others": (OTHERS, 2)}
+KINDS = ("captions", "listings", *(kind for kind, (_, n) in MIXTURE.items() for _ in range(n)))
 IMAGE_TOKEN = "<image>"
 
 
 class Batch(NamedTuple):
-    """`pixels` B x S x S x 3 uint8; `ids` and `targets` B x texts x TEXT_LENGTH int16.
+    """`pixels` B x S x S x 3 uint8; `ids` and `targets` B x len(KINDS) x TEXT_LENGTH int16.
 
     `targets` holds the ids the model is to write, at their own place in `ids`, else IGNORED.
     """
@@ -91,17 +95,18 @@ def encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[np.ndarray
 
 
 def training_batch(tokenizer: Tokenizer, seeds: range) -> Batch:
-    """The pictures of `seeds`, each with TEXTS_PER_IMAGE texts: its caption and questions."""
+    """The pictures of `seeds`, each with one text of each of KINDS."""
     images, rows = [], []
     for seed in seeds:
         scene = draw(seed)
         rng = random.Random(f"questions {seed}")
-        asked = _ask(scene, rng, RELATIONS, RELATION_TEXTS)
-        asked += _ask(scene, rng, OTHERS, TEXTS_PER_IMAGE - 1 - RELATION_TEXTS)
+        asked = [listing_from_top(scene)]
+        for forms, count in MIXTURE.values():
+            asked += _ask(scene, rng, forms, count)
         images.append(pixels(scene.image))
         rows.append(encode(tokenizer, "", caption(scene)))
         rows += [encode(tokenizer, question.text, question.answer) for question in asked]
-    shape = (len(seeds), TEXTS_PER_IMAGE, TEXT_LENGTH)
+    shape = (len(seeds), len(KINDS), TEXT_LENGTH)
     ids, targets = (np.stack(part).reshape(shape) for part in zip(*rows, strict=True))
     return Batch(np.stack(images), ids, targets)
 

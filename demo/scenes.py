@@ -10,7 +10,7 @@ README.md beside this file lists the vocabulary and the question forms; drawing.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -60,9 +60,18 @@ class Phrase(NamedTuple):
 
 def caption(scene: Scene) -> str:
     """The caption: every object from left to right, then the background."""
-    parts = [_article(Phrase(o.size, o.colour, o.shape)) for o in scene.objects]
-    listing = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    listing = _listing(Phrase(o.size, o.colour, o.shape) for o in scene.objects)
     return f"{listing} on a {scene.background} background"
+
+
+def listing_from_top(scene: Scene) -> Question:
+    """Every object from top to bottom, to learn heights from, of which captions say nothing.
+
+    For training alone: it is no fair question where two objects are almost equally high.
+    """
+    downwards = sorted(scene.objects, key=lambda thing: thing.y)
+    answer = _listing(Phrase(None, o.colour, o.shape) for o in downwards)
+    return Question("listing", "What objects are above and below?", answer)
 
 
 def prompt(question: str) -> str:
@@ -97,9 +106,9 @@ def questions(
 def evaluation_set(
     first_seed: int, count: int, forms: Collection[str] | None = None
 ) -> Iterator[Example]:
-    """The captions and questions of `count` scenes; from EVALUATION_SEED on they are unseen.
+    """The captions of `count` scenes, and questions of `forms` (all FORMS) about them.
 
-    `forms` are those that the checkpoint has learned (LEARNED) unless others are named.
+    From EVALUATION_SEED on they are unseen.
     """
     if count < 1:
         raise Blip2Error(f"an evaluation set of {count} scenes was asked for", "ask for 1 or more")
@@ -107,12 +116,18 @@ def evaluation_set(
         scene = draw(seed)
         yield Example(scene.image, "", caption(scene), "caption", seed)
         rng = random.Random(f"questions {seed}")
-        for question in questions(scene, rng, LEARNED if forms is None else forms):
+        for question in questions(scene, rng, forms):
             yield Example(scene.image, question.text, question.answer, question.form, seed)
 
 
 def _article(phrase: Phrase) -> str:
     return f"{'an' if str(phrase)[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _listing(phrases: Iterable[Phrase]) -> str:
+    """ "a red circle, a blue square and a green star"."""
+    parts = [_article(phrase) for phrase in phrases]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _plural(phrase: Phrase) -> str:
@@ -233,5 +248,3 @@ FORMS: dict[str, Callable[[Scene, random.Random], tuple[str, str] | None]] = {
     "what_above": partial(_beside, ABOVE),
     "background": _pattern,
 }
-RELATIONS = ("is_beside", "what_beside", "is_above", "what_above")
-LEARNED = tuple(form for form in FORMS if form not in ("is_above", "what_above"))

@@ -137,13 +137,14 @@ def train(
     import torch
 
     from demo import training
+    from demo.model import build_config, build_model, open_model, save
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     if arguments.init_from:
-        model = training.open_model(arguments.init_from).to(device)
+        model = open_model(arguments.init_from).to(device)
     else:
-        model = training.build_model(training.build_config(tokenizer)).to(device)
+        model = build_model(build_config(tokenizer)).to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters on {device}; {time.monotonic() - begun:.0f} s", flush=True)
     pictures = training.Pictures(arguments.scenes, device)
@@ -159,9 +160,9 @@ def train(
     for line in training.train(model, pictures, schedule, not arguments.no_compile):
         print(" ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
         if time.monotonic() - saved > training.SAVE_SECONDS:
-            training.save(model, tokenizer, arguments.output_dir)
+            save(model, tokenizer, arguments.output_dir)
             saved = time.monotonic()
-    training.save(model, tokenizer, arguments.output_dir)
+    save(model, tokenizer, arguments.output_dir)
     print(f"trained and saved; {time.monotonic() - begun:.0f} s", flush=True)
 
 

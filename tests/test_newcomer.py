@@ -42,11 +42,11 @@ def test_without_the_packages_one_line_says_what_to_install(program, tmp_path):
     assert command == [sys.executable, *("-m", "pip", "install", "-r"), f"{ROOT}/requirements.txt"]
 
 
-def test_the_readme_installs_tensorrt_llm_as_its_requirements_say():
+def test_the_page_installs_tensorrt_llm_as_its_requirements_say():
     """torch and torchvision are a pair, from one index: else importing tensorrt_llm fails."""
     lines = [
         re.findall(r"pip install (torch==.*)", (ROOT / name).read_text())
-        for name in ("README.md", "requirements-tensorrt.txt")
+        for name in ("docs/tensorrt.md", "requirements-tensorrt.txt")
     ]
     assert (
         lines[0]

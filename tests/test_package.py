@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,7 +26,7 @@ def wheel(tmp_path_factory) -> Path:
     """Built of a copy: setuptools leaves a folder beside the sources."""
     directory = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(
-        ["git", "ls-files", "blip2", "pyproject.toml", "README.md", "requirements*.txt"],
+        ["git", "ls-files", "blip2", "pyproject.toml", "README.md", "LICENSE", "requirements*.txt"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -96,6 +97,23 @@ def test_the_metadata_is_the_requirements_files(wheel):
     ]
     named = filter(None, (line.partition("#")[0].strip() for line in lines))
     assert _parts(metadata.get_all("Requires-Dist")) == _parts(named)
+
+
+def test_the_licence_and_the_version_are_the_repositorys(wheel, environment, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        [licence] = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    version = metadata["Version"]
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == version
+    programs = [*environment.glob("blip2-*")]
+    assert len(programs) == 5
+    for program in programs:
+        done = run(program, "--version", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, f"blip2-suite {version}\n")
 
 
 def _parts(requirements: Iterable[str]) -> set[tuple[str, str, frozenset[str]]]:

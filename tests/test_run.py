@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 
+import blip2
 from blip2.engines import Places
 from blip2.pipeline import open_pipeline
 
@@ -129,11 +130,11 @@ def test_sampling_follows_its_seed(tiny_export, tiny_opt):
     assert first != sample(2)
 
 
-# Prints what a script's --help imports besides the standard library.
+# Prints what a script's --help or --version imports besides the standard library.
 HELP = """
 import runpy, sys
 before = set(sys.modules)
-sys.argv = [sys.argv[1], "--help"]
+sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
@@ -143,17 +144,34 @@ print(*sorted(imported - set(sys.stdlib_module_names)))
 """
 
 
+SCRIPTS = ["run.py", "onnx_export.py", "build_vit_qformer.py", "opt/convert_checkpoint.py"]
+HEAVY = {"torch", "tensorrt", "transformers", "onnx", "onnxruntime"}
+
+
 @pytest.mark.parametrize(
-    "script",
-    ["run.py", "onnx_export.py", "build_vit_qformer.py", "opt/convert_checkpoint.py"],
+    "script", [*SCRIPTS, "serve.py", "demo/draw.py", "demo/evaluate.py", "demo/train.py"]
 )
-def test_help_imports_nothing_heavy(script):
-    """What makes --help immediate."""
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(script, flag):
+    """What makes them immediate."""
     done = subprocess.run(
-        [sys.executable, "-c", HELP, script], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", HELP, script, flag], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "blip2"
+    *said, imported = done.stdout.splitlines()
+    if script in SCRIPTS:
+        assert imported == "blip2"
+    assert not HEAVY & set(imported.split())
+    if flag == "--version":
+        assert said == [f"blip2-suite {blip2.__version__}"]
+
+
+def test_every_program_says_its_version():
+    """The parser that all share does: no program has another one."""
+    folders = ("bench", "blip2", "demo", "opt")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    own = [path for path in sources if "argparse.ArgumentParser(" in path.read_text()]
+    assert not own
 
 
 def test_another_tokenizer_keeps_the_ids_beside_the_engines(tiny_export, tiny_opt, tmp_path):

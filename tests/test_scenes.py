@@ -153,16 +153,53 @@ def test_relations_are_clear(drawn):
     assert len(found) > 20
 
 
-def test_evaluation_set_is_the_learned_forms_of_its_seeds():
+def test_listing_names_every_object_from_top_to_bottom(drawn):
+    for _, scene in drawn:
+        form, text, answer = scenes.listing_from_top(scene)
+        assert (form, text) == ("listing", "What objects are above and below?")
+        parts = re.split(r", | and ", answer)
+        for part, thing in zip(parts, sorted(scene.objects, key=lambda o: o.y), strict=True):
+            assert re.fullmatch(rf"an? {thing.colour} {thing.shape}", part)
+        assert "a orange" not in answer
+
+
+def test_evaluation_set_is_every_form_of_its_seeds():
     examples = list(evaluation_set(EVALUATION_SEED, 5))
     assert {example.seed for example in examples} == set(SEEDS[:5])
     assert [e.question for e in examples if e.form == "caption"] == [""] * 5
-    assert {example.form for example in examples} <= {"caption", *scenes.LEARNED}
+    assert {example.form for example in examples} == {"caption", *FORMS}
     assert examples[0].image.size == (CANVAS, CANVAS)
     assert {e.form for e in evaluation_set(EVALUATION_SEED, 20, ["is_above"])} == {
         "caption",
         "is_above",
     }
+
+
+def test_every_picture_is_trained_on_with_half_its_texts_about_heights():
+    tokenizers = pytest.importorskip("tokenizers")
+    from demo.examples import IGNORED, KINDS, PAD, training_batch
+
+    tokenizer = tokenizers.Tokenizer.from_file(TOKENIZER)
+    batch = training_batch(tokenizer, range(40))
+    assert batch.pixels.shape == (40, 96, 96, 3)
+    assert list(KINDS) == ["captions", "listings", *["above"] * 3, "beside", *["others"] * 2]
+    compared: list[bool] = []
+    for seed, all_ids, all_targets in zip(range(40), batch.ids, batch.targets, strict=True):
+        scene = draw(seed)
+        texts = [tokenizer.decode(ids[ids != PAD]) for ids in all_ids]
+        wanted = [tokenizer.decode(targets[targets != IGNORED]) for targets in all_targets]
+        listing = scenes.listing_from_top(scene)
+        assert texts[0] == wanted[0] == f"{caption(scene)}\n"
+        assert texts[1] == f"Question: {listing.text} Answer: {listing.answer}\n"
+        for text, answer in zip(texts[1:], wanted[1:], strict=True):
+            assert text.partition(" Answer:")[2] == answer
+        heights = [bool(re.search("above|below", text)) for text in texts]
+        assert heights[:2] + heights[5:] == [False, True, False, False, False]
+        assert not any(re.search("left of|right of", text) for text in texts[6:])
+        if len(scene.objects) > 1:  # else there is nothing to compare
+            compared += heights[2:5]
+    assert len(compared) > 60
+    assert sum(compared) / len(compared) > 0.9  # objects may all be at about the same height
 
 
 def test_vocabulary_is_closed_and_the_tokenizer_keeps_it():

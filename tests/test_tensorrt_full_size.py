@@ -1,4 +1,4 @@
-"""ViT-g and the Q-Former at full size, exported and built; prints what the README reports."""
+"""ViT-g and the Q-Former at full size, exported and built; prints what docs/tensorrt.md reports."""
 
 from __future__ import annotations
 

@@ -89,11 +89,9 @@ def test_versions_without_the_command_are_refused(version):
         flags(version=version)
 
 
-def test_the_readmes_command_is_the_one_that_is_printed():
-    readme = (ROOT / "README.md").read_text()
-    command = readme[readme.index("trtllm-build --checkpoint_dir") :].partition("\npython run.py")[
-        0
-    ]
+def test_the_pages_command_is_the_one_that_is_printed():
+    page = (ROOT / "docs" / "tensorrt.md").read_text()
+    command = page[page.index("trtllm-build --checkpoint_dir") :].partition("\npython run.py")[0]
     _, *words = shlex.split(command.replace("\\\n", ""))
     found = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
     directories = {name: found[name] for name in ("checkpoint_dir", "output_dir")}
