@@ -11,21 +11,25 @@ matrices reaches in the same run, and the ratio to transformers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import math
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import Blip2ForConditionalGeneration
 
+from bench.gpu_chart import draw
+from bench.gpu_report import Report, median_ms, median_wall_ms
 from bench.random_blip2 import (
     DEVICE,
+    FLOAT8,
     cache_bytes,
     float_weights,
     in_float8,
@@ -48,7 +52,8 @@ COMPARED_TOKENS = 20  # of each answer, with transformers' in float32
 EQUAL_IDS = 0.9  # of those, at least, before rounding has let the first tie fall otherwise
 TEXT_TOKENS = 13  # of a question; the picture's are 32 more
 BATCHES = (1, 8, 64)
-STEP_ROWS = (1, 5, 8, 40, 64)
+STEP_ROWS = (1, 5, 8, 40, 64, 128, 256)
+CHOSEN_ROWS = (1, 64)
 CHOICES = {
     "the likeliest": {},
     "a sample": {"top_k": 0, "temperature": 0.7},
@@ -56,8 +61,11 @@ CHOICES = {
     "a sample of 0.9": {"top_k": 0, "top_p": 0.9},
     "a sample of 0.9 of 50": {"top_k": 50, "top_p": 0.9},
 }
+CHART_BATCHES = [2, 4, 8, 16, 32, 64, 128, 256]
 # Pictures, new tokens, beams; those of batches that are not BATCHES for the chart.
-WHOLES = [(1, 1, 1), (1, 30, 1), (1, 30, 5), *((n, 20, 1) for n in (2, 4, 8, 16, 32, 64))]
+WHOLES = [(1, 1, 1), (1, 30, 1), (1, 30, 5), *((n, 20, 1) for n in CHART_BATCHES)]
+# Of logits, where inputs are rounded too: errors grow over 32 layers.
+FLOAT8_TOLERANCE = TOLERANCE[torch.float8_e4m3fn]
 MANY_WINDOWS = 32
 VIT_FLOPS, QFORMER_FLOPS = 520.7e9, 12.9e9  # a picture
 BEGIN_ID, END_ID = 2, 50118
@@ -104,48 +112,7 @@ def save(args, report: Report) -> None:
     if args.json:
         args.json.write_text(json.dumps(report.figures, indent=1))
     if args.chart:
-        draw(report.figures, args.chart)
-
-
-class Report:
-    """Prints figures and keeps them."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, float | str] = {"device": torch.cuda.get_device_name()}
-        self.bandwidth = self.flops = math.nan
-
-    def limits(self) -> None:
-        """Measure what the GPU can do at best."""
-        source = torch.randint(-99, 99, (1 << 32,), dtype=torch.int8, device=DEVICE)
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * source.numel() / median_ms(target.copy_, source) * 1e3
-        a, b = (torch.randn(8192, 8192, device=DEVICE).half() for _ in range(2))
-        self.flops = 2 * 8192**3 / median_ms(torch.mm, a, b) * 1e3
-        self.figures["copy TB/s"] = self.bandwidth / 1e12
-        self.figures["product TFLOP/s"] = self.flops / 1e12
-        print(f"copy {self.bandwidth / 1e12:.2f} TB/s, product {self.flops / 1e12:.0f} TFLOP/s")
-
-    def add(
-        self,
-        name: str,
-        ms: float,
-        theirs: float | None = None,
-        read: float | None = None,
-        flops: float | None = None,
-    ) -> None:
-        """One line: milliseconds, bytes read or operations and their share, transformers' ms."""
-        self.figures[name] = ms
-        line = f"{name:<34} {ms:>8.3f} ms"
-        if read is not None:
-            line += f" {read / ms / 1e6:>6.0f} GB/s    {read / ms * 1e3 / self.bandwidth:>4.0%}"
-        elif flops is not None:
-            line += f" {flops / ms / 1e9:>6.0f} TFLOP/s {flops / ms * 1e3 / self.flops:>4.0%}"
-        else:
-            line += " " * 20
-        if theirs is not None:
-            self.figures[name + ", transformers"] = theirs
-            line += f"   transformers {theirs:>8.2f} ms  {theirs / ms:>5.1f}x"
-        print(line, flush=True)
+        draw(report.figures, CHART_BATCHES, args.chart)
 
 
 class Bench:
@@ -222,7 +189,7 @@ class Bench:
         self.error("ViT", ours, embeds, half)
         if self.float8_vision:
             ours8 = self.float8_vision.vit(pictures)
-            self.error("ViT in FP8", ours8, embeds, half, TOLERANCE[torch.float8_e4m3fn])
+            self.error("ViT in FP8", ours8, embeds, half, FLOAT8_TOLERANCE)
         half = self.their_qformer(self.model, half)
         features_ours = self.vision.qformer(ours)
         self.error("ViT and Q-Former", features_ours, features, half)
@@ -299,7 +266,8 @@ class Bench:
                 cache = each.new_cache(lengths, 1, 2)
                 first = each.prefill(prompt, lengths, features[:batch].float(), cache).clone()
                 outputs.append(torch.cat([first, each.step(token, cache)]).float())
-            self.error(f"OPT {precision}, {batch} rows", *outputs)
+            bound = FLOAT8_TOLERANCE if precision == FLOAT8 else 0.02
+            self.error(f"OPT {precision}, {batch} rows", *outputs, bound=bound)
 
     def stages(self) -> None:
         """Each stage alone, ours and transformers'."""
@@ -348,7 +316,7 @@ class Bench:
         """Steps with the choice of their tokens: the likeliest, or one drawn at random."""
         for precision, session in self.languages.items():
             opt = session._model
-            for rows in (1, STEP_ROWS[-1]):
+            for rows in CHOSEN_ROWS:
                 lengths = torch.full((rows,), 45, device=DEVICE)
                 tokens = torch.randint(4, self.image_id, (rows,), device=DEVICE)
                 prompts = [torch.tensor([BEGIN_ID])] * rows
@@ -399,13 +367,20 @@ class Bench:
                 else f"picture to {tokens} tokens"
             )
             name += f", {num_beams} beams" if num_beams > 1 else ""
-            for precision in self.languages if batch in BATCHES else ("float16",):
-                ms = median_wall_ms(self.ours, precision, *asked, num_beams)
-                self.captions(f"{name}, {precision}", ms, batch, theirs)
-            if self.float8_vision and batch == BATCHES[-1]:
-                vision = self.float8_vision
-                ms = median_wall_ms(self.ours, "float16", *asked, num_beams, vision)
-                self.captions(f"{name}, float16, ViT in FP8", ms, batch, theirs)
+            for precision in self.languages if batch in BATCHES else self.drawn():
+                vision = self.vision_for(precision, batch)
+                with at_once(self.languages[precision], batch):
+                    ms = median_wall_ms(self.ours, precision, *asked, num_beams, vision)
+                also = "" if vision is self.vision else ", ViT too"
+                self.captions(f"{name}, {precision}{also}", ms, batch, theirs)
+
+    def drawn(self) -> list[str]:
+        """The precisions of the chart."""
+        return [precision for precision in ("float16", FLOAT8) if precision in self.languages]
+
+    def vision_for(self, precision: str, batch: int) -> TorchSession:
+        """With OPT in FP8 the ViT too, where that is faster: for more than one picture."""
+        return self.float8_vision if precision == FLOAT8 and batch > 1 else self.vision
 
     def captions(self, name: str, ms: float, batch: int, theirs: float | None = None) -> None:
         """A line, and of several pictures how many a second that is."""
@@ -418,7 +393,8 @@ class Bench:
         size = BATCHES[-1]
         values = self.pictures(size).half().cpu().pin_memory()
         for precision, language in self.languages.items():
-            pipeline = Pipeline(self.vision, language, NoTokenizer(self.text_ids(1)[0].tolist()))
+            vision = self.vision_for(precision, size)
+            pipeline = Pipeline(vision, language, NoTokenizer(self.text_ids(1)[0].tolist()))
             options = pipeline.options({"max_output_len": 20})
             windows = (answering.Window(n * size, size, values) for n in range(MANY_WINDOWS))
             watch, done = Stopwatch(), []
@@ -435,6 +411,19 @@ class Bench:
         options = {"min_new_tokens": 30, "cache_implementation": "static"}
         ms = median_wall_ms(self.theirs, *asked, repeats=3, **options)
         self.report.add("picture to 30 tokens, transformers compiled", ms)
+
+
+@contextlib.contextmanager
+def at_once(session: NativeSession, batch: int) -> Iterator[None]:
+    """Have so many requests answered in one batch, and all that is kept for it let go afterwards."""
+    limits = session.limits
+    session.limits = dataclasses.replace(limits, max_batch_size=max(batch, limits.max_batch_size))
+    try:
+        yield
+    finally:
+        session.limits = limits
+        if batch > limits.max_batch_size:
+            session._model.release()
 
 
 class NoTokenizer:
@@ -455,66 +444,6 @@ class NoTokenizer:
 def _dtype(model: Blip2ForConditionalGeneration) -> torch.dtype:
     # model.dtype is that of its first parameter, and transformers keeps the Q-Former in float32
     return model.language_projection.weight.dtype
-
-
-def median_ms(run: Callable, *arguments, repeats: int = 7, inner: int = 1, **options) -> float:
-    """Device milliseconds of one call, after two to warm up."""
-    for _ in range(2):
-        run(*arguments, **options)
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(inner):
-            run(*arguments, **options)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / inner)
-    return statistics.median(times)
-
-
-def median_wall_ms(run: Callable, *arguments, repeats: int = 5, **options) -> float:
-    """Milliseconds of one call by the host's clock, after one to warm up."""
-    run(*arguments, **options)
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        run(*arguments, **options)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
-
-
-def draw(figures: dict[str, float | str], path: Path) -> None:
-    """Captions a second and latency over batch size, ours and transformers'."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    batches = [2, 4, 8, 16, 32, 64]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for suffix, label, color in (
-        ("", "this suite", "C0"),
-        (", transformers", "transformers", "C1"),
-    ):
-        ms = [figures[f"{batch} pictures to 20 tokens, float16{suffix}"] for batch in batches]
-        left.plot(
-            batches, [b / m * 1e3 for b, m in zip(batches, ms, strict=True)], "o-", color=color
-        )
-        right.plot(batches, ms, "o-", color=color, label=label)
-    left.set(ylabel="captions of 20 tokens / s", ylim=(0, None))
-    right.set(ylabel="ms a batch", ylim=(0, None))
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, batches)
-        axes.set_xlabel("pictures a batch")
-        axes.grid(alpha=0.3)
-    right.legend()
-    figure.suptitle(f"BLIP-2 OPT-2.7B, float16, {figures['device']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from blip2.language.conversion import ConversionOptions, convert, target_config
 from blip2.language.native.model import OPTModel
 from blip2.language.native.packing import PackedLinear
 from blip2.language.native.session import NativeSession
+from blip2.language.trtllm_format import FLOAT8_ALGO
 from blip2.vision import modules
 from blip2.vision.cuda import CudaVisionTransformer
 from blip2.vision.float8 import quantise_linears
@@ -26,6 +27,7 @@ from blip2.vision.torch_session import Graphs, TorchSession, open_checkpoint_ses
 
 DEVICE = "cuda"
 PRECISIONS = {"float16": None, "INT8": "W8A16", "INT4": "W4A16"}
+FLOAT8 = "FP8"
 
 
 def random_model(directory: Path) -> Blip2ForConditionalGeneration:
@@ -73,6 +75,12 @@ def open_sessions(directory: Path) -> tuple[TorchSession, dict[str, NativeSessio
             (target / "config.json").write_text(json.dumps(config.to_json()))
         languages[name] = NativeSession(target)
         timed(f"load OPT, {name}", languages[name].load)
+    if has_float8(torch.device(DEVICE)):
+        config = target_config(checkpoint, ConversionOptions(quant_algo=FLOAT8_ALGO))
+        target = directory / FLOAT8
+        timed("convert OPT, FP8", convert, checkpoint, config, target, 8)
+        languages[FLOAT8] = NativeSession(target)
+        timed("load OPT, FP8", languages[FLOAT8].load)
     return vision, languages
 
 

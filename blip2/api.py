@@ -97,8 +97,8 @@ def load(
             None is the checkpoint in `engine_dir`.
         query_tokens: the export's query_tokens.pt; None is the one by `engine_dir`.
         hf_model_location: the tokenizer, a directory or hub id; None is the engines' own.
-        precision: of OPT's weights: "float16", "int8" or "int4", of a checkpoint that is in none of
-            them yet; None is what it was converted to, or else float16.
+        precision: of OPT's weights: "float16", "int8", "int4" or "float8", of a checkpoint that is in
+            none of them yet; None is what it was converted to, or else float16.
         device: "cpu", "cuda" or "cuda:N"; None is the current GPU, or without one the CPU.
         verify: compare large files with the hashes that were written with them.
 

@@ -162,8 +162,8 @@ def open_language_session(directory: Path, precision: str | None = None) -> Lang
 
     Args:
         directory: of an engine or a checkpoint.
-        precision: "float16", "int8" or "int4", to which a checkpoint of Hugging Face's is brought;
-            None is what the artifact has, float16 of such a checkpoint.
+        precision: "float16", "int8", "int4" or "float8", to which a checkpoint of Hugging Face's is
+            brought; None is what the artifact has, float16 of such a checkpoint.
 
     Raises:
         Blip2Error: no such directory, no artifact in it, or one that its engine cannot take.

@@ -34,11 +34,11 @@ PROPERTIES = types.SimpleNamespace(
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Let the product find an H100, on which tensors are on the CPU."""
-    from blip2.gpu import compiled, cuda_graphs
+    from blip2.gpu import compiled, cuda_graphs, float8_kernels
     from blip2.language.native import beam_kernels, fused_step, kernels
     from blip2.vision import kernels as vision_kernels
 
-    interpret(patch, beam_kernels, kernels, vision_kernels)
+    interpret(patch, beam_kernels, float8_kernels, kernels, vision_kernels)
     for module in (compiled, fused_step):
         patch.setattr(module, "load_kernel", load_kernel)
     patch.setattr(cuda_graphs, "capture", lambda launch, _pool=None: launch)
@@ -91,6 +91,7 @@ def linear(
     out: torch.Tensor,
     rows: int,
     channels: int,
+    row_scales: torch.Tensor | None = None,
     shared_bytes: int = 0,
     cluster: int = 1,
 ) -> None:
@@ -107,11 +108,19 @@ def linear(
     _rule(tuple(out.shape) == (rows, channels) and out.is_contiguous(), "outputs")
     _rule((bias is not None) == macros["HAS_BIAS"], "bias")
     _rule((out.dtype == torch.float32) == macros["OUT_FLOAT"], "the outputs' type")
-    bits = macros.get("BITS", 16)
-    values = weight if bits == 16 else unpacked(weight, bits, (channels, macros["WIDTH"]))
+    bits, float8 = macros["BITS"], macros["FLOAT8"]
+    plain = bits == 16 or float8
+    _rule((weight.dtype == torch.float8_e4m3fn) == float8, "the weights' type")
+    _rule(
+        (row_scales is not None) == (x.dtype == torch.float8_e4m3fn) == bool(float8 and split), "x"
+    )
+    values = weight if plain else unpacked(weight, bits, (channels, macros["WIDTH"]))
     y = x.float() @ values.float().T
     if bits < 16:
+        _rule(scales.dtype == (torch.float32 if float8 else torch.float16), "the scales' type")
         y *= scales.float()
+    if row_scales is not None:
+        y *= row_scales[:, None]
     if bias is not None:
         y += bias.float()
     if macros["RELU"]:
@@ -221,6 +230,9 @@ def step(
         if bits == 16:
             weight = tensor_at(next(table), (channels, inputs), torch.float16).float()
             next(table)
+        elif macros["FLOAT8"]:
+            weight = tensor_at(next(table), (channels, inputs), torch.float8_e4m3fn).float()
+            weight *= tensor_at(next(table), (channels,), torch.float32)[:, None]
         else:
             group = 32 if bits == 8 else 64
             shape = (-(-channels // 16), inputs // group, 8, 4)

@@ -11,15 +11,19 @@ import types
 import pytest
 import torch
 from conftest import compiled_launches
+from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from blip2.float8 import quantise
 from blip2.language.decoding import BeamSearch, Greedy
 from blip2.language.native import cuda_decoding, fused_step, layers, prompt
+from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.cuda_decoding import CudaBeamSearch, CudaGreedy
+from blip2.language.native.float8_layers import Float8Layers
 from blip2.language.native.layered_step import ATTENTION_SOURCE
 from blip2.language.native.layers import SOURCE
 from blip2.language.native.linear import FloatLinear, dequantize, quantize
@@ -42,7 +46,7 @@ CONFIG = OPTCheckpointConfig(
 
 
 def random_models(
-    bits: int | None, seed: int = 0, config: OPTCheckpointConfig = CONFIG
+    bits: int | str | None, seed: int = 0, config: OPTCheckpointConfig = CONFIG
 ) -> tuple[OPTModel, CudaModel]:
     """The same float16 values behind the reference's float32 linears and the packed ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,8 +54,12 @@ def random_models(
     def draw(*shape: int, scale: float = 0.1) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).half()
 
-    def linears(channels: int, inputs: int, bits: int | None, bias: bool = True):
+    def linears(channels: int, inputs: int, bits: int | str | None, bias: bool = True):
         weight, bias = draw(channels, inputs), draw(channels) if bias else None
+        if bits == "float8":
+            values, scales = quantise(weight)
+            exact = FloatLinear.pack(values.float() * scales, bias, None)
+            return exact, PackedLinear.of_float8(values, scales[:, 0], bias)
         return FloatLinear.pack(weight, bias, bits), PackedLinear.pack(weight, bias, bits)
 
     def norms() -> tuple[Norm, Norm]:
@@ -108,6 +116,74 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
             cache.reorder(first_rows + beams)
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    values, scales = quantise(x)
+    return values.float() * scales
+
+
+@pytest.mark.parametrize("rows", [9, 200])
+def test_a_layer_in_float8_rounds_the_inputs_of_each_linear(rows, monkeypatch):
+    """Each linear alone, on what was computed before it: by Hopper's kernel, and by cuBLAS."""
+    monkeypatch.setattr("blip2.gpu.float8.product_dtype", lambda _device: torch.float32)
+    reference, packed = random_models("float8")
+    truth, layer, width = reference.weights.layers[0], packed.weights.layers[0], CONFIG.hidden_size
+    layers = Float8Layers(CONFIG, packed.weights, rows, torch.device("cpu"))
+    x = torch.randn(rows, width)
+    layers.x.copy_(x)
+    found = {}
+
+    def attention(_index: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
+        found["qkv"] = qkv.float()
+        attended.copy_(qkv[:, :width])
+
+    def norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return functional.layer_norm(x, (width,), norm.weight, norm.bias, 1e-5)
+
+    layers._attend(0, attention)
+    assert relative_error(found["qkv"], truth.qkv(rounded(norm(x, truth.input_norm)))) < 1e-3
+    attended = layers._attended.float()
+    layers._add(layers._attended, layer.dense)
+    stream = layers._residual.summed().clone()
+    assert relative_error(stream - x, truth.dense(rounded(attended))) < 1e-3
+    hidden = layers._multiply(layers._norms[0][1](layers._residual), layer.fc, layers._hidden)
+    assert relative_error(hidden.float(), truth.fc(rounded(norm(stream, truth.post_norm)))) < 1e-3
+    layers._add(hidden, layer.proj, "relu")
+    added = layers._residual.summed() - stream
+    assert relative_error(added, truth.proj(rounded(hidden.float().relu()))) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_steps_of_more_than_eight_rows_are_in_float8(rows, monkeypatch):
+    """Fewer have their inputs in 16 bits, behind prompts that were rounded."""
+    monkeypatch.setattr("blip2.gpu.float8.product_dtype", lambda _device: torch.float32)
+    reference, packed = random_models("float8", seed=rows)
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(3, 8, (rows,), generator=generator)
+    input_ids = torch.randint(0, CONFIG.vocab_size, (rows, 7), generator=generator)
+    caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
+    expected, got = (
+        model.prefill(input_ids, lengths, torch.zeros(rows, 0, CONFIG.hidden_size), cache)
+        for model, cache in zip((reference, packed), caches, strict=True)
+    )
+    assert 1e-2 < relative_error(got, expected) < 0.1
+    share_prompts(*caches, 7)
+    for tokens in torch.randint(0, CONFIG.vocab_size, (3, rows), generator=generator):
+        error = relative_error(packed.step(tokens, caches[1]), reference.step(tokens, caches[0]))
+        assert 1e-2 < error < 0.1 if rows > 8 else error < 3e-3
+
+
+def share_prompts(cache: KVCache, other: CudaCache, length: int) -> None:
+    """Give another cache, which has them but for rounding to 8 bits, the same keys and values."""
+    for kind in ("keys", "values"):
+        kept, found = (getattr(each, kind)[:, :, :, :length] for each in (cache, other))
+        assert relative_error(found.float(), kept) < 0.1
+        found.copy_(kept)
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_weights_lie_where_the_kernel_reads_them(bits):
     """linear.cu's indexing, written out: lane 4 g + t, channels g and g + 8, inputs 8t .. 8t + 7."""
@@ -156,7 +232,7 @@ def test_image_features_stand_where_their_ids_do(rows, most_captured, monkeypatc
     assert (got - expected).norm() / expected.norm() < 3e-3
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 8, 4, "float8"])
 def test_one_row_of_wider_models_is_one_launch(bits):
     """Which finds its weights by a table of addresses."""
     config = dataclasses.replace(CONFIG, hidden_size=512, num_attention_heads=8, vocab_size=96)
@@ -166,6 +242,8 @@ def test_one_row_of_wider_models_is_one_launch(bits):
     caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
     for model, cache in zip((reference, packed), caches, strict=True):
         model.prefill(input_ids, lengths, torch.zeros(1, 0, 512), cache)
+    if bits == "float8":  # which rounds the prompt's inputs
+        share_prompts(*caches, 7)
     for token in torch.randint(0, 96, (3, 1)):
         expected, got = reference.step(token, caches[0]), packed.step(token, caches[1])
         assert (got - expected).norm() / expected.norm() < 3e-3
@@ -187,19 +265,21 @@ GPUS = {"H100": ("sm_90", 132, 227 << 10), "RTX 5090": ("sm_120", 170, 99 << 10)
 
 
 @pytest.mark.parametrize(
-    "gpu, width, bits",
+    "gpu, width, bits, float8",
     [
-        ("H100", 2560, (16, 16)),
-        ("H100", 2560, (8, 8)),
-        ("H100", 4096, (4, 8)),  # OPT-6.7B: blip2-opt-6.7b's
-        ("RTX 5090", 2560, (4, 8)),
+        ("H100", 2560, (16, 16), False),
+        ("H100", 2560, (8, 8), False),
+        ("H100", 2560, (8, 16), True),
+        ("H100", 4096, (4, 8), False),  # OPT-6.7B: blip2-opt-6.7b's
+        ("RTX 5090", 2560, (4, 8), False),
+        ("RTX 5090", 4096, (8, 16), True),
     ],
 )
-def test_the_fused_step_compiles(gpu, width, bits):
+def test_the_fused_step_compiles(gpu, width, bits, float8):
     compiled = pytest.importorskip("blip2.gpu.compiled")
     architecture, multiprocessors, shared = GPUS[gpu]
     config = dataclasses.replace(opt_2_7b(), hidden_size=width)
-    macros = fused_step.shape_macros(config, bits, multiprocessors, shared)
+    macros = fused_step.shape_macros(config, bits, multiprocessors, shared, float8)
     assert compiled.compile_source(fused_step.SOURCE, tuple(macros.items()), architecture)
 
 
@@ -345,6 +425,14 @@ def test_the_large_kernel_compiles(architecture, bits):
         compiled.compile_source(SOURCE, (("BITS", bits),), architecture)
 
 
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_120"])
+def test_the_large_kernel_compiles_for_float8(architecture):
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    macros = {"BITS": 8, "FLOAT8": 1, "TILES": 1, "WARPS": 8, "WIDTH": 2560, "RELU": 0}
+    macros |= {"RESIDUAL": 1, "OUT_FLOAT": 1, "HAS_BIAS": 1}
+    assert compiled.compile_source(SOURCE, tuple(macros.items()), architecture)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 def test_the_steps_attention_compiles(architecture, head_size):
@@ -353,11 +441,14 @@ def test_the_steps_attention_compiles(architecture, head_size):
     assert compiled.compile_source(ATTENTION_SOURCE, macros, architecture)
 
 
-@pytest.mark.parametrize("bits, rows", [(16, 9), (16, 40), (16, 64), (8, 48), (4, 30)])
+@pytest.mark.parametrize(
+    "bits, float8, rows",
+    [(16, 0, 9), (16, 0, 40), (16, 0, 64), (8, 0, 48), (4, 0, 30), (8, 1, 9), (8, 1, 64)],
+)
 @pytest.mark.parametrize("shape", [(7680, 2560), (2560, 10240)])
-def test_hoppers_kernels_compile(shape, bits, rows):
+def test_hoppers_kernels_compile(shape, bits, float8, rows):
     compiled = pytest.importorskip("blip2.gpu.compiled")
-    source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132)
+    source, macros, shared_bytes = layers.hopper_kernel(shape, bits, rows, 132, bool(float8))
     # What a block adds up lies where its steps did; two blocks have room on a multiprocessor.
     assert 8 * macros["TILES"] * (128 + 4) * 4 <= shared_bytes <= (228 << 10) // 2 - (2 << 10)
     macros |= {"WIDTH": shape[1], "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
@@ -526,14 +617,15 @@ def test_a_penalty_takes_the_plain_greedy_search():
 
 
 @pytest.mark.parametrize(
-    "channels, inputs, split",
+    "channels, inputs, rows, split",
     [
-        (7680, 2560, 4),  # OPT-2.7B's qkv: 60 blocks, of which an H100 has room for 264
-        (2560, 2560, 8),
-        (10240, 2560, 2),
-        (50272, 2560, 2),  # three waves, the last one full but for six
-        (2560, 128, 2),  # no more than there are steps of inputs
+        (7680, 2560, 64, 4),  # OPT-2.7B's qkv: 60 blocks, of which an H100 has room for 264
+        (2560, 2560, 64, 8),
+        (10240, 2560, 64, 2),
+        (50272, 2560, 64, 2),  # three waves, the last one full but for six
+        (2560, 128, 64, 2),  # no more than there are steps of inputs
     ],
 )
-def test_hoppers_blocks_fill_the_gpu(channels, inputs, split):
-    assert layers._split(channels, inputs, 132) == split
+def test_hoppers_blocks_fill_the_gpu(channels, inputs, rows, split):
+    _, macros, _ = layers.hopper_kernel((channels, inputs), 16, rows, 132)
+    assert macros["SPLIT"] == split

@@ -184,10 +184,10 @@ def test_weights_are_the_checkpoints_in_8_bits(exported):
 
 @pytest.mark.usefixtures("gpu_double")
 def test_a_gpu_computes_what_the_graph_does(exported, monkeypatch):
-    from blip2.vision import cuda_float8
+    from blip2.gpu import float8
     from blip2.vision.cuda import CudaVisionTransformer
 
-    monkeypatch.setattr(cuda_float8, "product_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(float8, "product_dtype", lambda _device: torch.float32)
     files = open_files(exported[0])
     pixel_values = torch.randn(2, 3, 28, 28)
     expected = OnnxRuntimeSession(files).vit(pixel_values).float()

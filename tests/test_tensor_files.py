@@ -26,6 +26,7 @@ def test_tensors_are_those_of_the_formats_own_reader(tmp_path):
         "half": torch.randn(3, 5).half(),
         "odd": torch.arange(7, dtype=torch.uint8),  # what follows it is not aligned
         "brain": torch.randn(4, 3).bfloat16(),
+        "eight": torch.randn(3, 4).to(torch.float8_e4m3fn),
         "float": torch.randn(2, 3, 4),
         "scalar": torch.tensor(2.5, dtype=torch.float64),
         "empty": torch.empty(0, 4),

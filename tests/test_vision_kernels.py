@@ -10,9 +10,10 @@ from models import with_random_weights
 pytest.importorskip("triton")
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
+from blip2.gpu import float8_kernels
+from blip2.gpu.float8 import Float8
 from blip2.vision import kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
-from blip2.vision.cuda_float8 import Float8
 from blip2.vision.float8 import quantise_linears
 
 pytestmark = pytest.mark.usefixtures("gpu_double")
@@ -56,7 +57,7 @@ def test_vit_equals_the_modules(head_size, patches, changes):
 )
 def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
     """Layers in 8 bits before, behind and between those in 16."""
-    monkeypatch.setattr("blip2.vision.cuda_float8.product_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr("blip2.gpu.float8.product_dtype", lambda _device: torch.float32)
     config = VisionConfig(
         hidden_size=48,
         intermediate_size=80,
@@ -82,13 +83,19 @@ def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # GELU of what is far below 0
-@pytest.mark.parametrize("width, gelu", [(1408, False), (6144, True), (33, True), (64, False)])
-def test_inputs_are_rounded_to_eight_bits_by_row(width, gelu):
+@pytest.mark.parametrize(
+    "width, activation", [(1408, ""), (6144, "gelu"), (33, "gelu"), (64, ""), (10240, "relu")]
+)
+def test_inputs_are_rounded_to_eight_bits_by_row(width, activation):
     """By the definition of E4M3: half a step, of 1/8 of the power of two below or of 2^-9."""
     x = torch.randn(5, width) * torch.tensor([1.0, 1e4, 1e-6, 0.0, 3.0])[:, None]
     x[4, 7], x[0, -1] = 1e4, 20
-    found = Float8.of(x, gelu)
-    truth = torch.nn.functional.gelu(x, approximate="tanh").double() if gelu else x.double()
+    found = Float8.of(x, activation)
+    truth = x.double()
+    if activation == "gelu":
+        truth = torch.nn.functional.gelu(x, approximate="tanh").double()
+    elif activation == "relu":
+        truth = truth.relu()
     scales = truth.abs().amax(1) / 448
     assert (found.scales.double() - scales).abs().le(1e-5 * scales + 1e-30).all()
     scaled = truth / scales.clamp_min(1e-30)[:, None]
@@ -131,8 +138,7 @@ def test_qformer_equals_the_modules(images, tokens, hidden_act, few_rows, monkey
 def test_all_launches_compile(capability, shared_memory):
     """Of a BLIP-2 of the real widths; the interpreter sees neither types nor sizes as a GPU does."""
     launches = compiled_launches("triton_compile.py", capability)
-    names = {name for name in dir(kernels) if name.endswith("_kernel")}
-    if capability < 89:
-        names = {name for name in names if "float8" not in name}
+    modules = (kernels, float8_kernels) if capability >= 89 else (kernels,)
+    names = {name for module in modules for name in dir(module) if name.endswith("_kernel")}
     assert {name for name, _ in launches} == names
     assert all(needed <= shared_memory for _, needed in launches)

@@ -15,8 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from blip2.checkpoints import QFormerConfig, VisionConfig
-from blip2.gpu import kernel_launch
-from blip2.vision import cuda, cuda_float8, float8, kernels, modules
+from blip2.gpu import float8, float8_kernels, kernel_launch
+from blip2.vision import cuda, kernels, modules
+from blip2.vision.float8 import quantise_linears
 
 
 class Driver:
@@ -49,27 +50,28 @@ class Compiled:
         return compile_launch
 
 
-def prepare(kernels: ModuleType, capability: int) -> dict[str, bool]:
-    """Have a module's kernels compiled where they would be launched; return the launches' options."""
+def prepare(capability: int, *modules: ModuleType) -> dict[str, bool]:
+    """Have modules' kernels compiled where they would be launched; return the launches' options."""
     triton.runtime.driver.set_active(Driver(capability))
-    for name in dir(kernels):
-        if name.endswith("_kernel"):
-            setattr(kernels, name, Compiled(getattr(kernels, name)))
+    for module in modules:
+        for name in dir(module):
+            if name.endswith("_kernel"):
+                setattr(module, name, Compiled(getattr(module, name)))
     return {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
 
 
 def main(capability: int) -> None:
-    options = prepare(kernels, capability)
+    options = prepare(capability, kernels, float8_kernels)
     kernel_launch._dependent_options = lambda _device: options
     products = torch.float16 if capability == 90 else torch.bfloat16
-    cuda_float8.product_dtype = lambda _device: products
+    float8.product_dtype = lambda _device: products
     with torch.device("meta"):
         vit = modules.VisionTransformer(VisionConfig(num_hidden_layers=1)).half()
         for images in (1, 16):
             pixel_values = torch.empty(images, 3, 224, 224, dtype=torch.float16)
             cuda.CudaVisionTransformer(vit)(pixel_values)
         if capability >= 89:
-            float8.quantise_linears(vit.encoder)
+            quantise_linears(vit.encoder)
             for images in (1, 16):
                 pixel_values = torch.empty(images, 3, 224, 224, dtype=torch.float16)
                 cuda.CudaVisionTransformer(vit)(pixel_values)

@@ -19,7 +19,7 @@ from blip2.language.trtllm_format import OPTCheckpointConfig
 
 
 def main(capability: int) -> None:
-    launch_options = prepare(beam_kernels, capability)
+    launch_options = prepare(capability, beam_kernels)
     kernel_launch._dependent_options = lambda _device: launch_options
     config = OPTCheckpointConfig(
         dtype="float16",

@@ -18,7 +18,14 @@ from types import TracebackType
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from blip2.artifacts.tensor_files import is_finite
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _BLOCK = 1 << 20
 
 
@@ -64,7 +71,7 @@ class SafetensorsWriter:
         for part in parts:
             for block in part.contiguous().view(-1).split(_BLOCK):
                 block = block.to(dtype)
-                if not torch.isfinite(torch.stack(torch.aminmax(block))).all():
+                if not is_finite(block):
                     raise ValueError(
                         f"{name} has values that are NaN, Inf or too large for {dtype}"
                     )

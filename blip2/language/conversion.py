@@ -1,6 +1,7 @@
 """Hugging Face's OPT, alone or inside a BLIP-2, into TensorRT-LLM's checkpoint format.
 
-Tensors are read, cut and written one after the other: memory holds little more than the largest.
+Tensors are read, cut or rounded to FP8, and written one after the other: memory holds little more
+than the largest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +21,16 @@ from blip2.artifacts.safetensors_writer import SafetensorsWriter
 from blip2.artifacts.tensor_files import Stored, mapped
 from blip2.checkpoints import Checkpoint, OPTConfig
 from blip2.errors import Blip2Error
+from blip2.float8 import DTYPE as FLOAT8
+from blip2.float8 import quantise
 from blip2.language.trtllm_format import (
     DTYPES,
+    INPUTS_MULTIPLE,
+    SCALES,
     OPTCheckpointConfig,
     Spec,
     is_description,
+    scales_of,
     tensor_specs,
 )
 
@@ -72,17 +79,22 @@ def target_config(checkpoint: Checkpoint, options: ConversionOptions) -> OPTChec
         **dataclasses.asdict(options),
     )
     _check_expressible(opt, checkpoint)
+    if config.is_float8:
+        _check_float8(opt, config)
     _check_splits(opt, config)
-    Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1))
+    Source(checkpoint, opt).check_shapes(dataclasses.replace(config, tp_size=1, quant_algo=None))
     return config
 
 
 def convert(
     checkpoint: Checkpoint, config: OPTCheckpointConfig, output_dir: Path, workers: int = 1
-) -> None:
+) -> dict[str, float]:
     """Write config.json, and for each rank its tensors and a description of where they are from.
 
     `workers` threads each hold one tensor at a time. `output_dir` changes only at the end.
+
+    Returns:
+        How far each weight that was rounded to FP8 is off, by its name: |off| / |weight|.
 
     Raises:
         Blip2Error: a source tensor cannot be read or has values the target type cannot hold, or
@@ -90,14 +102,20 @@ def convert(
     """
     source = Source(checkpoint, OPTConfig.of(checkpoint))
     specs = tensor_specs(config)
-    layout = {name: (DTYPES[config.dtype], spec.shape) for name, spec in specs.items()}
+    layout = {n: (spec.dtype or DTYPES[config.dtype], spec.shape) for n, spec in specs.items()}
+    errors: dict[str, float] = {}
     with artifacts.staging(output_dir, _FILES, is_ours=is_description) as stage:
         files = [stage / f"rank{rank}.safetensors" for rank in range(config.tp_size)]
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(SafetensorsWriter(file, layout)) for file in files]
 
             def convert_one(name: str) -> None:
+                if name.endswith(SCALES):  # written with its weight
+                    return
                 parts = source.parts(name)
+                if specs[name].dtype == FLOAT8:
+                    parts, scales, errors[name] = rounded_to_float8(parts)
+                    _write(writers[0], scales_of(name), scales, checkpoint)
                 for rank, writer in enumerate(writers):
                     cuts = [cut(part, specs[name], rank, config.tp_size) for part in parts]
                     _write(writer, name, cuts, checkpoint)
@@ -115,10 +133,27 @@ def convert(
                 },
                 dtype=config.dtype,
                 quant_algo=config.quant_algo,
+                **({"float8_errors": dict(sorted(errors.items()))} if errors else {}),
                 versions={"torch": torch.__version__},
             )
         text = json.dumps(config.to_json(), indent=4)
         (stage / "config.json").write_text(text + "\n", encoding="utf-8")
+    return errors
+
+
+def rounded_to_float8(
+    parts: list[torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+    """Parts of a weight in E4M3, the scales of each one's channels, and |off| / |weight| of all."""
+    values, scales, off, norm = [], [], 0.0, 0.0
+    for part in parts:
+        rounded, scale = quantise(part)
+        values.append(rounded)
+        scales.append(scale[:, 0])
+        exact = part.float()
+        off += float((rounded.float() * scale).sub_(exact).square_().sum())
+        norm += float(exact.square().sum())
+    return values, scales, math.sqrt(off / norm) if norm else 0.0
 
 
 def cut(part: torch.Tensor, spec: Spec, rank: int, ranks: int) -> torch.Tensor:
@@ -277,15 +312,29 @@ def _check_splits(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
         )
     if config.quant_algo is None:
         return
+    flag = "quantization" if config.is_float8 else "use_weight_only"
     if config.dtype == "float32":
         raise Blip2Error(
-            "`use_weight_only` goes with float16 and bfloat16: TensorRT-LLM quantises no float32",
+            f"`{flag}` goes with float16 and bfloat16: TensorRT-LLM quantises no float32",
             "give another `dtype`",
         )
     for name in ("hidden_size", "ffn_dim"):
-        if sizes[name] % (64 * ranks):
+        if sizes[name] % (INPUTS_MULTIPLE * ranks):
             raise Blip2Error(
-                f"`use_weight_only` needs a {name} that is a multiple of 64 x tp_size ="
-                f" {64 * ranks}, this model's is {sizes[name]}",
+                f"`{flag}` needs a {name} that is a multiple of {INPUTS_MULTIPLE} x tp_size ="
+                f" {INPUTS_MULTIPLE * ranks}, this model's is {sizes[name]}",
                 "leave it out or lower `tp_size`",
             )
+
+
+def _check_float8(opt: OPTConfig, config: OPTCheckpointConfig) -> None:
+    """Raise Blip2Error for an OPT that nothing would run in FP8."""
+    if config.tp_size != 1:
+        raise Blip2Error(
+            f"`quantization` fp8 goes with one GPU, `tp_size` is {config.tp_size}", "leave one out"
+        )
+    if opt.activation_function != "relu" or not opt.do_layer_norm_before:
+        raise Blip2Error(
+            "`quantization` fp8 takes an OPT with ReLU, whose layers normalise first",
+            "leave it out",
+        )

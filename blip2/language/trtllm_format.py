@@ -3,6 +3,8 @@
 A directory holds config.json and one rank{r}.safetensors for each GPU. The converter writes it,
 trtllm-build and the native session read it. Linear weights are [out, in]; position embeddings
 lack OPT's two unused rows; weight-only quantisation is named in the config and done by the reader.
+FP8 is done by the converter: E4M3 weights, and for each a `per_channel_scale` (float32, [out]) that a
+channel's values are multiplied with.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from typing import Any
 import torch
 
 from blip2.errors import Blip2Error
+from blip2.float8 import DTYPE as FLOAT8
 from blip2.layout import CONVERT
 
 ARCHITECTURE = "OPTForCausalLM"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Far above every model there is: what a damaged file says must not decide how long we compute.
 _LARGEST_SIZE, _MOST_LAYERS = 1 << 24, 1000
-QUANT_BITS = {None: None, "W8A16": 8, "W4A16": 4}
-PRECISIONS = {"float16": None, "int8": "W8A16", "int4": "W4A16"}  # of weights, as Python calls them
+FLOAT8_ALGO = "FP8_PER_CHANNEL_PER_TOKEN"
+QUANT_BITS = {None: None, "W8A16": 8, "W4A16": 4, FLOAT8_ALGO: 8}
+# Of weights, as Python calls them.
+PRECISIONS = {"float16": None, "int8": "W8A16", "int4": "W4A16", "float8": FLOAT8_ALGO}
+SCALES = ".per_channel_scale"  # the end of their names
+INPUTS_MULTIPLE = 64  # of a quantised weight's inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,11 @@ class OPTCheckpointConfig:
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch names it."""
         return DTYPES[self.dtype]
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the layers' linears are in FP8."""
+        return self.quant_algo == FLOAT8_ALGO
 
     @property
     def ffn_size(self) -> int:
@@ -144,11 +156,13 @@ class Spec:
     """A tensor's shape on one rank, and how it is cut from the whole.
 
     `split` is the dimension that is cut, padded with zeros where it does not divide, or None where
-    every rank has the whole. q, k and v are cut one by one and stacked afterwards.
+    every rank has the whole. q, k and v are cut one by one and stacked afterwards. Checkpoints in FP8
+    are not split.
     """
 
     shape: tuple[int, ...]
     split: int | None = None
+    dtype: torch.dtype | None = None  # where it is not the checkpoint's
 
 
 def tensor_specs(config: OPTCheckpointConfig) -> dict[str, Spec]:
@@ -175,6 +189,8 @@ def tensor_specs(config: OPTCheckpointConfig) -> dict[str, Spec]:
         "post_layernorm.weight": Spec((hidden,)),
         "post_layernorm.bias": Spec((hidden,)),
     }
+    if config.is_float8:
+        layer = _in_float8(layer)
     for index in range(config.num_hidden_layers):
         specs |= {f"transformer.layers.{index}.{name}": spec for name, spec in layer.items()}
     if config.do_layer_norm_before:
@@ -183,9 +199,25 @@ def tensor_specs(config: OPTCheckpointConfig) -> dict[str, Spec]:
     return {name: _on_one_rank(spec, ranks) for name, spec in specs.items()}
 
 
+def _in_float8(layer: dict[str, Spec]) -> dict[str, Spec]:
+    """A layer's tensors, with each linear's weight in E4M3 and its scales behind it."""
+    specs = {}
+    for name, spec in layer.items():
+        specs[name] = spec
+        if len(spec.shape) == 2:
+            specs[name] = dataclasses.replace(spec, dtype=FLOAT8)
+            specs[scales_of(name)] = Spec(spec.shape[:1], dtype=torch.float32)
+    return specs
+
+
+def scales_of(name: str) -> str:
+    """The name of the scales of a weight in FP8."""
+    return name.removesuffix(".weight") + SCALES
+
+
 def _on_one_rank(spec: Spec, ranks: int) -> Spec:
     if spec.split is None:
         return spec
     shape = list(spec.shape)
     shape[spec.split] = -(-shape[spec.split] // ranks)
-    return Spec(tuple(shape), spec.split)
+    return dataclasses.replace(spec, shape=tuple(shape))

@@ -3,6 +3,7 @@
     python opt/convert_checkpoint.py --model_dir Salesforce/blip2-opt-2.7b --dtype float16 \\
         --output_dir ./opt/2.7B/trt_ckpt/fp16/1-gpu/
     python opt/convert_checkpoint.py --weight_only_precision int4
+    python opt/convert_checkpoint.py --quantization fp8
 
 --model_dir is a BLIP-2, whose language model is taken, or an OPT alone: use the BLIP-2 that the
 ViT and the Q-Former are from, as its vocabulary can differ from that of facebook/opt-2.7b.
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from blip2.language.trtllm_format import OPTCheckpointConfig
 
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16"}
+FLOAT8_ALGO = "FP8_PER_CHANNEL_PER_TOKEN"  # as in trtllm_format, which takes torch
 PRECISION_NAMES = {
     "float16": "fp16",
     "bfloat16": "bf16",
     "float32": "fp32",
     "W8A16": "int8_weightonly",
     "W4A16": "int4_weightonly",
+    FLOAT8_ALGO: "fp8",
 }
 # (layers, hidden size) of the published models: names the default output directory.
 MODEL_SIZES = {
@@ -67,6 +70,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=tuple(QUANT_ALGOS),
         help="what --use_weight_only means, which this implies (default: int8)",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("fp8",),
+        help="quantise the linear layers now: fp8, for NVIDIA GPUs that have it (Ada and later), makes"
+        " weights E4M3 by channel, to be multiplied with inputs in E4M3 by token",
+    )
     parser.add_argument("--tp_size", type=cli.positive_int, default=1, help="GPUs to split over")
     parser.add_argument(
         "--use_parallel_embedding",
@@ -89,6 +98,8 @@ def parse_arguments() -> argparse.Namespace:
         help="TensorRT-LLM that the printed trtllm-build command is for, 0.9 to 1.2.1",
     )
     args = parser.parse_args()
+    if args.quantization and (args.use_weight_only or args.weight_only_precision):
+        parser.error("--quantization and --use_weight_only are two precisions: leave one out")
     if args.use_weight_only and args.weight_only_precision is None:
         args.weight_only_precision = "int8"
     return args
@@ -107,20 +118,26 @@ def main() -> None:
     checkpoint = open_checkpoint(args.model_dir)
     options = ConversionOptions(
         dtype=args.dtype,
-        quant_algo=QUANT_ALGOS.get(args.weight_only_precision),
+        quant_algo=FLOAT8_ALGO
+        if args.quantization
+        else QUANT_ALGOS.get(args.weight_only_precision),
         tp_size=args.tp_size,
         use_parallel_embedding=args.use_parallel_embedding,
         embedding_sharding_dim=args.embedding_sharding_dim,
     )
     config = target_config(checkpoint, options)
     output_dir = Path(args.output_dir or default_output_dir(config))
-    convert(checkpoint, config, output_dir, args.workers)
+    errors = convert(checkpoint, config, output_dir, args.workers)
 
     size = sum(file.stat().st_size for file in output_dir.glob("rank*.safetensors"))
     print(
         f"{output_dir}: {describe(config)} of {args.model_dir}, {config.tp_size} file(s),"
         f" {size / 1e9:.2f} GB, {time.perf_counter() - start:.1f} s"
     )
+    if errors:
+        worst = max(errors, key=errors.get)
+        mean = sum(errors.values()) / len(errors)
+        print(f"FP8 changes the weights by {mean:.1%}, the most by {errors[worst]:.1%} ({worst})")
     print_next_steps(output_dir, config, checkpoint, args.model_dir, args.trtllm_version)
 
 
@@ -141,8 +158,10 @@ def precision_name(config: OPTCheckpointConfig) -> str:
 
 def describe(config: OPTCheckpointConfig) -> str:
     """The stored type, and what becomes of it."""
-    quantised = f" (to run as {config.quant_algo})" if config.quant_algo else ""
-    return f"{config.dtype} OPT{quantised}"
+    if config.quant_algo is None:
+        return f"{config.dtype} OPT"
+    done = "with linears" if config.is_float8 else "to run"
+    return f"{config.dtype} OPT ({done} as {config.quant_algo})"
 
 
 def print_next_steps(
@@ -155,14 +174,6 @@ def print_next_steps(
     """Print the commands that run the checkpoint, as it is and as a TensorRT-LLM engine."""
     from blip2.language.trtllm_build import EngineLimits, build_command, query_tokens, runs_here
 
-    name = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size), "custom").lower()
-    engine_dir = f"trt_engine/blip-2-opt-{name}/{precision_name(config)}/{config.tp_size}-gpu"
-    num_query_tokens = query_tokens(checkpoint)
-    limits = EngineLimits.within(config.max_position_embeddings)
-    command = build_command(
-        output_dir, engine_dir, config, num_query_tokens, trtllm_version, limits
-    )
-    mpirun = "" if config.tp_size == 1 else f"mpirun -n {config.tp_size} "
     # The ViT and the Q-Former of the same checkpoint; an OPT alone has none, LAVIS's file is exported.
     runs = checkpoint.kind != "opt" and not Path(model_dir).is_file()
     seen = ("--engine_dir", model_dir) if runs else ()
@@ -173,6 +184,17 @@ def print_next_steps(
         run = cli.command("run.py", *seen, "--opt_engine_dir", output_dir, *asked)
         beside = "" if seen else ", beside what onnx_export.py has written here"
         print(f"\nRun it as it is{beside}:\n  {run}")
+    if config.is_float8:
+        print("\nTensorRT-LLM builds no engine of it: its OPT wants LayerNorms in 16 bits.")
+        return
+    name = MODEL_SIZES.get((config.num_hidden_layers, config.hidden_size), "custom").lower()
+    engine_dir = f"trt_engine/blip-2-opt-{name}/{precision_name(config)}/{config.tp_size}-gpu"
+    num_query_tokens = query_tokens(checkpoint)
+    limits = EngineLimits.within(config.max_position_embeddings)
+    command = build_command(
+        output_dir, engine_dir, config, num_query_tokens, trtllm_version, limits
+    )
+    mpirun = "" if config.tp_size == 1 else f"mpirun -n {config.tp_size} "
     print(
         f"\nOr build an engine with TensorRT-LLM {trtllm_version}, whose prompt table has"
         f" {num_query_tokens} query tokens x {limits.max_batch_size} requests:\n  {command}"

@@ -17,9 +17,10 @@ import triton
 from torch import nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from blip2.gpu.float8 import Residual
 from blip2.gpu.kernel_launch import launch
 from blip2.vision import kernels, modules
-from blip2.vision.cuda_float8 import Attend, Float8VisionLayer, Residual
+from blip2.vision.cuda_float8 import Attend, Float8VisionLayer
 
 _LOG2_E = math.log2(math.e)
 _ALIGNMENT = 8  # rows and columns: cuBLAS is slower where these are no multiple of it

@@ -1,9 +1,4 @@
-"""A ViT's layer with weights in FP8, on an NVIDIA GPU: what `float8.py` computes, without its copies.
-
-Whatever makes an input of a product rounds it to E4M3, with a scale a token. Products by rows and
-columns with their own scales cannot be added to the residual in place: a LayerNorm adds the one
-before it as it reads.
-"""
+"""A ViT's layer with weights in FP8 on a GPU: what `float8.py` computes, without its copies."""
 
 from __future__ import annotations
 
@@ -12,160 +7,25 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import nn
 
-from blip2.gpu.kernel_launch import launch
-from blip2.vision import kernels, modules
-from blip2.vision.float8 import DTYPE, Float8Linear
+from blip2.gpu.float8 import Float8, Float8Norm, Float8Product, Residual
+from blip2.vision import modules
+from blip2.vision.float8 import Float8Linear
 
 Attend = Callable[[torch.Tensor], torch.Tensor]  # qkv, rows x 3 · width → rows x width
-
-_MANY_ROWS = 4096  # from here on a program normalises several rows
-
-
-@dataclasses.dataclass
-class Residual:
-    """The residual stream, rows x width, and a product that is still to be added to it."""
-
-    hidden: torch.Tensor
-    product: torch.Tensor | None = None
-
-    def summed(self) -> torch.Tensor:
-        """The stream itself, once the product is added."""
-        if self.product is not None:
-            self.hidden += self.product
-            self.product = None
-        return self.hidden
-
-
-@dataclasses.dataclass(frozen=True)
-class Float8:
-    """A product's inputs: values, rows x width in E4M3, and a float32 scale for each row."""
-
-    values: torch.Tensor
-    scales: torch.Tensor
-
-    @classmethod
-    def like(cls, x: torch.Tensor) -> Float8:
-        """Not yet written, for x of rows x width."""
-        return cls(torch.empty_like(x, dtype=DTYPE), x.new_empty(len(x), dtype=torch.float32))
-
-    @classmethod
-    def of(cls, x: torch.Tensor, gelu: bool = False) -> Float8:
-        """x, or GELU(x), of rows x width."""
-        out, width = cls.like(x), x.shape[1]
-        low = 1 << max(0, (width - 1).bit_length() - 1)
-        launch(
-            kernels.to_float8_kernel,
-            (len(x),),
-            x,
-            out.values,
-            out.scales,
-            width,
-            LOW=low,
-            HIGH=triton.next_power_of_2(width - low),
-            GELU=gelu,
-            num_warps=4 if width <= 2048 else 8,
-            device=x.device,
-        )
-        return out
-
-
-@dataclasses.dataclass(frozen=True)
-class _Float8Norm:
-    """LayerNorm of a residual stream + shift."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
-    shift: torch.Tensor  # float32
-
-    @classmethod
-    def of(cls, norm: nn.LayerNorm, shift: torch.Tensor) -> _Float8Norm:
-        return cls(norm.weight, norm.bias, norm.eps, shift)
-
-    def __call__(self, residual: Residual) -> Float8:
-        """The stream has its product added on the way."""
-        x, product = residual.hidden, residual.product
-        out = Float8.like(x)
-        rows, width = x.shape
-        rows_each = 1 if rows < _MANY_ROWS else 4
-        launch(
-            kernels.norm_to_float8_kernel,
-            (triton.cdiv(rows, rows_each),),
-            x,
-            x if product is None else product,
-            self.shift,
-            self.weight,
-            self.bias,
-            out.values,
-            out.scales,
-            rows,
-            width,
-            self.eps,
-            ROWS=rows_each,
-            BLOCK=triton.next_power_of_2(width),
-            ADDS=product is not None,
-            device=x.device,
-        )
-        residual.product = None
-        return out
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """x Wᵀ [+ bias] in 16 bits, W in E4M3."""
-
-    weight: torch.Tensor  # channels x inputs
-    scales: torch.Tensor  # channels, float32
-    bias: torch.Tensor | None
-
-    @classmethod
-    def of(cls, linear: Float8Linear, *, adds_bias: bool) -> _Product:
-        bias = linear.bias if adds_bias else None
-        if bias is not None:
-            bias = bias.to(product_dtype(bias.device))
-        return cls(linear.weight, linear.weight_scale, bias)
-
-    def __call__(self, x: Float8) -> torch.Tensor:
-        """rows x channels"""
-        # Fast sums keep 14 bits: off by some 1e-3, where E4M3 makes 4e-2, and up to a fifth faster.
-        return torch._scaled_mm(
-            x.values,
-            self.weight.T,
-            x.scales[:, None],
-            self.scales[None],
-            self.bias,
-            out_dtype=product_dtype(self.weight.device),
-            use_fast_accum=True,
-        )
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """What products with a scale for each row and column yield in 16 bits.
-
-    On Hopper cuBLAS (from CUDA 12.9 on) multiplies, elsewhere a kernel of PyTorch's that has
-    bfloat16 alone.
-    """
-    with_cublas = torch.cuda.get_device_capability(device) == (9, 0) and _cuda() >= (12, 9)
-    return torch.float16 if with_cublas else torch.bfloat16
-
-
-def _cuda() -> tuple[int, ...]:
-    return tuple(map(int, torch.version.cuda.split(".")[:2]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Float8VisionLayer:
     """A layer whose four products are in FP8; attention between them is in 16 bits."""
 
-    norm1: _Float8Norm
-    qkv: _Product
-    projection: _Product
-    norm2: _Float8Norm
-    fc1: _Product
-    fc2: _Product
+    norm1: Float8Norm
+    qkv: Float8Product
+    projection: Float8Product
+    norm2: Float8Norm
+    fc1: Float8Product
+    fc2: Float8Product
     activation: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
@@ -174,12 +34,12 @@ class Float8VisionLayer:
     ) -> Float8VisionLayer:
         """shift1, shift2: what is to be added to the stream for each LayerNorm: width, float32."""
         return cls(
-            _Float8Norm.of(layer.layer_norm1, shift1),
-            _Product.of(layer.self_attn.qkv, adds_bias=True),
-            _Product.of(layer.self_attn.projection, adds_bias=False),
-            _Float8Norm.of(layer.layer_norm2, shift2),
-            _Product.of(layer.mlp.fc1, adds_bias=True),
-            _Product.of(layer.mlp.fc2, adds_bias=False),
+            _norm(layer.layer_norm1, shift1),
+            _product(layer.self_attn.qkv, adds_bias=True),
+            _product(layer.self_attn.projection, adds_bias=False),
+            _norm(layer.layer_norm2, shift2),
+            _product(layer.mlp.fc1, adds_bias=True),
+            _product(layer.mlp.fc2, adds_bias=False),
             layer.activation,
         )
 
@@ -187,5 +47,17 @@ class Float8VisionLayer:
         mixed = attend(self.qkv(self.norm1(residual)))
         residual.product = self.projection(Float8.of(mixed))
         inner = self.fc1(self.norm2(residual))
-        gelu = self.activation is F.gelu
-        residual.product = self.fc2(Float8.of(inner if gelu else self.activation(inner), gelu))
+        if self.activation is F.gelu:
+            rounded = Float8.of(inner, "gelu")
+        else:
+            rounded = Float8.of(self.activation(inner))
+        residual.product = self.fc2(rounded)
+
+
+def _norm(norm: nn.LayerNorm, shift: torch.Tensor) -> Float8Norm:
+    return Float8Norm(norm.weight, norm.bias, norm.eps, shift)
+
+
+def _product(linear: Float8Linear, *, adds_bias: bool) -> Float8Product:
+    bias = linear.bias if adds_bias else None
+    return Float8Product.of(linear.weight, linear.weight_scale, bias)

@@ -24,6 +24,8 @@ from torch import nn
 from blip2 import artifacts
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
+from blip2.float8 import DTYPE as FLOAT8
+from blip2.float8 import MULTIPLE
 from blip2.vision import float8, int8, modules
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
@@ -37,7 +39,7 @@ OPSETS = (18, 23)
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 1.4e-2,  # a cosine of 0.9999
-    float8.DTYPE: 1.4e-1,  # 0.99
+    FLOAT8: 1.4e-1,  # 0.99
     torch.int8: 1.4e-1,
 }
 
@@ -81,7 +83,7 @@ def export_vit(
         checkpoint: a BLIP-2 checkpoint.
         pixel_values: 1 x 3 x S x S, the picture to check it with.
         dtype: precision of the weights, inputs and outputs; of torch.int8 the linear layers are
-            dynamically quantised, all else is float32; of float8.DTYPE those of most layers, all
+            dynamically quantised, all else is float32; of FLOAT8 those of most layers, all
             else is float16.
         path: the .onnx file to write.
         opset: one of OPSETS; FP8 needs the last.
@@ -95,9 +97,9 @@ def export_vit(
     module = modules.load_vision_transformer(checkpoint, torch.float32)
     expected = references(module, cases)
     facts: dict[str, Any] = {"vision_config": dataclasses.asdict(VisionConfig.of(checkpoint))}
-    if dtype == float8.DTYPE:
+    if dtype == FLOAT8:
         facts["float8"] = narrow_layers(module, pixel_values)
-    narrow(module, dtype_between(dtype) if dtype == float8.DTYPE else dtype)
+    narrow(module, dtype_between(dtype) if dtype == FLOAT8 else dtype)
     write_graph(module, cases[1], "output", path, opset)
     differences = check_graph(path, cases, expected, TOLERANCE[dtype], dtype == torch.int8)
     if dtype != torch.int8:  # whose weights are no longer those of the configuration's layers
@@ -107,7 +109,7 @@ def export_vit(
 
 def dtype_between(vit_dtype: torch.dtype) -> torch.dtype:
     """Precision of the stages' inputs and outputs for a ViT in `vit_dtype`."""
-    return {torch.int8: torch.float32, float8.DTYPE: torch.float16}.get(vit_dtype, vit_dtype)
+    return {torch.int8: torch.float32, FLOAT8: torch.float16}.get(vit_dtype, vit_dtype)
 
 
 def export_qformer(
@@ -161,11 +163,10 @@ def narrow_layers(vit: modules.VisionTransformer, pixel_values: torch.Tensor) ->
         Blip2Error: there is none, or FP8 products do not take the network's widths.
     """
     layers = vit.encoder.layers
-    sizes = {size for size in layers[0].mlp.fc1.weight.shape if size % float8.MULTIPLE}
+    sizes = {size for size in layers[0].mlp.fc1.weight.shape if size % MULTIPLE}
     if sizes:
         raise Blip2Error(
-            f"the ViT has linears of {min(sizes)} channels, and FP8 wants multiples of"
-            f" {float8.MULTIPLE}",
+            f"the ViT has linears of {min(sizes)} channels, and FP8 wants multiples of {MULTIPLE}",
             "export with --dtype float16",
         )
     errors = float8.layer_errors(vit, float8.views(pixel_values))

@@ -1,9 +1,4 @@
-"""Linear layers in FP8 (E4M3: 3 bits of mantissa, up to 448), as GPUs from Ada on multiply them.
-
-Weights are rounded once, each output channel with its own scale; inputs as they come, each token
-with its own, so that a picture's result does not depend on the others of its batch. Products are
-added up in float32. Scales are the largest magnitude over 448, in float32.
-"""
+"""The ViT's linear layers in FP8, and what that costs each layer; how is in blip2/float8.py."""
 
 from __future__ import annotations
 
@@ -13,21 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
-MULTIPLE = 16  # of channels and inputs, which the products of GPUs need
+from blip2.float8 import quantise
+
 # Of what a layer adds to the residual, off by so much of it: from here on it stays in 16 bits. Where
 # no value is much larger than the others of its token or channel it is 0.04 to 0.06.
 LAYER_BOUND = 0.1
-
-_SMALLEST = 1e-30  # that a row's largest is taken for: of zeros it is 0
-
-
-def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (… x width) in E4M3, and what times it is x: … x 1, float32."""
-    x = x.float()
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(_SMALLEST)
-    return (x * (LARGEST / largest)).to(DTYPE), largest / LARGEST
+_SMALLEST = 1e-30  # that what a layer adds to a token is taken for
 
 
 class Float8Linear(nn.Module):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from blip2 import float8
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.linear import dequantize, quantize
 from blip2.language.native.packing import PackedLinear
@@ -76,14 +77,20 @@ class ExactLinear:
 
     @classmethod
     def of(
-        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | str | None
     ) -> tuple[ExactLinear, PackedLinear]:
-        """float16 weights and biases so and as the kernels read them, rounded to `bits` unless None."""
+        """float16 weights and biases so and as the kernels read them, rounded to `bits`: 8, 4 or
+        "float8"; None leaves them."""
+        exact_bias = None if bias is None else bias.double()
+        if bits == "float8":
+            values, scales = float8.quantise(weight)
+            packed = PackedLinear.of_float8(values, scales[:, 0], bias)
+            return cls(values.double() * scales.double(), exact_bias), packed
         packed = PackedLinear.pack(weight, bias, bits)
         if bits is not None:
             values, scales = quantize(weight, bits)
             weight = dequantize(values, scales.half())
-        return cls(weight.double(), None if bias is None else bias.double()), packed
+        return cls(weight.double(), exact_bias), packed
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -147,7 +154,7 @@ def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def random_opt(
-    config: OPTCheckpointConfig, bits: int | None, device: torch.device, seed: int = 0
+    config: OPTCheckpointConfig, bits: int | str | None, device: torch.device, seed: int = 0
 ) -> tuple[ExactOPT, OPTWeights]:
     """The same random weights for the truth and for the kernels.
 
@@ -180,7 +187,7 @@ def random_opt(
         draw(count, width, spread=0.003) for count in (vocab_size, config.max_position_embeddings)
     )
     head_weight = draw(vocab_size, width, spread=width**-0.5)
-    final_norm, head = norm(), ExactLinear.of(head_weight, None, bits and 8)
+    final_norm, head = norm(), ExactLinear.of(head_weight, None, 8 if bits in (8, 4) else None)
     exact, packed = (
         OPTWeights(embedding, positions, tuple(sides), final_norm[side], head[side])
         for side, sides in enumerate(zip(*layers, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,13 +14,19 @@ from models import with_random_weights
 
 from blip2.artifacts.tensor_files import StoredTensor
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
+from blip2.float8 import quantise
+from blip2.gpu.float8 import Float8, Residual, product_dtype
 from blip2.images import Preprocessing
 from blip2.vision import cuda_float8, modules
 from blip2.vision.cuda import CudaVisionTransformer
-from blip2.vision.cuda_float8 import Float8, Residual
-from blip2.vision.float8 import Float8Linear, quantise, quantise_linears
+from blip2.vision.float8 import Float8Linear, quantise_linears
 from blip2.vision.torch_session import TorchSession
 
+ACTIVATIONS = {
+    "": lambda x: x,
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 IMAGES = pytest.mark.parametrize("images", [1, 3, 8, 64])
 
 
@@ -30,7 +37,7 @@ def on_a_gpu_with_float8(device):
 
 
 def product_error(device: torch.device) -> float:
-    return HALF if cuda_float8.product_dtype(device) == torch.float16 else 8 * HALF
+    return HALF if product_dtype(device) == torch.float16 else 8 * HALF
 
 
 def assert_rounded(found: Float8, truth: torch.Tensor) -> None:
@@ -43,17 +50,17 @@ def assert_rounded(found: Float8, truth: torch.Tensor) -> None:
     assert (off <= 0.5 * step + 2e-3 * scaled.abs()).all()
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows, width", [(264, 1408), (16448, 1408), (16448, 6144), (7, 576)])
-def test_inputs_are_rounded_by_row(device, rows, width, gelu):
+def test_inputs_are_rounded_by_row(device, rows, width, activation):
     x = drawing(device)(rows, width, spread=2)
     x[3] *= 1e-3
     x[4] = 0
     x[5, 7] = 1e4
     settle()
-    found = Float8.of(x, gelu)
+    found = Float8.of(x, activation)
     truth = x.double()
-    assert_rounded(found, F.gelu(truth, approximate="tanh") if gelu else truth)
+    assert_rounded(found, ACTIVATIONS[activation](truth))
     assert (found.values[4].float() == 0).all()
 
 
@@ -67,7 +74,7 @@ def test_norms_round_by_row_and_add_to_the_stream(device, rows, adds):
     summed = x.double() + (0 if product is None else product.double())
     residual = Residual(x.clone(), product)
     settle()
-    found = cuda_float8._Float8Norm.of(norm, shift)(residual)
+    found = cuda_float8._norm(norm, shift)(residual)
     assert residual.product is None
     assert relative_error(residual.hidden, summed) <= (HALF if adds else 0)
     weight, bias = norm.weight.double(), norm.bias.double()
@@ -87,7 +94,7 @@ def test_products_equal_float64(device, rows, inputs, channels, bias):
     linear.weight.data *= torch.logspace(-2, 1, channels, device=device).half()[:, None]
     linear = Float8Linear(linear)
     x = Float8.of(draw(rows, inputs) * torch.logspace(-1, 1, rows, device=device).half()[:, None])
-    found = cuda_float8._Product.of(linear, adds_bias=bias)(x)
+    found = cuda_float8._product(linear, adds_bias=bias)(x)
     weight = linear.weight.double() * linear.weight_scale.double()[:, None]
     truth = (x.values.double() * x.scales.double()[:, None]) @ weight.T
     if bias:

@@ -15,15 +15,23 @@ from blip2 import artifacts, memory
 from blip2.artifacts.tensor_files import FiniteChecks, Loader, UnknownType, read_header
 from blip2.checkpoints import OPTConfig, open_checkpoint
 from blip2.errors import Blip2Error
+from blip2.float8 import DTYPE as FLOAT8
+from blip2.float8 import quantise
 from blip2.language.conversion import ConversionOptions, Source, target_config
 from blip2.language.native.linear import Linear
-from blip2.language.trtllm_format import PRECISIONS, QUANT_BITS, OPTCheckpointConfig, tensor_specs
+from blip2.language.trtllm_format import (
+    PRECISIONS,
+    QUANT_BITS,
+    OPTCheckpointConfig,
+    scales_of,
+    tensor_specs,
+)
 from blip2.layout import CONVERT, OPT_WEIGHTS
 
 _HEAD_BITS = 8
 
 Placer = Callable[[torch.Tensor], torch.Tensor]
-Packer = Callable[[torch.Tensor, "torch.Tensor | None", "int | None"], Linear]
+Packer = Callable[..., Linear]  # see load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +113,14 @@ class TRTLLMTensors:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
+        for name, spec in tensor_specs(self.config).items():
+            found = self._stored.get(name)
+            if found is not None and spec.dtype not in (None, found.dtype):
+                raise Blip2Error(
+                    f"{self.where} has {name} in {_kind(found.dtype)}, its config.json calls for"
+                    f" {_kind(spec.dtype)}",
+                    f"{self.mend}",
+                )
         stored = {name: tensor.shape for name, tensor in self._stored.items()}
         expected = {name: spec.shape for name, spec in tensor_specs(self.config).items()}
         for name in sorted(stored.keys() | expected.keys()):
@@ -144,10 +160,19 @@ class CheckpointTensors:
         self.config = target_config(checkpoint, ConversionOptions(quant_algo=quant_algo))
         self.where, self.mend = checkpoint.path, checkpoint.mend
         self._source = Source(checkpoint, OPTConfig.of(checkpoint))
+        self._specs = tensor_specs(self.config)
+        self._scales: dict[str, torch.Tensor] = {}  # of weights that were read, until they are too
 
     def read(self, name: str, load: Loader) -> torch.Tensor:
-        parts = self._source.parts(name, load)
-        return torch.cat(parts).to(self.config.torch_dtype)
+        """As the protocol says; scales only once their weight was read."""
+        if name in self._scales:
+            return self._scales.pop(name)
+        weight = torch.cat(self._source.parts(name, load)).to(self.config.torch_dtype)
+        if self._specs[name].dtype != FLOAT8:
+            return weight
+        values, scales = quantise(weight)
+        self._scales[scales_of(name)] = scales[:, 0]
+        return values
 
 
 def open_tensors(directory: Path, precision: str | None = None) -> OPTTensors:
@@ -200,7 +225,7 @@ def load_weights(
 ) -> OPTWeights:
     """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
 
-    Where the layers have 8 or 4 bits the head gets 8: it is a tenth to a sixth of what a step
+    Where the layers are in INT8 or INT4 the head gets 8 bits: it is a tenth to a sixth of what a step
     reads, and its rounding is less than theirs.
 
     Args:
@@ -208,7 +233,8 @@ def load_weights(
         device: they are brought to it as they are stored, in several threads.
         place: converts a tensor to the type that the model computes in.
         pack: makes a linear layer of a weight (out x in), a bias (out) and a number of bits, or of
-            None bits for the checkpoint's own precision.
+            None bits for the checkpoint's own precision; of a weight in FP8 its scales (out) come
+            behind them.
         place_embedding: converts the table of words, if otherwise than `place`.
         dtype: the type that all must be finite in, if not their own.
 
@@ -222,7 +248,7 @@ def load_weights(
 
     weights = _build(tensors.config, read, place, pack, place_embedding or place, load.threads)
     if (name := checks.first_not_finite()) is not None:
-        kind = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        kind = "" if dtype is None else f" in {_kind(dtype)}"
         raise Blip2Error(f"{tensors.where} has NaN or Inf in {name}{kind}", f"{tensors.mend}")
     return weights
 
@@ -238,7 +264,10 @@ def _build(
     bits = QUANT_BITS[config.quant_algo]
 
     def linear(name: str) -> Linear:
-        return pack(read(f"{name}.weight"), read(f"{name}.bias"), bits)
+        weight, bias = read(f"{name}.weight"), read(f"{name}.bias")
+        if config.is_float8:
+            return pack(weight, bias, bits, read(scales_of(f"{name}.weight")))
+        return pack(weight, bias, bits)
 
     def norm(name: str) -> Norm:
         return Norm(place(read(f"{name}.weight")), place(read(f"{name}.bias")))
@@ -259,7 +288,8 @@ def _build(
     tied = torch.equal(embedding, head)
     embedding = place_embedding(embedding)
     # Before the layers, while there is room for what packing the largest weight takes besides.
-    head = pack(embedding if tied else head, None, None if bits is None else _HEAD_BITS)
+    head_bits = None if bits is None or config.is_float8 else _HEAD_BITS
+    head = pack(embedding if tied else head, None, head_bits)
     with ThreadPoolExecutor(at_once) as pool:
         layers = tuple(pool.map(layer, range(config.num_hidden_layers)))
     return OPTWeights(
@@ -269,3 +299,7 @@ def _build(
         final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
         head=head,
     )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

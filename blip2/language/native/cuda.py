@@ -26,10 +26,10 @@ from blip2.language.native.cuda_pool import CudaPool
 from blip2.language.native.drawing import draw_tokens
 from blip2.language.native.layered_step import LayeredStep
 from blip2.language.native.model import OPTModel
-from blip2.language.native.packing import INPUTS_MULTIPLE, PackedLinear
+from blip2.language.native.packing import PackedLinear
 from blip2.language.native.prompt import Prompt, is_captured, padded_length
 from blip2.language.session import GenerationOptions
-from blip2.language.trtllm_format import OPTCheckpointConfig
+from blip2.language.trtllm_format import INPUTS_MULTIPLE, OPTCheckpointConfig
 
 _CACHE_MULTIPLE = 128  # a cache is made for such a number of tokens, so that few are prepared
 _MOST_CACHES = 4  # kept, each with its step and prompts
@@ -71,8 +71,16 @@ class CudaModel(OPTModel):
             Blip2Error: the checkpoint is damaged; see `load_weights`.
         """
 
-        def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> PackedLinear:
-            return PackedLinear.pack(weight, None if bias is None else bias.half(), bits)
+        def pack(
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            bits: int | None,
+            scales: torch.Tensor | None = None,
+        ) -> PackedLinear:
+            bias = None if bias is None else bias.half()
+            if scales is not None:
+                return PackedLinear.of_float8(weight, scales, bias)
+            return PackedLinear.pack(weight, bias, bits)
 
         weights = load_weights(tensors, device, torch.Tensor.half, pack, dtype=torch.float16)
         return cls(tensors.config, weights)

@@ -6,11 +6,18 @@
 // channels g and g + 8 and, of 32 inputs, 8t .. 8t + 7; the first mma sees 8t .. 8t + 3, the second
 // 8t + 4 .. 8t + 7, as its k = 2t, 2t+1, 2t+8, 2t+9. Weights of 16 bits lie as PyTorch has them,
 // N x K; those of 8 and 4 bits are packed in that order (packing.py), biased to be unsigned.
+//
+// Compiled with FLOAT8, weights of 8 bits are E4M3 instead, and lie as PyTorch has them too. There 16
+// bytes are 16 inputs: of 64, 16t .. 16t + 15, in two halves.
 
 #pragma once
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+
+#ifndef FLOAT8
+#define FLOAT8 0
+#endif
 
 #define CHANNELS 16  // that one product yields
 
@@ -93,13 +100,34 @@ __device__ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Four E4M3 to two pairs of float16, which have them all.
+__device__ inline void unpack_float8(u32 q, u32* pairs) {
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(pairs[0]), "=r"(pairs[1])
+      : "r"(q));
+}
+
 // How weights of so many bits come: a GROUP of inputs in LOADS 16-byte loads of each thread.
 template <int bits>
 struct Format {
-  static constexpr int GROUP = bits == 4 ? 64 : 32;
-  static constexpr int LOADS = bits == 16 ? 2 : 1;
+  static constexpr bool IS_FLOAT8 = FLOAT8 && bits == 8;
+  static constexpr bool PLAIN = bits == 16 || IS_FLOAT8;  // N x K, with a load for either channel
+  static constexpr int GROUP = bits == 4 || IS_FLOAT8 ? 64 : 32;
+  static constexpr int LOADS = PLAIN ? 2 : 1;
   static constexpr int HALVES = GROUP / 32;  // the 32 inputs that two mma cover
+  // Of a thread's inputs in a group: where the first are, and how far on those of the second half.
+  static constexpr int INPUTS = IS_FLOAT8 ? 16 : 8;
+  static constexpr int HALF = IS_FLOAT8 ? 8 : 32;
 };
+
+// What a channel's sums are to be multiplied with: float16, beside E4M3 float32.
+template <int bits>
+__device__ inline float scale_at(const void* scales, int channel) {
+  if constexpr (Format<bits>::IS_FLOAT8) return ((const float*)scales)[channel];
+  if constexpr (bits < 16) return half_to_float(((const u16*)scales)[channel]);
+  return 1.0f;
+}
 
 // Calls multiply(near, far, half) with the weights of 32 inputs as pairs, for each half of a group:
 // near those of channel g, far those of g + 8.
@@ -109,7 +137,18 @@ __device__ inline void unpack(const uint4* w, Multiply multiply) {
     multiply((const u32*)&w[0], (const u32*)&w[1], 0);
   } else {
     u32 near[4], far[4];
-    if constexpr (bits == 8) {
+    if constexpr (Format<bits>::IS_FLOAT8) {
+      unpack_float8(w[0].x, near);
+      unpack_float8(w[0].y, near + 2);
+      unpack_float8(w[1].x, far);
+      unpack_float8(w[1].y, far + 2);
+      multiply(near, far, 0);
+      unpack_float8(w[0].z, near);
+      unpack_float8(w[0].w, near + 2);
+      unpack_float8(w[1].z, far);
+      unpack_float8(w[1].w, far + 2);
+      multiply(near, far, 1);
+    } else if constexpr (bits == 8) {
       unpack8(w[0].x, near);
       unpack8(w[0].y, near + 2);
       unpack8(w[0].z, far);

@@ -95,6 +95,7 @@ def macros_for(
         (bits.pop(), weights.head.bits),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        weights.layers[0].qkv.is_float8,
     )
 
 
@@ -103,11 +104,13 @@ def shape_macros(
     bits: tuple[int, int],
     multiprocessors: int,
     shared_bytes: int,
+    float8: bool = False,
 ) -> dict[str, int] | None:
     """The macros for a GPU of so many multiprocessors, with so much shared memory for a block.
 
-    `bits` are those of the layers' weights and of the head's. None where the model or the GPU does not
-    fit. step.cu does not compile with macros that break what it rests on.
+    `bits` are those of the layers' weights and of the head's; `float8` says that the layers' 8 bits
+    are E4M3. None where the model or the GPU does not fit. step.cu does not compile with macros that
+    break what it rests on.
     """
     width, ffn, heads = config.hidden_size, config.ffn_size, config.num_attention_heads
     groups = math.gcd(width, ffn) // _INPUTS
@@ -139,6 +142,7 @@ def shape_macros(
         return None
     return {
         "BITS": bits[0],
+        "FLOAT8": int(float8),
         "HEAD_BITS": bits[1],
         "WARPS": warps,
         "BLOCKS": blocks,

@@ -9,8 +9,8 @@
 // one another's shared memory, in a fixed order: a result never depends on timing. Rows beyond the
 // last repeat the last one.
 //
-// Compiled by NVRTC with TILES (of 8 rows), WARPS, SPLIT, DEPTH, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS
-// and WIDTH, the number of inputs, a multiple of STEP, defined; where weights are packed, BITS too.
+// Compiled by NVRTC with BITS, TILES (of 8 rows), WARPS, SPLIT, DEPTH, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS
+// and WIDTH, the number of inputs, a multiple of 64, defined; FLOAT8 where weights and inputs are E4M3.
 
 #include "fragments.cuh"
 
@@ -18,9 +18,9 @@ typedef unsigned long long u64;
 
 #define THREADS (32 * WARPS)
 #define BLOCK_CHANNELS (CHANNELS * WARPS)
-#define STEP 64
-#define STEPS (WIDTH / STEP)
-#define STEP_BYTES (2 * STEP)                                   // of a row in 16 bits
+#define STEP_BYTES 128                                          // of a row
+#define STEP (FLOAT8 ? 128 : 64)                                // inputs
+#define STEPS ((WIDTH + STEP - 1) / STEP)
 #define LOADS_OF_INPUTS ((64 * TILES + THREADS - 1) / THREADS)  // of 16 bytes, a thread's in a step
 #define EARLY 2                                                 // steps
 #define SUM_PITCH (BLOCK_CHANNELS + 4)                          // of a row of sums, in floats
@@ -43,7 +43,7 @@ __device__ inline u32 swapped(int row, int piece) { return row * STEP_BYTES + (p
 // The descriptor that says so: swapped thus (1 << 62), eight rows 1024 bytes; in units of 16 bytes.
 __device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
-// A product of 64 channels and all rows, 16 inputs of each, added to sums c. FOR_TILES gives `text` the
+// A product of 64 channels and all rows, 32 bytes of inputs of each, added to sums c. FOR_TILES gives `text` the
 // columns, the sums and the numbers that its operands have behind those; PRODUCT makes an instruction
 // of that, whose `modes` are what follows the operands' signs.
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -64,9 +64,14 @@ __device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 6
 #define SUMS FOUR(0), FOUR(4), FOUR(8), FOUR(12), FOUR(16), FOUR(20), FOUR(24), FOUR(28)
 #define FOR_TILES(text) text("n64", SUMS_32, "%32", "%33", "%34", "%35", "%36", "%37")
 #endif
+#if FLOAT8
+#define TYPES "k32.f32.e4m3.e4m3"
+#else
+#define TYPES "k16.f32.f16.f16"
+#endif
 #define PRODUCT(columns, sums, weights, inputs, one, modes) \
-  "{\n.reg .pred add;\nsetp.ne.b32 add, " one ", 0;\nwgmma.mma_async.sync.aligned.m64" columns \
-  "k16.f32.f16.f16 {" sums "}, " weights ", " inputs ", add, 1, 1, " modes ";\n}"
+  "{\n.reg .pred add;\nsetp.ne.b32 add, " one ", 0;\nwgmma.mma_async.sync.aligned.m64" columns TYPES \
+  " {" sums "}, " weights ", " inputs ", add, 1, 1" modes ";\n}"
 
 __device__ inline void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -101,10 +106,11 @@ __device__ inline float4 load_sums(u32 at, int other) {
   return v;
 }
 
-// Scales the blocks' sums, adds the bias and stores them. A thread's outputs are four channels of
+// Scales the blocks' sums, by channel and by row where there are such scales, adds the bias and stores
+// them. A thread's outputs are four channels of
 // every so many rows; what they are added to is on its way while the blocks meet.
-__device__ inline void store_sums(const float* sums, char* shared, const u16* scales, const u16* bias,
-                                  void* out, int rows, int N) {
+__device__ inline void store_sums(const float* sums, char* shared, const void* scales,
+                                  const float* row_scales, const u16* bias, void* out, int rows, int N) {
   constexpr int ABREAST = 4 * THREADS / BLOCK_CHANNELS * SPLIT;  // rows at a time
   constexpr int EACH = (8 * TILES + ABREAST - 1) / ABREAST;      // of a thread
   int in_block = threadIdx.x * 4 % BLOCK_CHANNELS, channel = blockIdx.y * BLOCK_CHANNELS + in_block;
@@ -113,7 +119,7 @@ __device__ inline void store_sums(const float* sums, char* shared, const u16* sc
   float scale[4], offset[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    scale[i] = scales ? half_to_float(scales[min(channel + i, N - 1)]) : 1.0f;
+    scale[i] = scale_at<BITS>(scales, min(channel + i, N - 1));
     offset[i] = HAS_BIAS ? half_to_float(bias[min(channel + i, N - 1)]) : 0.0f;
   }
   float before[EACH][4] = {};
@@ -149,7 +155,7 @@ __device__ inline void store_sums(const float* sums, char* shared, const u16* sc
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
     int row = first_row + j * ABREAST;
-    float y[4] = {};
+    float y[4] = {}, row_scale = row_scales && row < rows ? row_scales[row] : 1.0f;
 #pragma unroll
     for (int other = 0; other < SPLIT; ++other) {
       const float4& part = parts[j][other];
@@ -157,7 +163,7 @@ __device__ inline void store_sums(const float* sums, char* shared, const u16* sc
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      y[i] = y[i] * scale[i] + offset[i];
+      y[i] = y[i] * (scale[i] * row_scale) + offset[i];
       if (RELU) y[i] = fmaxf(y[i], 0.0f);
       y[i] += before[j][i];
     }

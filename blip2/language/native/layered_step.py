@@ -12,7 +12,7 @@ from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.layers import Layers
+from blip2.language.native.float8_layers import layers_for
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 ATTENTION_SOURCE = Path(__file__).with_name("attention.cu")
@@ -29,7 +29,7 @@ class LayeredStep:
         """Make buffers for the first `rows` of `cache`."""
         device = cache.keys.device
         self._config, self._weights, self._cache, self._rows = config, weights, cache, rows
-        self._layers = Layers(config, weights, rows, device)
+        self._layers = layers_for(config, weights, rows, device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         shape = (rows, config.vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=device)

@@ -13,7 +13,7 @@ from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
-from blip2.language.native.packing import CHANNELS, INPUTS_MULTIPLE, PackedLinear
+from blip2.language.native.packing import CHANNELS, PackedLinear
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
@@ -22,6 +22,8 @@ HOPPER_PACKED_SOURCE = Path(__file__).with_name("linear_hopper_packed.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that linear.cu is compiled for
 _HOPPER_TILES = (2, 4, 6, 8)  # and the linears of hopper.cuh, which are faster where they run
 _MOST_ROWS = 64  # with more cuBLAS is faster, though packed weights are unpacked for it first
+FEW_ROWS = 8  # up to here linear.cu is faster than they are
+_HOPPER_STEP = 128  # bytes of a row of inputs, at a time
 _HOPPER_WARPS = 8  # of a block of theirs, each with CHANNELS
 _HOPPER_BLOCKS = 2  # on a multiprocessor
 _HOPPER_SHARED = 110 << 10  # bytes of each
@@ -148,7 +150,9 @@ class Layers:
         out: torch.Tensor,
         relu: bool = False,
         residual: bool = False,
+        row_scales: torch.Tensor | None = None,
     ) -> None:
+        """out [+]= [ReLU](x Wᵀ + b); `row_scales` are those of an x in FP8."""
         from blip2.gpu.compiled import load_kernel
 
         channels, inputs = linear.shape
@@ -161,10 +165,12 @@ class Layers:
         }
         sizes = (self._tokens, channels)
         arguments = (x, linear.weight, linear.scales, linear.bias, out, *sizes)
-        if self._hopper and self._tokens > 8:
+        if self._hopper and self._tokens > FEW_ROWS:
             source, more, shared_bytes = hopper_kernel(
-                linear.shape, linear.bits, self._tokens, self._multiprocessors
+                linear.shape, linear.bits, self._tokens, self._multiprocessors, linear.is_float8
             )
+            if source == HOPPER_SOURCE:
+                arguments += (row_scales,)
             kernel = load_kernel(source, "linear", _as_macros(macros | more))
             split = more["SPLIT"]
             kernel(
@@ -177,29 +183,35 @@ class Layers:
             return
         tiles = _enough(_TILES, self._tokens)
         warps = _warps(channels, tiles)
-        macros |= {"BITS": linear.bits, "TILES": tiles, "WARPS": warps}
+        macros |= {"BITS": linear.bits, "FLOAT8": linear.is_float8, "TILES": tiles, "WARPS": warps}
         kernel = load_kernel(SOURCE, "linear", _as_macros(macros))
         grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(self._tokens, 8 * tiles))
         kernel(grid, 32 * warps, *arguments)
 
 
 def hopper_kernel(
-    shape: tuple[int, int], bits: int, rows: int, multiprocessors: int
+    shape: tuple[int, int], bits: int, rows: int, multiprocessors: int, float8: bool = False
 ) -> tuple[Path, dict[str, int], int]:
     """The source of a linear of channels x inputs for some rows, its macros, a block's shared bytes."""
     tiles = _enough(_HOPPER_TILES, rows)
-    split = _split(*shape, multiprocessors)
-    macros = {"TILES": tiles, "WARPS": _HOPPER_WARPS, "SPLIT": split}
-    step = 2 * INPUTS_MULTIPLE  # bytes of a row
-    if bits == 16:
-        place = step * (CHANNELS * _HOPPER_WARPS + 8 * tiles)
+    steps = triton.cdiv(shape[1] * (1 if float8 else 2), _HOPPER_STEP)
+    split = _split(shape[0], steps, multiprocessors)
+    macros = {
+        "BITS": bits,
+        "FLOAT8": int(float8),
+        "TILES": tiles,
+        "WARPS": _HOPPER_WARPS,
+        "SPLIT": split,
+    }
+    if bits == 16 or float8:
+        place = _HOPPER_STEP * (CHANNELS * _HOPPER_WARPS + 8 * tiles)
         depth = _HOPPER_SHARED // place
         return HOPPER_SOURCE, macros | {"DEPTH": depth}, depth * place
     # Two steps of inputs, and DEPTH of what each thread copies.
     depth = _HOPPER_PACKED_DEPTH
     copied = 16 * 32 * _HOPPER_WARPS * (bits // 4 + triton.cdiv(tiles, 4))
-    macros |= {"BITS": bits, "DEPTH": depth}
-    return HOPPER_PACKED_SOURCE, macros, 2 * step * 8 * tiles + depth * copied
+    shared_bytes = 2 * _HOPPER_STEP * 8 * tiles + depth * copied
+    return HOPPER_PACKED_SOURCE, macros | {"DEPTH": depth}, shared_bytes
 
 
 def _enough(tiles: tuple[int, ...], rows: int) -> int:
@@ -215,14 +227,14 @@ def _warps(channels: int, tiles: int) -> int:
     return 4 if channels >= 4096 and tiles == 1 else 8
 
 
-def _split(channels: int, inputs: int, multiprocessors: int) -> int:
+def _split(channels: int, steps: int, multiprocessors: int) -> int:
     """How many blocks on a Hopper share the inputs of their channels.
 
     As many as there is room for at once; where there is none, so many that the last wave is full.
     """
     at_once = _HOPPER_BLOCKS * multiprocessors
     blocks = triton.cdiv(channels, CHANNELS * _HOPPER_WARPS)
-    splits = [n for n in _SPLITS if n <= inputs // INPUTS_MULTIPLE]
+    splits = [n for n in _SPLITS if n <= steps]
     fitting = [n for n in splits if blocks * n <= at_once]
     return fitting[-1] if fitting else min(splits, key=lambda n: -blocks * n % at_once)
 

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for a few rows of x, W in 16, 8 or 4 bits: every weight is read once, at the speed
+// y = x Wᵀ + b for a few rows of x, W in 16, 8 (integers or E4M3) or 4 bits: every weight is read once, at the speed
 // of the memory, and goes through the tensor cores for up to 8 * TILES rows.
 //
 // A block owns 16 output channels. Its warps share out the inputs in groups and add up their sums
@@ -19,7 +19,7 @@
 #define LOADS Format<BITS>::LOADS
 #define GROUPS (WIDTH / GROUP)
 #define SHARE ((GROUPS + WARPS - 1) / WARPS)  // groups a warp multiplies, at most
-#define LIMIT (TILES > 1 ? 3 : 5)
+#define LIMIT (TILES > 1 || Format<BITS>::IS_FLOAT8 ? 3 : 5)
 #define AHEAD (LIMIT < SHARE ? LIMIT : SHARE)
 #define INPUTS_AHEAD (TILES <= 2)  // else they are many
 #define OUTPUTS ((CHANNELS * 8 * TILES + THREADS - 1) / THREADS)  // a thread's, at most
@@ -38,10 +38,10 @@ struct Weights {
 
   __device__ Weights(const char* weight, int N) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (BITS == 16) {
-      int channel = blockIdx.x * CHANNELS + lane / 4, k = warp * GROUP + lane % 4 * 8;
-      near = weight + ((long long)min(channel, N - 1) * WIDTH + k) * 2;
-      far = weight + ((long long)min(channel + 8, N - 1) * WIDTH + k) * 2;
+    if (Format<BITS>::PLAIN) {
+      int channel = blockIdx.x * CHANNELS + lane / 4, k = warp * GROUP + lane % 4 * Format<BITS>::INPUTS;
+      near = weight + ((long long)min(channel, N - 1) * WIDTH + k) * (BITS / 8);
+      far = weight + ((long long)min(channel + 8, N - 1) * WIDTH + k) * (BITS / 8);
     } else {
       near = far = weight + ((long long)blockIdx.x * GROUPS + warp) * 512 + lane * 16;
     }
@@ -49,9 +49,9 @@ struct Weights {
 
   __device__ void load(uint4* w, int i) const {
     if (!there(i)) return;
-    int step = i * WARPS * (BITS == 16 ? GROUP * 2 : 512);
+    int step = i * WARPS * (Format<BITS>::PLAIN ? GROUP * BITS / 8 : 512);
     w[0] = load_once(near + step);
-    if (BITS == 16) w[LOADS - 1] = load_once(far + step);
+    if (Format<BITS>::PLAIN) w[LOADS - 1] = load_once(far + step);
   }
 
   static __device__ bool there(int i) {
@@ -68,7 +68,7 @@ struct Inputs {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       int mine = min(first_row + tile * 8 + lane / 4, rows - 1);
-      row[tile] = x + mine * WIDTH + warp * GROUP + lane % 4 * 8;
+      row[tile] = x + mine * WIDTH + warp * GROUP + lane % 4 * Format<BITS>::INPUTS;
     }
   }
 
@@ -78,7 +78,7 @@ struct Inputs {
     for (int half = 0; half < GROUP / 32; ++half)
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile)
-        b[half][tile] = *(const uint4*)(row[tile] + i * WARPS * GROUP + 32 * half);
+        b[half][tile] = *(const uint4*)(row[tile] + i * WARPS * GROUP + Format<BITS>::HALF * half);
   }
 };
 
@@ -93,7 +93,7 @@ __device__ inline void multiply(float (*sums)[4], const uint4* w, uint4 (*b)[TIL
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, (TILES > 1 ? 512 : 640) / THREADS)
-    linear(const u16* x, const char* weight, const u16* scales, const u16* bias, void* out, int rows,
+    linear(const u16* x, const char* weight, const void* scales, const u16* bias, void* out, int rows,
            int N) {
   __shared__ float partial[WARPS][CHANNELS][8 * TILES + 1];
   int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, t = lane % 4;
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, (TILES > 1 ? 512 : 640) / 
 #pragma unroll
   for (int i = 0; i < OUTPUTS; ++i) {
     int channel = min(blockIdx.x * CHANNELS + (thread + i * THREADS) % CHANNELS, N - 1);
-    scale[i] = BITS < 16 ? half_to_float(scales[channel]) : 1.0f;
+    scale[i] = scale_at<BITS>(scales, channel);
     offset[i] = HAS_BIAS ? half_to_float(bias[channel]) : 0.0f;
   }
 #if __CUDA_ARCH__ >= 900

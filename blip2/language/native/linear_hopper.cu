@@ -1,9 +1,17 @@
-// y = x Wᵀ + b for some tens of rows of x, W in 16 bits: both go from shared memory to the tensor cores.
+// y = x Wᵀ + b for some tens of rows of x, both x and W in 16 bits or in E4M3 with a float32 scale for
+// each row and channel: both go from shared memory to the tensor cores.
 
 #include "hopper.cuh"
 
+#define ROW_BYTES (WIDTH * BITS / 8)
 #define WEIGHT_BYTES (BLOCK_CHANNELS * STEP_BYTES)
 #define PLACE_BYTES (WEIGHT_BYTES + 8 * TILES * STEP_BYTES)  // of a step
+
+#if FLOAT8
+#define MODES ""
+#else
+#define MODES ", 0, 0"  // neither is transposed
+#endif
 
 // A step's weights, then its inputs, in the place of the index-th step of the block.
 struct Steps {
@@ -13,13 +21,21 @@ struct Steps {
 
   __device__ u32 place(int index) const { return places + index % DEPTH * PLACE_BYTES; }
 
+  // 16 bytes of a row; zeros where the last step goes beyond its end.
+  static __device__ void fetch_piece(u32 to, const char* row, int step, int piece) {
+    int at = step * STEP_BYTES + piece * 16;
+    if (ROW_BYTES % STEP_BYTES == 0 || at < ROW_BYTES)
+      fetch(to, row + at);
+    else
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;" ::"r"(to), "l"(row) : "memory");
+  }
+
   __device__ void fetch_weights(int step, int index) const {
 #pragma unroll
     for (int i = 0; i < BLOCK_CHANNELS * 8 / THREADS; ++i) {
       int e = threadIdx.x + i * THREADS, row = e / 8, piece = e % 8;
       long long channel = min(blockIdx.y * BLOCK_CHANNELS + row, N - 1);
-      fetch(place(index) + swapped(row, piece),
-            weight + channel * (2 * WIDTH) + step * STEP_BYTES + piece * 16);
+      fetch_piece(place(index) + swapped(row, piece), weight + channel * ROW_BYTES, step, piece);
     }
   }
 
@@ -28,8 +44,8 @@ struct Steps {
     for (int i = 0; i < LOADS_OF_INPUTS; ++i) {
       int e = threadIdx.x + i * THREADS, row = e / 8, piece = e % 8;
       if (e < 64 * TILES)
-        fetch(place(index) + WEIGHT_BYTES + swapped(row, piece),
-              x + (long long)min(row, rows - 1) * (2 * WIDTH) + step * STEP_BYTES + piece * 16);
+        fetch_piece(place(index) + WEIGHT_BYTES + swapped(row, piece),
+                    x + (long long)min(row, rows - 1) * ROW_BYTES, step, piece);
     }
   }
 
@@ -39,21 +55,22 @@ struct Steps {
     u64 inputs = descriptor(place(index) + WEIGHT_BYTES);
     begin();
 #pragma unroll
-    for (int k = 0; k < STEP / 16; ++k) multiply(sums, weights + 2 * k, inputs + 2 * k);
+    for (int k = 0; k < STEP_BYTES / 32; ++k) multiply(sums, weights + 2 * k, inputs + 2 * k);
     commit();
   }
 
   static __device__ void multiply(float* c, u64 weights, u64 inputs) {
-#define TEXT(columns, sums, weights, inputs, one, ...) PRODUCT(columns, sums, weights, inputs, one, "0, 0")
+#define TEXT(columns, sums, weights, inputs, one, ...) PRODUCT(columns, sums, weights, inputs, one, MODES)
     asm volatile(FOR_TILES(TEXT) : SUMS : "l"(weights), "l"(inputs), "r"(1));
   }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
-    linear(const u16* x, const char* weight, const u16*, const u16* bias, void* out, int rows, int N) {
+    linear(const char* x, const char* weight, const void* scales, const u16* bias, void* out, int rows,
+           int N, const float* row_scales) {
   extern __shared__ __align__(1024) char shared[];
   int first = blockIdx.x * STEPS / SPLIT, last = (blockIdx.x + 1) * STEPS / SPLIT;
-  Steps steps{weight, (const char*)x, N, rows, (u32)__cvta_generic_to_shared(shared)};
+  Steps steps{weight, x, N, rows, (u32)__cvta_generic_to_shared(shared)};
 #pragma unroll
   for (int i = 0; i < EARLY; ++i)
     if (first + i < last) steps.fetch_weights(first + i, i);
@@ -82,5 +99,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     close_group();
   }
   finish();
-  store_sums(sums, shared, nullptr, bias, out, rows, N);
+  store_sums(sums, shared, scales, row_scales, bias, out, rows, N);
 }

@@ -82,7 +82,7 @@ struct Inputs {
 // sums += 16 inputs of 64 channels, in the registers of four warps, times those of all rows.
 __device__ inline void multiply(float* c, const u32* a, u64 inputs) {
 #define TEXT(columns, sums, a0, a1, a2, a3, inputs, one) \
-  PRODUCT(columns, sums, "{" a0 ", " a1 ", " a2 ", " a3 "}", inputs, one, "0")
+  PRODUCT(columns, sums, "{" a0 ", " a1 ", " a2 ", " a3 "}", inputs, one, ", 0")
   asm volatile(FOR_TILES(TEXT) : SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs), "r"(1));
 }
 
@@ -147,5 +147,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     close_group();
     finish();
   }
-  store_sums(sums, shared, scales, bias, out, rows, N);
+  store_sums(sums, shared, scales, nullptr, bias, out, rows, N);
 }

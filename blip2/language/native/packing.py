@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from blip2.float8 import DTYPE as FLOAT8
 from blip2.language.native.linear import Linear, quantize
 
 CHANNELS = 16  # of a block of packed weights
-INPUTS_MULTIPLE = 64  # a linear has a multiple of so many inputs: those of a block with 4 bits
 
 SOURCE = Path(__file__).with_name("unpack.cu")
 
@@ -20,9 +20,10 @@ SOURCE = Path(__file__).with_name("unpack.cu")
 class PackedLinear(Linear):
     """A weight in 16, 8 or 4 bits, for the kernels of fragments.cuh.
 
-    16 bits: N x K float16, as it comes. Fewer: uint8, blocks of 512 bytes for each 16 channels and
-    32 (64 where 4 bits) inputs, in which every thread finds its 16 bytes in a row. Values
-    are biased by half their range, so that they are unsigned.
+    16 bits: N x K float16, as it comes. FP8: N x K E4M3, as it comes, with float32 scales. Else 8 or 4
+    bits: uint8, blocks of 512 bytes for each 16 channels and 32 (64 where 4 bits) inputs, in which
+    every thread finds its 16 bytes in a row. Values are biased by half their range, so that they are
+    unsigned.
     """
 
     weight: torch.Tensor
@@ -43,6 +44,18 @@ class PackedLinear(Linear):
         unsigned = functional.pad(unsigned, (0, 0, 0, -shape[0] % CHANNELS))
         return cls(_PACKED[bits](unsigned), scales.half(), bias, bits, shape)
 
+    @classmethod
+    def of_float8(
+        cls, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> PackedLinear:
+        """N x K E4M3, and N float32 scales: what a channel's values are to be multiplied with."""
+        return cls(weight, scales, bias, 8, tuple(weight.shape))
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether its 8 bits are E4M3."""
+        return self.weight.dtype == FLOAT8
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Through cuBLAS, for the many rows of a prompt."""
         return functional.linear(x, self.unpacked(), self.bias)
@@ -51,6 +64,8 @@ class PackedLinear(Linear):
         """The float16 weight, N x K, that the stored one stands for."""
         if self.scales is None:
             return self.weight
+        if self.is_float8:
+            return (self.weight.float() * self.scales[:, None]).half()
         from blip2.gpu.compiled import load_kernel
 
         weight = torch.empty(self.shape, dtype=torch.float16, device=self.weight.device)

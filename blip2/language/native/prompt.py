@@ -13,7 +13,7 @@ from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
-from blip2.language.native.layers import Layers
+from blip2.language.native.float8_layers import layers_for
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,8 +61,8 @@ class Prompt:
             (requests, image_rows, width), dtype=weights.embedding.dtype, device=device
         )
         self._starts = torch.arange(requests, device=device) * length
-        self._layers = Layers(config, weights, requests * length, device)
-        self._last_layers = Layers(config, weights, requests, device)
+        self._layers = layers_for(config, weights, requests * length, device)
+        self._last_layers = layers_for(config, weights, requests, device)
         self._logits = torch.empty((requests, config.vocab_size), device=device)
         self._graph = Graph() if is_captured(shape) else None
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2 import memory
 from blip2.activations import ACTIVATIONS
-from blip2.devices import best_device
+from blip2.devices import best_device, describe, has_float8
 from blip2.errors import Blip2Error
 from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
@@ -20,7 +20,7 @@ from blip2.language.native.model import OPTModel
 from blip2.language.rows import Rows
 from blip2.language.session import Generation, GenerationOptions, LanguageSession, Limits
 from blip2.language.trtllm_format import OPTCheckpointConfig
-from blip2.layout import install
+from blip2.layout import CONVERT, install
 
 _ANSWER_MULTIPLE, _ROW_MULTIPLE = 64, 128  # of tokens, so that few requests ask for other rows
 
@@ -40,7 +40,8 @@ class NativeSession(LanguageSession):
         `precision` is as `open_tensors` takes it.
 
         Raises:
-            Blip2Error: missing, damaged, or split over several GPUs.
+            Blip2Error: missing, damaged, or split over several GPUs; or in FP8, and
+                the device has none.
         """
         self._tensors = open_tensors(directory, precision)
         config = self._tensors.config
@@ -53,6 +54,8 @@ class NativeSession(LanguageSession):
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
         self._model_class = _model_class(config, self.device)
+        if config.is_float8:
+            _check_float8(directory, precision, self.device, self._model_class)
         self.limits = Limits(
             max_total_len=config.max_position_embeddings,
             max_batch_size=self._model_class.max_batch_size,
@@ -211,3 +214,25 @@ def _model_class(config: OPTCheckpointConfig, device: torch.device) -> type[OPTM
         if CudaModel.runs(config):
             return CudaModel
     return OPTModel
+
+
+def _check_float8(
+    directory: Path, precision: str | None, device: torch.device, model_class: type[OPTModel]
+) -> None:
+    """Raise Blip2Error where an OPT in FP8 cannot run."""
+    mend = (
+        f"convert it to another with: {CONVERT}"
+        if precision is None
+        else "give another `precision`"
+    )
+    if not has_float8(device):
+        raise Blip2Error(
+            f"the OPT in {directory} is in FP8, which {describe(device)} has not: NVIDIA GPUs have it"
+            " from compute capability 8.9 on",
+            mend,
+        )
+    if not model_class.has_kernels:
+        raise Blip2Error(
+            f"the OPT in {directory} is in FP8, and has a form that the GPU's kernels do not take",
+            mend,
+        )

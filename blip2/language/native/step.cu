@@ -21,7 +21,7 @@
 //
 // No result depends on timing: parts of a sum are added up in the same order by whoever reads them.
 //
-// Compiled by NVRTC with BITS, HEAD_BITS, WARPS, BLOCKS, SLOTS, STAGE, DEPTH, UNDER_WAY, SHARED, WIDTH,
+// Compiled by NVRTC with BITS, FLOAT8, HEAD_BITS, WARPS, BLOCKS, SLOTS, STAGE, DEPTH, UNDER_WAY, SHARED, WIDTH,
 // FFN, HEADS, LAYERS and VOCAB defined; fused_step.py says how they are chosen.
 
 #include "step_attention.cuh"

@@ -6,19 +6,28 @@
 #include "step_inputs.cuh"
 #include "step_weights.cuh"
 
-// Packed weights are multiplied as they are: a byte or nibble n alone is the float16 n / 2^24, an
+// Packed weights are multiplied as they are (but for E4M3): a byte or nibble n alone is the float16 n / 2^24, an
 // upper nibble 16 n / 2^24. What they are biased by is taken off by way of the inputs' sum.
 template <int bits>
 struct Packed {
-  static constexpr float UNIT = bits == 16 ? 1.0f : 16777216.0f;
-  static constexpr float BIAS = bits == 16 ? 0.0f : (1 << (bits - 1)) / UNIT;
+  static constexpr bool PLAIN = Format<bits>::PLAIN;
+  static constexpr float UNIT = PLAIN ? 1.0f : 16777216.0f;
+  static constexpr float BIAS = PLAIN ? 0.0f : (1 << (bits - 1)) / UNIT;
 
   // sums += a slab's products; for 4 bits the last two of them 16 times too large.
   static __device__ void multiply(float (*sums)[4], const uint4* w, const uint4* inputs) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 x = inputs[4 * half];  // 32 inputs on
-      if constexpr (bits == 16) {
+      const uint4 x = inputs[Format<bits>::HALF / 8 * half];
+      if constexpr (Format<bits>::IS_FLOAT8) {
+        u32 near[4], far[4];
+        unpack_float8(half ? w[0].z : w[0].x, near);
+        unpack_float8(half ? w[0].w : w[0].y, near + 2);
+        unpack_float8(half ? w[1].z : w[1].x, far);
+        unpack_float8(half ? w[1].w : w[1].y, far + 2);
+        mma(sums[2 * half], near[0], far[0], near[1], far[1], x.x, x.y);
+        mma(sums[2 * half + 1], near[2], far[2], near[3], far[3], x.z, x.w);
+      } else if constexpr (bits == 16) {
         const uint4 &near = w[2 * half], &far = w[2 * half + 1];
         mma(sums[2 * half], near.x, far.x, near.y, far.y, x.x, x.y);
         mma(sums[2 * half + 1], near.z, far.z, near.w, far.w, x.z, x.w);
@@ -51,14 +60,15 @@ template <int WHICH>
 __device__ inline float product(Ring& ring, const u16* input, float* partial, int slab, int end) {
   using S = Shape<WHICH>;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u16* x = input + warp * 64 + lane % 4 * 8;  // the same row for all eight columns of an mma
-  const u16* pair = input + warp * 64 + lane * 2;   // a lane's share of the inputs' sum
+  // The same row for all eight columns of an mma; and a lane's share of the inputs' sum.
+  const u16* x = input + warp * 64 + lane % 4 * Format<S::bits>::INPUTS;
+  const u16* pair = input + warp * 64 + lane * 2;
   auto pair_sum = [&](int slab) {
     u32 two = *(const u32*)(pair + slab * (WARPS * 64));
     return half_to_float(two) + half_to_float(two >> 16);
   };
   float inputs = 0;
-  if (S::bits < 16 && !S::SPLIT) {  // the same for all tiles
+  if (!S::PLAIN && !S::SPLIT) {  // the same for all tiles
 #pragma unroll
     for (int i = 0; i < S::SLABS; ++i) inputs += pair_sum(i);
     inputs = warp_sum(inputs);
@@ -77,17 +87,17 @@ __device__ inline float product(Ring& ring, const u16* input, float* partial, in
       u32 stage = ring.wait_full();
 #pragma unroll
       for (int i = 0; i < S::GANG; ++i)
-        if (i < count) read_slab<WHICH>(stage + i * slab_bytes(S::bits), w[i]);
+        if (i < count) read_slab<WHICH>(stage + i * S::SLAB, w[i]);
       ring.release();
 #pragma unroll
       for (int i = 0; i < S::GANG; ++i)
         if (i < count) {
           Packed<S::bits>::multiply(sums, w[i], (const uint4*)(x + (in_tile + i) * (WARPS * 64)));
-          if (S::bits < 16 && S::SPLIT) inputs += pair_sum(in_tile + i);
+          if (!S::PLAIN && S::SPLIT) inputs += pair_sum(in_tile + i);
         }
       in_tile += count;
     }
-    if (S::bits < 16 && S::SPLIT) inputs = warp_sum(inputs);
+    if (!S::PLAIN && S::SPLIT) inputs = warp_sum(inputs);
     if (lane % 4 == 0) {
       part[lane / 4] = Packed<S::bits>::total(sums, 0) - Packed<S::bits>::BIAS * inputs;
       part[lane / 4 + 8] = Packed<S::bits>::total(sums, 2) - Packed<S::bits>::BIAS * inputs;
@@ -108,7 +118,7 @@ __device__ inline float product(Ring& ring, const u16* input, float* partial, in
 template <int WHICH>
 __device__ inline float scale_of(const Linear& linear, int channel) {
   using S = Shape<WHICH>;
-  return S::bits < 16 ? half_to_float(linear.scales[min(channel, S::N - 1)]) * Packed<S::bits>::UNIT : 1.0f;
+  return scale_at<S::bits>(linear.scales, min(channel, S::N - 1)) * Packed<S::bits>::UNIT;
 }
 
 // A linear whose tiles belong to one block each: store(channel, value) is called for each of the

@@ -6,7 +6,8 @@
 
 struct Linear {
   const char* weight;
-  const u16 *scales, *bias;
+  const void* scales;
+  const u16* bias;
 };
 
 struct Norm {

@@ -23,8 +23,14 @@ struct Shape {
   // A slab is what a block multiplies at a time: 64 inputs for each warp, of one tile.
   static constexpr int SLABS = K / 64 / WARPS;  // of a tile
   static constexpr int LOADS = bits / 4;        // of 16 bytes, a thread's
+  static constexpr bool PLAIN = Format<bits>::PLAIN;  // rows of a weight as PyTorch has them
   // Slabs copied at a time, of one tile.
   static constexpr int GANG = bits == 16 ? 1 : common_divisor(STAGE / bits, SLABS);
+  // Where PLAIN: bytes of a slab's row, behind which that of the gang's next slab lies; then such a gap
+  // that rows are 64 bytes apart in banks.
+  static constexpr int ROW = WARPS * 8 * bits;
+  static constexpr int PITCH = GANG * ROW + (192 - GANG * ROW % 128) % 128;
+  static constexpr int SLAB = PLAIN ? ROW : WARPS * 128 * bits;  // bytes from a slab to the gang's next
   static constexpr bool SPLIT = WHICH == DENSE || WHICH == PROJ;
   static constexpr int DEALT = SPLIT ? TILES * SLABS : TILES;
   static constexpr int SHARERS = DEALT < BLOCKS ? DEALT : BLOCKS;

@@ -8,13 +8,17 @@
 
 #include "step_shares.cuh"
 
-constexpr int PITCH16 = WARPS * 128 + 64;  // of a slab's rows in 16 bits: 64 bytes apart in banks
-__host__ __device__ constexpr int slab_bytes(int bits) {
-  return bits == 16 ? CHANNELS * PITCH16 : WARPS * 128 * bits;
-}
-constexpr int STAGE_BYTES = BITS == 16 || HEAD_BITS == 16 ? slab_bytes(16) : WARPS * 128 * STAGE;
+constexpr int STAGE_BYTES =
+    BITS == 16 || HEAD_BITS == 16 ? CHANNELS * (WARPS * 128 + 64) : WARPS * 128 * STAGE;
 static_assert(BITS == 16 || STAGE >= BITS, "a stage holds no slab of the layers' weights");
 static_assert(HEAD_BITS == 16 || STAGE >= HEAD_BITS, "a stage holds no slab of the head's weights");
+template <int WHICH>
+__host__ __device__ constexpr bool fits() {
+  using S = Shape<WHICH>;
+  return (S::PLAIN ? CHANNELS * S::PITCH : S::GANG * S::SLAB) <= STAGE_BYTES;
+}
+static_assert(fits<QKV>() && fits<DENSE>() && fits<FC>() && fits<PROJ>() && fits<HEAD>(),
+              "a gang is larger than a stage");
 static_assert(0 < UNDER_WAY && UNDER_WAY <= DEPTH, "more copies are to be under way than there are stages");
 
 // Where a warp is in the ring, and the barriers that say which stages are full and which empty.
@@ -95,12 +99,11 @@ __device__ inline void copy_linear(Ring& ring, const Linear& linear) {
     next = min((slab / S::GANG + 1) * S::GANG, end);
     long long tile = slab / S::SLABS;
     int part = slab % S::SLABS;
-    if (S::bits == 16)
-      ring.copy(linear.weight + (tile * CHANNELS * S::K + part * WARPS * 64) * 2, CHANNELS,
-                WARPS * 128, S::K * 2, PITCH16);
+    if (S::PLAIN)
+      ring.copy(linear.weight + tile * CHANNELS * (S::K * S::bits / 8) + part * S::ROW, CHANNELS,
+                (next - slab) * S::ROW, S::K * S::bits / 8, S::PITCH);
     else  // one slab behind the other
-      ring.copy(linear.weight + (tile * S::SLABS + part) * slab_bytes(S::bits), 1,
-                (next - slab) * slab_bytes(S::bits), 0, 0);
+      ring.copy(linear.weight + (tile * S::SLABS + part) * S::SLAB, 1, (next - slab) * S::SLAB, 0, 0);
   }
 }
 
@@ -117,14 +120,14 @@ __device__ inline void copy_weights(Ring& ring, const Model& model) {
   copy_linear<HEAD>(ring, model.head);
 }
 
-// A thread's weights of a full slab: for each 32 inputs those of its near and its far channel.
+// A thread's weights of a full slab: of PLAIN ones those of its near and its far channel by turns.
 template <int WHICH>
 __device__ inline void read_slab(u32 slab, uint4* w) {
   using S = Shape<WHICH>;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u32 at = S::bits == 16 ? slab + lane / 4 * PITCH16 + warp * 128 + lane % 4 * 16
-                         : slab + warp * (S::LOADS * 512) + lane * 16;
+  u32 at = S::PLAIN ? slab + lane / 4 * S::PITCH + warp * (S::ROW / WARPS) + lane % 4 * 16
+                    : slab + warp * (S::LOADS * 512) + lane * 16;
 #pragma unroll
   for (int i = 0; i < S::LOADS; ++i)
-    w[i] = load_shared(at + (S::bits == 16 ? i / 2 * 64 + i % 2 * 8 * PITCH16 : i * 512));
+    w[i] = load_shared(at + (S::PLAIN ? i / 2 * 64 + i % 2 * 8 * S::PITCH : i * 512));
 }
