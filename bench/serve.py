@@ -5,25 +5,23 @@
     python -m bench.serve --model_dir demo/checkpoint --text "" --seconds 5    # on a CPU
 
 Clients in closed loops, each asking again when it has its answer; then arrivals at random (Poisson) at
-shares of what 64 clients got. Every request brings a picture that the server has not seen, as a data:
-URL. Answers of random weights hardly end by themselves: most have TOKENS tokens. "Offline" is what
-`run.py --output` does with pictures that are decoded already. "First" is from sending to the first
-text; it includes the decoding of the picture, which is said apart. "Token" is from one token of an
-answer to the next.
+shares of what 64 clients got. Clients are in processes of their own. Every request brings a picture
+that the server has not seen, as a data: URL. Answers of random weights hardly end by themselves: most
+have TOKENS tokens, each of which is a word. "Offline" is what `run.py --output` does with pictures that
+are decoded already, "fixed" is batches of 64 of them. "First" is from sending to the first text; it
+includes the decoding of the picture, which is said apart. "Token" is from one token of an answer to
+the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
-import random
 import socket
 import statistics
 import subprocess
@@ -33,12 +31,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bench.serve_clients import TOKENS, Clients, Sample
 from blip2 import cli
 from blip2.errors import Blip2Error
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "Question: which city is this? Answer:"
-TOKENS = 20
 CLIENTS = (1, 8, 64, 256)
 SHARES = (0.5, 0.8, 0.95)
 _WARM_UP_SECONDS = 3.0
@@ -56,14 +54,14 @@ def main() -> None:
             model = random_checkpoint(Path(directory, "checkpoint"))
         alone = offline(model)
         print(
-            f"offline: {alone['rate']:.1f} captions/s; first token of one alone:"
-            f" {alone['first_ms']:.1f} ms",
+            f"offline: {alone['rate']:.1f} captions/s, {alone['fixed']:.1f} in fixed batches;"
+            f" first token of one alone: {alone['first_ms']:.1f} ms",
             flush=True,
         )
-        with serving(model, args.workers) as server:
-            picture = args.picture.read_bytes() if args.picture else photograph()
-            load = Load(server, picture, args.text)
-            asyncio.run(measure(load, args.seconds, alone))
+        picture = args.picture.read_bytes() if args.picture else photograph()
+        flags = {"workers": args.workers, "http_processes": args.http_processes}
+        with serving(model, flags) as server, Clients(server.port, picture, args.text) as clients:
+            measure(server, clients, args.seconds, alone)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=cli.positive_float, default=15.0, help="of each line, after a warm-up"
     )
-    parser.add_argument("--workers", type=cli.positive_int, help="as serve.py's")
+    for flag in ("--workers", "--http_processes"):
+        parser.add_argument(flag, type=cli.positive_int, help="as serve.py's")
     return parser.parse_args()
 
 
@@ -133,6 +132,13 @@ def print_offline(model: str) -> None:
     first = max(2, block) - 1
     rate = (len(ended) - 1 - first) * size / (ended[-1] - ended[first])
 
+    batches = (answering.Window(n * size, size, values) for n in range(8))
+    ended = [
+        time.perf_counter()
+        for _ in answering.answer_in_batches(pipeline, batches, [TEXT], options, size, Stopwatch())
+    ]
+    fixed = (len(ended) - 3) * size / (ended[-1] - ended[2])
+
     options = dataclasses.replace(options, max_output_len=1)
     seconds = []
     for _ in range(22):
@@ -140,7 +146,7 @@ def print_offline(model: str) -> None:
         pipeline.ask(pipeline.look(values[:1], Stopwatch()), [TEXT], options)
         seconds.append(time.perf_counter() - begun)
     first_ms = 1e3 * statistics.median(seconds[2:])
-    print(json.dumps({"rate": rate, "first_ms": first_ms}))
+    print(json.dumps({"rate": rate, "fixed": fixed, "first_ms": first_ms}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +158,14 @@ class Server:
 
     def seconds_of_processors(self) -> dict[str, float]:
         """What each of its kinds of process has used of processors."""
-        found = {"HTTP": _seconds_of(self.pid), "engines": 0.0, "decoders": 0.0}
-        for child in _children(self.pid):
-            command = Path(f"/proc/{child}/maps").read_text()
-            found["engines" if "libtorch" in command else "decoders"] += _seconds_of(child)
+        found = {"HTTP": 0.0, "engines": 0.0, "decoders": 0.0}
+        for pid in (self.pid, *_descendants(self.pid)):
+            if (kind := _KINDS.get(Path(f"/proc/{pid}/comm").read_text().strip(), "HTTP")) in found:
+                found[kind] += _seconds_of(pid)
         return found
+
+
+_KINDS = {"blip2-engines": "engines", "blip2-decoder": "decoders"}
 
 
 def _seconds_of(pid: int) -> float:
@@ -164,19 +173,20 @@ def _seconds_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS  # proc(5): utime, stime
 
 
-def _children(pid: int) -> list[int]:
+def _descendants(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in listed for child in path.read_text().split()]
+    children = [int(child) for path in listed for child in path.read_text().split()]
+    return [*children, *(further for child in children for further in _descendants(child))]
 
 
 @contextlib.contextmanager
-def serving(model: Path, workers: int | None) -> Iterator[Server]:
-    """serve.py as a process of its own, until the end of the context."""
+def serving(model: Path, flags: dict[str, int | None]) -> Iterator[Server]:
+    """serve.py as a process of its own, until the end of the context; None is its default."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "serve.py", "--port", str(port), "--max_waiting", "1024"]
     command += ["--engine_dir", str(model), "--opt_engine_dir", str(model)]
-    command += ["--workers", str(workers)] if workers else []
+    command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         try:
             asyncio.run(_until_ready(port, process))
@@ -200,157 +210,46 @@ async def _until_ready(port: int, process: subprocess.Popen) -> None:
     raise Blip2Error("the server does not start; see above")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One answer: when it was asked for, and seconds to its first text, its last, and to decode."""
-
-    begun: float
-    first: float
-    whole: float
-    decode: float
-    tokens: int
-
-    @property
-    def token(self) -> float:
-        """Seconds from one token to the next, on average."""
-        return (self.whole - self.first) / max(1, self.tokens - 1)
-
-
-class Connection:
-    """To the server, for one request after another."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    async def ask(self, body: bytes, begun: float) -> Sample:
-        """Send a request and read its stream; `begun` is when it should have been sent."""
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
-        reader, writer = self._streams
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        status = await reader.readline()
-        while (await reader.readline()).strip():
-            pass
-        if b" 200 " not in status:
-            raise Blip2Error(f"the server answers {status.decode().strip()}")
-        first, last, tokens, decode = 0.0, b"", 0, 0.0
-        while size := int((await reader.readline()).strip(), 16):  # chunked: RFC 9112
-            last = await reader.readexactly(size)
-            await reader.readexactly(2)
-            first = first or time.perf_counter()
-        await reader.readexactly(2)
-        whole = time.perf_counter()
-        for event in last.split(b"\n\n"):
-            data = event.removeprefix(b"data: ")
-            if not data.startswith(b"{"):
-                continue
-            found = json.loads(data)
-            if "error" in found:
-                raise Blip2Error(f"the server says: {found['error']['message']}")
-            decode = found.get("blip2", {}).get("seconds", {}).get("decode", decode)
-            tokens = (found.get("usage") or {}).get("completion_tokens", tokens)
-        return Sample(begun, first - begun, whole - begun, decode, tokens)
-
-
-class Load:
-    """Requests without end, each with a picture of its own."""
-
-    def __init__(self, server: Server, picture: bytes, text: str) -> None:
-        self.server, self._numbers = server, itertools.count()
-        padded = picture + b"\0" * (-len(picture) % 3)  # base64 of parts is that of the whole
-        marker = "@@@"
-        url = "data:image/jpeg;base64," + base64.b64encode(padded).decode() + marker
-        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-        body = {
-            "messages": [{"role": "user", "content": parts}],
-            "max_tokens": TOKENS,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        self._before, _, self._after = json.dumps(body).encode().partition(marker.encode())
-
-    def body(self) -> bytes:
-        """The next request's."""
-        tail = f"{os.getpid():08x}{next(self._numbers):016x}".encode()
-        return self._before + base64.b64encode(tail) + self._after
-
-    async def closed(self, clients: int, seconds: float) -> list[Sample]:
-        """What `clients` get that ask again as soon as they have an answer."""
-        end = time.perf_counter() + seconds
-
-        async def client() -> list[Sample]:
-            connection, samples = Connection(self.server.port), []
-            while (now := time.perf_counter()) < end:
-                samples.append(await connection.ask(self.body(), now))
-            return samples
-
-        return [
-            s for found in await asyncio.gather(*(client() for _ in range(clients))) for s in found
-        ]
-
-    async def poisson(self, rate: float, seconds: float) -> list[Sample]:
-        """What comes of arrivals at random, `rate` a second, whether others are answered or not."""
-        chance, idle = random.Random(1), [Connection(self.server.port)]
-        samples: list[Sample] = []
-        begun = time.perf_counter()
-
-        async def one(at: float) -> None:
-            connection = idle.pop() if idle else Connection(self.server.port)
-            samples.append(await connection.ask(self.body(), at))
-            idle.append(connection)
-
-        at, tasks = begun, []
-        while (at := at + chance.expovariate(rate)) < begun + seconds:
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(at)))
-        await asyncio.gather(*tasks)
-        return samples
-
-
-async def measure(load: Load, seconds: float, alone: dict[str, float]) -> None:
+def measure(server: Server, clients: Clients, seconds: float, alone: dict[str, float]) -> None:
     """Print a line for each load."""
-    print(f"{'':<22}{'answers/s':>10}{'offline':>9}{'tokens':>8}", end="")
+    print(f"{'':<22}{'answers/s':>10}{'offline':>9}{'fixed':>7}{'tokens':>8}", end="")
     for name in ("first", "token", "whole"):
         print(f"{name + ', ms: p50':>17}{'p95':>8}{'p99':>8}", end="")
     print(flush=True)
     rates, idle = {}, 0.0
-    for clients in CLIENTS:
-        await load.closed(clients, _WARM_UP_SECONDS)
-        before, begun = load.server.seconds_of_processors(), time.perf_counter()
-        samples = await load.closed(clients, seconds)
-        took, after = time.perf_counter() - begun, load.server.seconds_of_processors()
-        rates[clients] = len(samples) / took
-        line(f"{clients} in closed loop", rates[clients], alone["rate"], samples)
-        if clients == 1:
+    for count in CLIENTS:
+        clients.closed(count, _WARM_UP_SECONDS)
+        before = server.seconds_of_processors()
+        samples = clients.closed(count, seconds)
+        after = server.seconds_of_processors()
+        rates[count] = line(f"{count} in closed loop", alone, samples)
+        if count == 1:
             idle = percentile([s.whole for s in samples], 99)
             bare = statistics.median(s.first - s.decode for s in samples)
             decode = statistics.median(s.decode for s in samples)
             more = 1e3 * bare - alone["first_ms"]
             print(
-                f"    first text {more:+.1f} ms beside the pipeline's, and {1e3 * decode:.1f} to decode"
+                f"    first {more:+.1f} ms beside the pipeline's, and {1e3 * decode:.1f} to decode"
             )
         used = {name: 1e3 * (after[name] - before[name]) / len(samples) for name in after}
         shares = ", ".join(f"{name} {ms:.2f}" for name, ms in used.items())
         print(f"    ms of processors an answer: {shares}", flush=True)
-    capacity = rates[64]
     for share in SHARES:
-        begun = time.perf_counter()
-        samples = await load.poisson(share * capacity, seconds)
-        took = time.perf_counter() - begun
-        line(f"random, {share:.0%} of 64's", len(samples) / took, alone["rate"], samples)
+        samples = clients.poisson(share * rates[64], seconds)
+        line(f"random, {share:.0%} of 64's", alone, samples)
         slower = percentile([s.whole for s in samples], 99) / idle
         print(f"    whole answers' p99: {slower:.1f}x of one client's", flush=True)
 
 
-def line(name: str, rate: float, offline_rate: float, samples: Sequence[Sample]) -> None:
-    """Print a load's numbers."""
+def line(name: str, alone: dict[str, float], samples: Sequence[Sample]) -> float:
+    """Print a load's numbers; returns the answers a second."""
+    took = max(s.begun + s.whole for s in samples) - min(s.begun for s in samples)
+    rate = len(samples) / took
     tokens = statistics.mean(sample.tokens for sample in samples)
-    print(f"{name:<22}{rate:>10.1f}{rate / offline_rate:>9.0%}{tokens:>8.1f}", end="")
+    print(
+        f"{name:<22}{rate:>10.1f}{rate / alone['rate']:>9.0%}{rate / alone['fixed']:>7.0%}", end=""
+    )
+    print(f"{tokens:>8.1f}", end="")
     parts: tuple[Callable[[Sample], float], ...] = (
         lambda s: s.first,
         lambda s: s.token,
@@ -361,6 +260,7 @@ def line(name: str, rate: float, offline_rate: float, samples: Sequence[Sample])
         p50, p95, p99 = (1e3 * percentile(values, share) for share in (50, 95, 99))
         print(f"{p50:>17.1f}{p95:>8.1f}{p99:>8.1f}", end="")
     print(flush=True)
+    return rate
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -33,6 +33,7 @@ from blip2 import cli
 ROOT = Path(__file__).parent.parent
 QUESTION = "Question: which city is this? Answer:"
 TOKENS = 30
+VOCABULARY = 50272  # tokens, of OPT
 LOADED = ("start", "load engines")  # the stages before the picture is looked at
 
 
@@ -105,8 +106,14 @@ def random_checkpoint(directory: Path) -> Path:
     directory.mkdir()
     code = "import sys, pathlib; from bench.random_blip2 import random_model;"
     run("-c", f"{code} random_model(pathlib.Path(sys.argv[1]))", directory)
-    for file in (ROOT / "demo" / "checkpoint").glob("tokenizer*"):
-        shutil.copy(file, directory)
+    demo = ROOT / "demo" / "checkpoint"
+    shutil.copy(demo / "tokenizer_config.json", directory)
+    tokenizer = json.loads((demo / "tokenizer.json").read_text("utf-8"))
+    # Every id that the model may choose is a word: answers are as long as text as they are in tokens.
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {added["content"]: added["id"] for added in tokenizer["added_tokens"]}
+    vocabulary |= {f"\u0120{n}": n for n in range(len(vocabulary), VOCABULARY)}  # that is a blank
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     return directory
 
 

@@ -28,6 +28,10 @@ for _switch, _off in {
 }.items():
     os.environ.setdefault(_switch, _off)
 
+# Weights are gigabytes: PyTorch takes memory for them in pages of 2 MB, where Linux has such, for
+# taking it in pages of 4 KB costs more than filling it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def __getattr__(name: str) -> Any:
     """What needs PyTorch, when it is asked for: the programs say --help without."""

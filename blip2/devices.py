@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 import torch
 
+from blip2 import cpu
 from blip2.errors import Blip2Error
 
 _OLDEST = 8  # compute capability: Ampere, which the kernels are written for
@@ -37,6 +38,13 @@ def launches_dependently(gpu: torch.device | int) -> bool:
 def has_float8(device: torch.device) -> bool:
     """Whether it multiplies in FP8: GPUs from Ada on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def half_dtype(device: torch.device) -> torch.dtype:
+    """What products of float16 weights are computed in there: the fastest that is near enough."""
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if cpu.is_fast_in_bfloat16() else torch.float32
 
 
 def describe(device: torch.device) -> str:

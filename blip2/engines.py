@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2 import checkpoints, layout
+from blip2 import checkpoints, cpu, layout
 from blip2.checkpoints import is_checkpoint, locate
 from blip2.errors import Blip2Error
 
@@ -58,6 +58,7 @@ class Engine:
         Raises:
             Blip2Error: they cannot be used.
         """
+        cpu.limit_threads()
         module, _, name = self.opener.partition(":")
         return getattr(importlib.import_module(module), name)(*arguments)
 

@@ -46,6 +46,42 @@ class Stopwatch:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+class QueuedStopwatch:
+    """As `Stopwatch`, for what is queued on a GPU: the host goes on at once, and asks later."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Of what is queued on a device's current stream."""
+        self._is_queued = device.type == "cuda"
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._marks.append((stage, start, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._is_queued:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of it was done."""
+        return not self._is_queued or all(end.query() for _, _, end in self._marks)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, of what is over; one that was tried twice counts as often."""
+        found: dict[str, float] = {}
+        for stage, start, end in self._marks:
+            took = 1e-3 * start.elapsed_time(end) if self._is_queued else end - start
+            found[stage] = found.get(stage, 0.0) + took
+        return found
+
+
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -119,6 +155,8 @@ class Pipeline:
 
     def decoder(self, prefix: str = "") -> Decode:
         """What turns an answer's ids into its text, which begins with a prefix that was given."""
+        if not prefix:
+            return self.tokenizer.decode
         given = self.tokenizer.encode(prefix)[1:]
         return lambda ids: self.tokenizer.decode([*given, *ids])
 
@@ -192,7 +230,7 @@ class Pipeline:
         with watch.time("OPT"):
             return self.ask(look, texts, options, prefix)
 
-    def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch) -> Look:
+    def look(self, pixel_values: torch.Tensor, stopwatch: Stopwatch | QueuedStopwatch) -> Look:
         """What the ViT and the Q-Former make of pictures, B x 3 x S x S: see `VisionSession.vit`.
 
         A batch for which memory does not suffice is halved, once, for good.

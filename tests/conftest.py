@@ -45,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(missing)
 
 
+# Nothing is computed in bfloat16, however fast the CPU is in it, but in the tests of that.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+
 # Nothing is kept from one run of the tests to the next.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

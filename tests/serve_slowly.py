@@ -10,7 +10,7 @@ from blip2.serving import engine_process
 _run = engine_process.run
 
 
-def run_slowly(channel, settings, memory) -> None:
+def run_slowly(*arguments) -> None:
     from blip2.language.rows import Rows
 
     step = Rows.step
@@ -21,7 +21,7 @@ def run_slowly(channel, settings, memory) -> None:
         return step(rows)
 
     Rows.step = slow_step
-    _run(channel, settings, memory)
+    _run(*arguments)
 
 
 engine_process.run = run_slowly

@@ -241,21 +241,6 @@ def test_other_systems_have_what_a_cpu_needs(demo_opt, photos, tmp_path, system)
     assert sorted(os.listdir(tmp_path / "opt")) == sorted(os.listdir(demo_opt))
 
 
-@pytest.mark.parametrize(
-    ("limit", "count"), [(None, 8), ("max 100000\n", 8), ("350000 100000\n", 3), ("5000 100000", 1)]
-)
-def test_processors_are_counted_on_any_system(monkeypatch, tmp_path, limit, count):
-    """Those that a process is bound to, else all that there are; a container has its share."""
-    monkeypatch.setattr(batch_decoders, "_SHARE", tmp_path / "cpu.max")
-    if limit:
-        (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 20)
-    assert batch_decoders._processors() == count
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert batch_decoders._processors() == (20 if count == 8 else count)
-
-
 def journal(path: Path, **options) -> Journal:
     return Journal(path, 2, {"--num_beams": 1, **options})
 

@@ -6,6 +6,8 @@ import gc
 import random
 import threading
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,12 +28,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blip2
+from blip2 import images
 from blip2.engine import Engine, Load
 from blip2.engine import engine as engine_module
+from blip2.engine.lull import Lull
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation
 from blip2.language.native.session import NativeSession
 from blip2.language.rows import BEAMS, News, Rows
+from demo import scenes
 
 requests = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, len(OPTIONS) - 1))
 events = st.lists(
@@ -136,6 +141,9 @@ class FakeRows:
 class FakeChosen:
     def __init__(self, left) -> None:
         self.keys, self.last, self._left = list(left), set(), left
+
+    def wait(self):
+        pass
 
     def read(self):
         for key, (how, left) in self._left.items():
@@ -322,6 +330,66 @@ def test_those_who_may_ask_again_are_waited_for(pipeline, values, sizes, monkeyp
     assert [told(request) for request in ask_slowly()] == answers
     engine.close()
     assert sizes == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "used, waited, is_due",
+    [
+        (1, [0.006], False),
+        (1, [0.008], True),  # it has waited for as long as the one under way is held up
+        (10, [0.035], False),
+        (10, [0.035, 0.034], False),
+        (10, [0.036, 0.035], True),  # as long as ten are, all together
+        (10, [0.059], False),
+        (10, [0.061], True),  # long enough in any case
+        (3, [0.0, 0.0], False),
+        (3, [0.0] * 8, True),  # as many as are looked at together
+    ],
+)
+def test_a_group_is_begun_when_its_wait_is_worth_its_price(pipeline, used, waited, is_due):
+    """7 ms for each that is under way, and 60 ms at most."""
+    engine = Engine(pipeline, 16)
+    now = time.monotonic()
+
+    def request(seconds: float) -> SimpleNamespace:
+        return SimpleNamespace(options=SimpleNamespace(rows=1), arrived=now - seconds)
+
+    rows = SimpleNamespace(capacity=16)
+    engine._running = SimpleNamespace(rows=rows, used=used, free=16 - used)
+    engine._waiting.extend(map(request, waited))
+    with mock.patch.object(engine_module.time, "monotonic", return_value=now):
+        assert engine._is_due() is is_due
+
+
+def test_bytes_and_what_becomes_of_them_are_looked_at_together(pipeline, sizes):
+    """Of pictures that are asked about at once some may be pixels, others normalised already."""
+    preprocessing = pipeline.vision.preprocessing
+    pixels = torch.from_numpy(images.resized_pixels(scene(7).image, preprocessing))
+    floats = images.pixel_values(scene(7).image, preprocessing)
+    engine = stepped(pipeline, 8)
+    options = pipeline.options({"max_output_len": 30})
+    asked = [engine.submit(engine.picture(picture), "", options) for picture in (pixels, floats)]
+    finish(engine)
+    assert sizes == [2]
+    texts = [request.answers()[0].text for request in asked]
+    assert texts == [scenes.caption(scene(7))] * 2
+
+
+def test_a_lull_is_while_the_thread_waits():
+    """And before it has begun; without a GPU, whose queue could run dry, always."""
+    lull, none = Lull(is_used=True), Lull(is_used=False)
+    found = []
+    for one in (lull, none):
+        found.append(one.wait(0))
+        with one.during():
+            found.append(one.wait(0))
+        found.append(one.wait(0))
+    assert found == [True, True, False, True, True, True]
+    waiting = threading.Thread(target=lull.wait, args=(20,), daemon=True)
+    waiting.start()
+    with lull.during():
+        waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_beams_for_which_memory_has_no_rows_end_alone(pipeline, values, alone, monkeypatch):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import run_program
 
+from blip2.vision import int8
 from blip2.vision.export import write_graph
 from blip2.vision.int8 import quantize_linears
+from blip2.vision.onnx_runtime import open_graph, run_graph
 
 IN, OUT = 96, 40
 
@@ -23,7 +25,7 @@ def run_linear(linear: torch.nn.Linear, x: torch.Tensor, tmp_path) -> torch.Tens
     quantize_linears(module)
     path = tmp_path / "linear.onnx"
     write_graph(module, {"x": torch.randn(2, *x.shape[1:])}, "y", path)
-    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})[0])
+    return run_graph(open_graph(path, is_int8=True), {"x": x})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,8 +43,9 @@ def test_errors_are_those_of_rounding_each_token_and_channel(tmp_path, bias):
     )
     y = run_linear(linear, x, tmp_path).double()
 
-    # Half a step each: of a weight 1/128 of its channel's largest, of an input 1/254 of its token's.
-    weight_error = weight.abs().amax(dim=1) / 128
+    # Half a step each: of a weight 1/254 of its channel's largest, of an input 1/254 of its token's.
+    # Brought from 8 bits to 7, a weight is off by one step more at most.
+    weight_error = weight.abs().amax(dim=1) / 254 * (3 if int8.saturates() else 1)
     input_error = inputs.abs().amax(dim=-1) / 254
     bound = inputs.abs().sum(dim=-1)[..., None] * weight_error
     bound += input_error[..., None] * (weight.abs().sum(dim=1) + IN * weight_error)
@@ -50,7 +53,9 @@ def test_errors_are_those_of_rounding_each_token_and_channel(tmp_path, bias):
     # The bound is for the worst case: rounding at random is far from it.
     large = expected.abs() > bound
     assert large.sum() > 100
-    assert ((y - expected)[large].norm() / expected[large].norm()) < 0.02
+    assert ((y - expected)[large].norm() / expected[large].norm()) < (
+        0.03 if int8.saturates() else 0.015
+    )
 
 
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(tmp_path):

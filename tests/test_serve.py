@@ -388,6 +388,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(tmp_path):
         # While the engines load it is alive, and not ready.
         assert server.get("/health").status == 200
         assert server.get("/ready").status == 503
+        assert server.metrics()["blip2_rows"] == 0
         early = server.ask("")
         assert (early.status, early.error["code"]) == (503, "loading")
         assert early.headers["retry-after"]

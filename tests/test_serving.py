@@ -7,12 +7,17 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,7 +29,7 @@ from starlette.responses import JSONResponse
 
 from blip2.images import Preprocessing, resized_pixels
 from blip2.many import inputs
-from blip2.serving import chat, decoding, fetch, frames, many, server
+from blip2.serving import chat, decoding, fetch, frames, listening, many
 from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
@@ -36,6 +41,7 @@ from blip2.serving.frames import Channel, Frame
 from blip2.serving.front import Front
 from blip2.serving.pictures import Decoded, Pictures
 from blip2.serving.texts import GrowingText
+from blip2.serving.together import Together
 from blip2.templates import TEMPLATE
 
 
@@ -475,9 +481,9 @@ def test_a_shard_is_sent_picture_by_picture(tmp_path, mode):
 
 def test_the_socket_has_no_algorithm_that_waits():
     """asyncio switches Nagle's off where the protocol is given by name, and of accepted sockets too."""
-    with server._listen("127.0.0.1", 0) as listening:
-        assert listening.proto == socket.IPPROTO_TCP
-        assert listening.getsockname()[0] == "127.0.0.1"
+    with listening.listen("127.0.0.1", 0) as opened:
+        assert opened.proto == socket.IPPROTO_TCP
+        assert opened.getsockname()[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("content", [b"", b"pixels"])
@@ -489,6 +495,44 @@ def test_no_part_of_a_frame_is_empty(content):
         assert all(parts)
         ours.sendmsg(parts)
         assert Channel(theirs).read() == ({"do": "load"}, content)
+
+
+def test_processes_count_together():
+    """Each its own part; who has ended leaves nothing, and who looks and counts is not disturbed."""
+    first = Together.create(3)
+    second = first.of(1)
+    first.add(4, 2)
+    second.add(8, 1)
+    assert (first.rows, first.answers) == (second.rows, second.answers) == (12, 3)
+    first.of(1).forget()
+    assert (second.rows, second.answers) == (4, 2)
+    descriptor = first._memory.fileno()
+    with contextlib.ExitStack() as held:
+        held.enter_context(first.alone())
+        other = subprocess.Popen(
+            [sys.executable, "-c", _COUNT_ALONE, str(descriptor)],
+            pass_fds=[descriptor],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert other.stdout.readline() == b"begun\n"
+        time.sleep(0.2)  # in which it would count, if it did not wait
+        assert first.rows == 4
+    with other:
+        other.wait(20)
+    assert (first.rows, first.answers, other.returncode) == (5, 3, 0)
+
+
+_COUNT_ALONE = """
+import os, sys
+from blip2.serving.slots import SharedMemory
+from blip2.serving.together import Together
+
+together = Together(SharedMemory(os.fdopen(int(sys.argv[1]), "r+b")), 2, 3)
+print("begun", flush=True)
+with together.alone():
+    together.add(1, 1)
+"""
 
 
 class FakePeer:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from blip2 import memory
+from blip2.engine.lull import Lull
 from blip2.engine.request import Listener, Picture, Request
 from blip2.engine.running import Running, explained
 from blip2.errors import Blip2Error
@@ -32,8 +33,10 @@ from blip2.language import GenerationOptions
 from blip2.pipeline import Pipeline
 
 # Seconds. A group of requests is looked at and read while those under way wait, for 5 ms on an H100
-# and 1.5 ms for each of them: so groups are made large, as long as …
-_PATIENCE = 0.03  # one that would find a row has waited, or …
+# and 1.5 ms for each of them. So groups are made large: one is begun when its requests have waited, all
+# together, for as long as it holds up those under way, all together, at …
+_HELD_UP = 0.007  # each, or when …
+_PATIENCE = 0.06  # one that would find a row has waited, or …
 _LONG_PATIENCE = 0.2  # none was begun, where more wait than find rows
 # Where all answers end at once those who had them may ask again, all at once too. An engine that has
 # nothing else to do waits for them until …
@@ -74,7 +77,8 @@ class Engine:
         """
         self._pipeline = pipeline
         rows = max_rows or pipeline.default_rows
-        self._running = Running(pipeline, rows, prompt_len, max_output_len)
+        self.lull = Lull(pipeline.vision.device.type == "cuda")
+        self._running = Running(pipeline, rows, prompt_len, max_output_len, self.lull)
         self._load = Load(0, 0, 0, rows)
         self._begun_at = 0.0  # when requests were last begun
         self._expected, self._until = 0, 0.0  # requests that may come at once, and till when
@@ -91,11 +95,13 @@ class Engine:
     def picture(self, pixel_values: torch.Tensor) -> Picture:
         """Something to ask about: 3 x S x S, as `VisionSession.pixel_values` takes it.
 
-        It is copied to the ViT's device now.
+        It is copied to the ViT's device now; bytes stay bytes until it is looked at.
         """
         vision = self._pipeline.vision
         on_gpu = vision.device.type == "cuda"
         with torch.cuda.device(vision.device) if on_gpu else contextlib.nullcontext():
+            if pixel_values.dtype == torch.uint8:
+                return Picture(pixel_values.to(vision.device, non_blocking=True))
             return Picture(vision.pixel_values(pixel_values))
 
     @property
@@ -215,13 +221,15 @@ class Engine:
         while not (self._is_closed or self._calls or self._running.is_busy):
             came = len(self._arrivals)
             if not (came or self._waiting):
-                self._changed.wait()
+                with self.lull.during():
+                    self._changed.wait()
                 continue
             wanted = self._expected - len(self._waiting)
             if came >= wanted or time.monotonic() >= self._until:
                 return
             self._wanted = wanted  # with fewer nobody wakes this thread, which would slow them down
-            self._changed.wait(_SILENCE)
+            with self.lull.during():
+                self._changed.wait(_SILENCE)
             self._wanted = 1
             if len(self._arrivals) == came:
                 return
@@ -299,10 +307,13 @@ class Engine:
         """Whether to look and read now, which those under way have to wait for."""
         running, first, now = self._running, self._waiting[0], time.monotonic()
         batch = min(self._pipeline.default_batch_size, max(1, running.rows.capacity // 2))
-        waiting = sum(r.options.rows for r in itertools.islice(self._waiting, batch))
+        nearest = list(itertools.islice(self._waiting, batch))
+        waiting = sum(request.options.rows for request in nearest)
         if waiting <= running.free:
+            waited = sum(request.options.rows * (now - request.arrived) for request in nearest)
             all_came = self._is_silent and waiting >= running.used
-            return waiting >= batch or all_came or now - first.arrived > _PATIENCE
+            is_worth_it = waited > _HELD_UP * running.used or now - first.arrived > _PATIENCE
+            return waiting >= batch or all_came or is_worth_it
         is_full = batch <= running.free
         return is_full or now - self._begun_at > _LONG_PATIENCE
 
@@ -317,6 +328,7 @@ class Engine:
         for request in batch:  # such an engine may not notice
             if not request.is_over and not torch.isfinite(request.picture.query_output).all():
                 request.fail(self._running.not_finite(request))
+        self._running.note_looks()
         if batch := [request for request in batch if not request.is_over]:
             self._generate(batch, options)
 

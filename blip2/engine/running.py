@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from blip2 import memory
+from blip2.engine.lull import Lull
 from blip2.engine.request import Picture, Request
 from blip2.errors import Blip2Error
 from blip2.language import Generation, GenerationOptions
 from blip2.language.rows import BEAMS, NOT_FINITE, Admission, Chosen, Rows, prepared_rows
-from blip2.pipeline import Answer, Pipeline, Stopwatch
+from blip2.pipeline import Answer, Pipeline, QueuedStopwatch
 
 _STEPS_AHEAD = 1  # that are queued before the tokens of the one before are read
 
@@ -31,7 +32,12 @@ class Running:
     """The rows, and the requests that have them. Not for several threads."""
 
     def __init__(
-        self, pipeline: Pipeline, max_rows: int, prompt_len: int = 0, max_output_len: int = 0
+        self,
+        pipeline: Pipeline,
+        max_rows: int,
+        prompt_len: int = 0,
+        max_output_len: int = 0,
+        lull: Lull | None = None,
     ) -> None:
         """Of an open pipeline.
 
@@ -40,7 +46,9 @@ class Running:
             max_rows: at most; fewer where memory does not suffice.
             prompt_len: input_ids that rows have room for, whoever opens them, and
             max_output_len: new tokens.
+            lull: what begins where the device is waited for.
         """
+        self._lull = lull or Lull(is_used=False)
         self.max_rows, self._room = max_rows, (prompt_len, max_output_len)
         self._pipeline = pipeline
         self.rows: Rows | None = None
@@ -48,6 +56,8 @@ class Running:
         self._active: dict[int, Request] = {}
         self._leaving: list[int] = []  # those whose rows are to be taken back
         self._coming: collections.deque[Chosen] = collections.deque()
+        # What was looked at, for whom, and is perhaps not over yet.
+        self._looks: list[tuple[QueuedStopwatch, list[Request]]] = []
 
     @property
     def is_busy(self) -> bool:
@@ -147,12 +157,11 @@ class Running:
             request.begin()
         try:
             if pictures:
-                values = torch.stack([p.pixel_values for p in pictures.values()])
-                watch = Stopwatch()
+                values = self._stacked([p.pixel_values for p in pictures.values()])
+                # What follows is queued while the GPU looks: it need not wait for that either.
+                watch = QueuedStopwatch(self._pipeline.vision.device)
                 look = self._pipeline.look(values, watch)
-                for request in requests:
-                    if id(request.picture) in pictures:
-                        request.stages |= watch.seconds
+                self._looks.append((watch, [r for r in requests if id(r.picture) in pictures]))
                 self._pipeline.check_files()
                 # Whether it is finite nobody waits for: if not, OPT's logits will not be either.
                 for picture, row in zip(pictures.values(), look.query_output.clone(), strict=True):
@@ -162,6 +171,21 @@ class Running:
                 request.fail(explained(error))
             return []
         return list(requests)
+
+    def _stacked(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len({picture.dtype for picture in pictures}) > 1:  # bytes and what becomes of them
+            pictures = [self._pipeline.vision.pixel_values(picture) for picture in pictures]
+        return torch.stack(tuple(pictures))
+
+    def note_looks(self) -> None:
+        """Tell requests how long looking took, where that is over."""
+        looks, self._looks = self._looks, []
+        for watch, requests in looks:
+            if not watch.is_over:
+                self._looks.append((watch, requests))
+                continue
+            for request in requests:
+                request.stages |= watch.seconds
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Read their prompts into free rows, of which there have to be enough."""
@@ -217,6 +241,7 @@ class Running:
         self._active.clear()
         self._coming.clear()
         self._leaving.clear()
+        self._looks.clear()
         self.rows = None
         memory.release()
 
@@ -231,7 +256,11 @@ class Running:
                 self._leaving.append(key)
 
     def _deliver(self, chosen: Chosen) -> None:
-        for news in chosen.read():
+        with self._lull.during():
+            chosen.wait()
+        read = list(chosen.read())
+        self.note_looks()  # of whom these are the first tokens, they are over
+        for news in read:
             request = self._active.get(news.key)
             if request is None:  # ended a step ago
                 continue

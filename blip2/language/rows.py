@@ -391,10 +391,14 @@ class Chosen:
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> Iterator[News]:
-        """What each request has got; waits for the device."""
+    def wait(self) -> None:
+        """Wait until they are there."""
         if self._arrived is not None:
             self._arrived.synchronize()
+
+    def read(self) -> Iterator[News]:
+        """What each request has got; waits for the device."""
+        self.wait()
         tokens, finite = self._copy.tolist()
         log_probs = self._log_probs.tolist()
         for key, at, count in self._places:

@@ -382,8 +382,11 @@ class _Engines:
         decoding: dict[str, Any],
     ) -> Facts | Blip2Error:
         """Open the engines, and read off what a run must know of them."""
+        from blip2 import onnx_sessions
         from blip2.many.batch import Facts, LocalWorkers
         from blip2.many.decoders import Decoders
+
+        onnx_sessions.own_process()
 
         # Or a process that decodes would import Ray's program, as what it was started from.
         vars(sys.modules["__main__"]).pop("__file__", None)

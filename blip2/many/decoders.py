@@ -14,16 +14,14 @@ import base64
 import collections
 import io
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from blip2 import images
+from blip2 import cpu, images
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.many.inputs import Picture
@@ -32,7 +30,6 @@ from blip2.many.processes import TRIES, Killed, Processes
 # Batches in flight: one being taken, and enough behind it that the workers never wait for it.
 AHEAD = 3
 THUMBNAIL = 320  # pixels of the longer side
-_SHARE = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in so many of time
 _MOST_TOGETHER = 8  # pictures of a batch for one worker at a time
 
 T = TypeVar("T")
@@ -40,18 +37,7 @@ T = TypeVar("T")
 
 def default_workers() -> int:
     """Half of the processors that this process may use, at most 8: the engines need the others."""
-    return max(1, min(8, _processors() // 2))
-
-
-def _processors() -> int:
-    """How many processors this process may use: those it is bound to, within a container's share."""
-    bound = getattr(os, "sched_getaffinity", None)  # macOS and Windows bind nobody
-    count = len(bound(0)) if bound else os.cpu_count() or 1
-    try:
-        quota, period = _SHARE.read_text().split()
-        return max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or no limit: "max"
-        return count
+    return max(1, min(8, cpu.cores() // 2))
 
 
 class Decoders:

@@ -289,6 +289,7 @@ def main() -> int | None:
 def answer_one(args: argparse.Namespace) -> None:
     """Print the answer about one picture, or those of one image.pt."""
     # Imported after the arguments are parsed, so that --help does not wait for torch.
+    from blip2 import onnx_sessions
     from blip2.many import inputs
     from blip2.pipeline import Stopwatch, open_pipeline
     from blip2.prompts import check_length
@@ -302,6 +303,7 @@ def answer_one(args: argparse.Namespace) -> None:
     if inputs.is_collection(source):
         raise Blip2Error(f"{source} stands for several pictures", "add --output answers.jsonl")
     watch = Stopwatch({"start": cli.seconds_since_start()})
+    onnx_sessions.own_process()
     with watch.time("load engines"):
         pipeline = open_pipeline(places, verify=not args.no_verify)
     with watch.time("load picture"):
@@ -440,6 +442,7 @@ def answer_many(args: argparse.Namespace) -> int:
 
 def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[str, float]) -> int:
     """As `answer_many`, on a cluster or here; `stages` are those before, in seconds."""
+    from blip2 import onnx_sessions
     from blip2.many.batch import Question
     from blip2.many.job import Job
     from blip2.pipeline import Stopwatch
@@ -467,6 +470,7 @@ def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[st
         retry_errors=args.retry_errors,
         verify=not args.no_verify,
     )
+    onnx_sessions.own_process()
     try:
         summary = job.run(Stopwatch(stages))
     except KeyboardInterrupt:

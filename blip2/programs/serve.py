@@ -10,6 +10,7 @@ docs/serving.md has the rest: what clients can ask for, keys, limits, metrics.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,7 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--workers",
         type=cli.int_between(1, 256),
-        help="processes that decode pictures (default: half of the processors, at most 8)",
+        help="processes that decode pictures (default: all processors but two, at most 16)",
+    )
+    add(
+        "--http_processes",
+        type=cli.int_between(1, 64),
+        help="processes that speak HTTP (default: one for every four processors, at most 4)",
     )
     add(
         "--query_tokens",
@@ -133,7 +139,30 @@ def json_object(text: str) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_arguments()
-    from blip2.many.decoders import default_workers
+    from blip2.serving.together import metrics_together
+
+    # Ray's replicas are processes enough.
+    processes = 1 if args.ray else args.http_processes or default_http_processes()
+    with metrics_together() if processes > 1 else contextlib.nullcontext():
+        serve_in(processes, args)
+
+
+def default_http_processes() -> int:
+    """One for every four processors, at most 4: the decoders and the engines need the others."""
+    from blip2 import cpu
+
+    return max(1, min(4, cpu.cores() // 4))
+
+
+def default_workers() -> int:
+    """All processors but two, at most 16: who asks waits for pictures, and engines go before them."""
+    from blip2 import cpu
+
+    return max(1, min(16, cpu.cores() - 2))
+
+
+def serve_in(processes: int, args: argparse.Namespace) -> None:
+    """Serve with so many processes that speak HTTP."""
     from blip2.serving.app import ServiceSettings
     from blip2.serving.front import is_loopback
     from blip2.serving.server import ServerSettings, serve
@@ -161,6 +190,7 @@ def main() -> None:
         args.port,
         args.idle_timeout,
         args.shutdown_timeout,
+        processes,
     )
     serve(settings)
 

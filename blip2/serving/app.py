@@ -1,7 +1,7 @@
 """The routes, and what becomes of a chat request between its first byte and its last.
 
 service = Service(settings)
-await service.start(engine_settings)
+await service.start(engine_settings)    # or join another process's
 uvicorn serves service.app
 """
 
@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -26,16 +27,18 @@ from starlette.types import Receive, Scope, Send
 from blip2.serving import chat, fetch
 from blip2.serving.body import Bodies, Incoming
 from blip2.serving.chat import Bounds
-from blip2.serving.engine import Asked, Engines, Facts
+from blip2.serving.engine import Asked, EngineProcess, Engines, Facts, Load
 from blip2.serving.engine_process import EngineSettings
 from blip2.serving.errors import Refusal, broken, loading, stopping
 from blip2.serving.exchange import LAST_WORD_SECONDS, Exchange
+from blip2.serving.frames import Stream
 from blip2.serving.front import CLIENT_LEFT, Front
 from blip2.serving.metrics import CONTENT_TYPE, Metrics
 from blip2.serving.page import Page
-from blip2.serving.pictures import Decoders, Held, Pictures
+from blip2.serving.pictures import KEPT, Decoders, Held, Pictures
 from blip2.serving.replies import Reply
-from blip2.serving.slots import Slots
+from blip2.serving.slots import SharedMemory, Slots
+from blip2.serving.together import Together
 
 _BODIES_TOGETHER = 16  # times the largest
 
@@ -59,21 +62,31 @@ class ServiceSettings:
 class Service:
     """One server's engines, pictures and numbers, and the application that answers with them."""
 
-    def __init__(self, settings: ServiceSettings, log: TextIO = sys.stdout) -> None:
-        """Make it, without engines yet; until they are there chat requests get 503."""
-        self.settings, self.metrics = settings, Metrics()
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        together: Together | None = None,
+        log: TextIO = sys.stdout,
+    ) -> None:
+        """Make it, without engines yet; until they are there chat requests get 503.
+
+        Args:
+            settings: what clients may do.
+            together: what it has in common with other processes of the same server, if there are any.
+            log: gets a line for every request.
+        """
+        self.settings, self._together = settings, together or Together.create()
+        self.metrics = Metrics(self._together.processes)
         self.app = Front(
             self._routes(), settings.api_keys, log, self.metrics.count, settings.is_local
         )
-        self._bodies = Bodies(
-            settings.max_body, settings.body_timeout, _BODIES_TOGETHER * settings.max_body
-        )
+        bodies = max(1, _BODIES_TOGETHER // self._together.processes) * settings.max_body
+        self._bodies = Bodies(settings.max_body, settings.body_timeout, bodies)
+        self._process: EngineProcess | None = None
         self._engines: Engines | None = None
         self._slots: Slots | None = None
         self._decoders: Decoders | None = None
         self._pictures: Pictures | None = None
-        self._rows_wanted = 0  # by the requests that were accepted
-        self._accepted = 0  # answers under way
         self._running: set[asyncio.Task[None]] = set()
         self._durations: collections.deque[float] = collections.deque([1.0], maxlen=64)
         self._is_stopping = False
@@ -85,16 +98,41 @@ class Service:
             Blip2Error: they cannot be opened.
             EnginesEnded: their process has ended.
         """
-        self._slots = slots = Slots()
-        self._engines = await Engines.start(engine_settings, slots.memory, slots.give_back)
+        await self.open(engine_settings)
+        return await self.ready()
+
+    async def open(self, engine_settings: EngineSettings) -> EngineProcess:
+        """Begin to open the engines; other processes can `join` them from now on."""
+        self._slots = Slots(SharedMemory.create())
+        self._process = await EngineProcess.start(engine_settings, self._slots.memory)
+        self._engines = Engines(self._process.stream, self._slots.give_back)
+        return self._process
+
+    async def join(self, engines: socket.socket, memory: SharedMemory) -> Facts:
+        """Ask engines that another process has opened; returns, and raises, as `start`.
+
+        Args:
+            engines: a connection to them, of `EngineProcess.connect`.
+            memory: what was given for it.
+        """
+        self._slots = Slots(memory)
+        self._engines = Engines(await Stream.open(engines), self._slots.give_back)
+        return await self.ready()
+
+    async def ready(self) -> Facts:
+        """Wait for the engines, and start what else is needed; raises as `start`."""
         facts = await self._engines.ready()
-        preprocessing, decoders = facts.preprocessing, self.settings.decoders
+        preprocessing, slots, together = facts.preprocessing, self._slots, self._together
+        # Its part of them all: the first processes have one more where they do not come out even.
+        share, rest = divmod(self.settings.decoders, together.processes)
+        decoders = max(1, share + (together.number < rest))
         # Of each process one that it fills, and one that the engines have yet to take.
         slots.make(2 * decoders, 3 * preprocessing.height * preprocessing.width)
         timeout = self.settings.picture_timeout
         self._decoders = Decoders(decoders, timeout, preprocessing, slots)
         await self._decoders.start()
-        self._pictures = Pictures(self._engines, self._decoders)
+        kept = max(1, KEPT // together.processes)
+        self._pictures = Pictures(self._engines, self._decoders, kept)
         return facts
 
     async def until_engines_end(self) -> None:
@@ -117,8 +155,11 @@ class Service:
             self._decoders.close()
         if self._engines is not None:
             self._engines.close()
+        if self._process is not None:
+            self._process.close()
         if self._slots is not None:
             self._slots.memory.close()
+        self._together.close()
 
     def _routes(self) -> Router:
         page = Page.load()
@@ -143,8 +184,8 @@ class Service:
         return JSONResponse({"status": "ready"})
 
     async def _metrics(self, _request: Request) -> Response:
-        load = await self._engines.load() if self._has_engines else None
-        text = self.metrics.text(self._accepted, *([load] if load else []))
+        load = await self._engines.load() if self._has_engines else Load()
+        text = self.metrics.text(self._together.answers, load)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _models(self, _request: Request) -> Response:
@@ -175,9 +216,9 @@ class Service:
             raise loading()
 
     def _check_room(self, rows: int) -> None:
-        """Raise where more would wait than may."""
+        """Raise where more would wait than may, of all processes together."""
         most = self._engines.facts.rows + self.settings.max_waiting
-        if self._rows_wanted + rows > most:
+        if self._together.rows + rows > most:
             mean = sum(self._durations) / len(self._durations)
             seconds = mean * self.settings.max_waiting / self._engines.facts.rows
             raise Refusal(
@@ -197,16 +238,15 @@ class Service:
         request = chat.parse(body, bounds)
         del body
         self._check_open()  # the body may have taken a while
-        self._check_room(request.rows)
-        self._rows_wanted += request.rows
-        self._accepted += request.choices
+        with self._together.alone():
+            self._check_room(request.rows)
+            self._together.add(request.rows, request.choices)
         try:
             await self._answer_or_leave(
                 Exchange(request, Reply(request, settings.model), scope, receive, send), incoming
             )
         finally:
-            self._rows_wanted -= request.rows
-            self._accepted -= request.choices
+            self._together.add(-request.rows, -request.choices)
 
     async def _answer_or_leave(self, exchange: Exchange, incoming: Incoming) -> None:
         """Answer, unless the client leaves, it takes too long, or the server stops."""

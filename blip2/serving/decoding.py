@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from blip2.serving.frames import Channel
 from blip2.serving.slots import SharedMemory
 
 MAX_PIXELS = 50_000_000  # some 400 MB while they are decoded
+_NICE = 10  # where processors are short the engines and HTTP have them first: others wait for those
 _MEMORY = 4 << 30  # bytes: what a decoder may make of a picture that lies
 
 
@@ -33,6 +35,7 @@ def run(channel: Channel, memory: SharedMemory) -> None:
     preprocessing. The answer has the pixels' shape, 3 x S x S, or the code of what is wrong.
     """
     _limit_memory()
+    os.nice(_NICE)
     frame = channel.read()
     preprocessing = Preprocessing.from_dict(frame.message["preprocessing"])
     channel.write({})

@@ -1,6 +1,7 @@
 """The engines as the server sees them: a process that answers when it is asked.
 
-engines = await Engines.start(settings)
+process = await EngineProcess.start(settings, memory)
+engines = Engines(process.stream, took)
 facts = await engines.ready()
 asked = await engines.ask(...)
 while news := await asked.news(): ...
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from blip2.images import Preprocessing
 from blip2.serving import engine_process
 from blip2.serving.engine_process import EngineSettings
 from blip2.serving.errors import Refusal, broken
+from blip2.serving.frames import Stream
 from blip2.serving.processes import Peer
 from blip2.serving.slots import SharedMemory
 from blip2.templates import TEMPLATE
@@ -74,31 +77,59 @@ class EnginesEnded(Exception):
     """The process with the engines has ended, for whatever reason."""
 
 
-class Engines:
-    """The process that has the engines."""
+class EngineProcess:
+    """The process that has the engines, for whoever has started it."""
 
-    def __init__(self, peer: Peer, took: Callable[[int], None]) -> None:
+    def __init__(self, peer: Peer, joining: socket.socket) -> None:
         """Made by `start`."""
-        self._peer, self._took = peer, took
+        self._peer, self._joining = peer, joining
+
+    @classmethod
+    async def start(cls, settings: EngineSettings, memory: SharedMemory) -> EngineProcess:
+        """Have the engines opened; pixels will be in `memory`."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            peer = await Peer.start("blip2-engines", engine_process.run, settings, memory, theirs)
+        return cls(peer, ours)
+
+    @property
+    def stream(self) -> Stream:
+        """To ask the engines on."""
+        return self._peer.stream
+
+    def connect(self, memory: SharedMemory) -> socket.socket:
+        """A connection for another process to ask them on, whose pixels will be in `memory`.
+
+        Raises:
+            OSError: they have ended.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._joining, [b"\0"], [theirs.fileno(), memory.fileno()])
+        return ours
+
+    def close(self) -> None:
+        """End it."""
+        self._joining.close()
+        self._peer.kill()
+
+
+class Engines:
+    """The engines, as one process that speaks HTTP sees them."""
+
+    def __init__(self, stream: Stream, took: Callable[[int], None]) -> None:
+        """Of engines that may be loading still.
+
+        Args:
+            stream: to ask them on.
+            took: called with the slot of a picture that they have taken.
+        """
+        self._stream, self._took = stream, took
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[Asked, int]] = {}  # with the number of the choice
         self._loads: list[asyncio.Future[Load]] = []
         self._ready: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Task[None] = asyncio.create_task(self._listen())
-
-    @classmethod
-    async def start(
-        cls, settings: EngineSettings, memory: SharedMemory, took: Callable[[int], None]
-    ) -> Engines:
-        """Have the engines opened; `ready` waits for them.
-
-        Args:
-            settings: what is opened.
-            memory: in whose slots pixels will be.
-            took: called with the slot of a picture that they have taken.
-        """
-        peer = await Peer.start("blip2-engines", engine_process.run, settings, memory)
-        return cls(peer, took)
 
     async def ready(self) -> Facts:
         """What the engines are, once they are loaded.
@@ -122,11 +153,11 @@ class Engines:
 
     async def load_picture(self, key: str, shape: list[int], slot: int) -> None:
         """Give them the picture in a slot, to be called `key`. Raises OSError: they have ended."""
-        await self._peer.send({"do": "picture", "key": key, "shape": shape, "slot": slot})
+        await self._stream.send({"do": "picture", "key": key, "shape": shape, "slot": slot})
 
     def forget_picture(self, key: str) -> None:
         """Let a picture go; requests that have it keep it."""
-        self._peer.send_soon({"do": "forget", "key": key})
+        self._stream.send_soon({"do": "forget", "key": key})
 
     async def ask(self, picture: str, question: Question, choices: int = 1) -> Asked:
         """Ask about a picture that they have, `choices` times; each draws numbers of its own.
@@ -150,7 +181,7 @@ class Engines:
                 number = next(self._numbers)
                 self._asked[number] = (asked, choice)
                 asked.numbers.append(number)
-                await self._peer.send({**message, "id": number, "number": choice})
+                await self._stream.send({**message, "id": number, "number": choice})
         except BaseException:  # the client may leave between two of them
             self.cancel(asked)
             raise
@@ -162,24 +193,24 @@ class Engines:
             return Load()
         self._loads.append(asyncio.get_running_loop().create_future())
         waiting = self._loads[-1]
-        await self._peer.send({"do": "load"})
+        await self._stream.send({"do": "load"})
         return await waiting
 
     def cancel(self, asked: Asked) -> None:
         """Have nobody work for a request any more; does nothing for what of it is over."""
         for number in asked.numbers:
             if self._asked.pop(number, None) is not None and not self.ended.done():
-                self._peer.send_soon({"do": "cancel", "id": number})
+                self._stream.send_soon({"do": "cancel", "id": number})
 
     def close(self) -> None:
-        """End the process."""
+        """Ask nothing more."""
         self.ended.cancel()
-        self._peer.kill()
+        self._stream.close()
 
     async def _listen(self) -> None:
         try:
             while True:
-                self._take((await self._peer.receive()).message)
+                self._take((await self._stream.receive()).message)
         except (EOFError, OSError):
             pass
         finally:

@@ -6,11 +6,14 @@ that one process answers `/health` whatever the other does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 # The engine's thread queues launches between waits for the GPU: whoever else runs Python here must
 # not keep it from that for Python's usual 5 ms.
 _SWITCH_INTERVAL = 1e-4
+_LULL = 0.005  # seconds that they wait, at most, until it waits for the GPU anyway …
+_FEW = 4  # … unless they have only so many tokens to hand on: of them the first ones are waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +63,30 @@ class EngineSettings:
 _USUAL_TXT_LEN = 128
 
 
-def run(channel: Channel, settings: EngineSettings, memory: SharedMemory) -> None:
-    """Open the engines, say so, and answer until the server has gone; pixels come in `memory`."""
+def run(
+    channel: Channel, settings: EngineSettings, memory: SharedMemory, joining: socket.socket
+) -> None:
+    """Open the engines, say so, and answer until the server has gone.
+
+    Args:
+        channel: of the server, whose end is this process's too.
+        settings: what to open.
+        memory: where pixels will be.
+        joining: where connections of other processes arrive, each with its memory.
+    """
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        host = Host(channel, settings, memory)
+        host = Host(settings)
     except Blip2Error as error:
         channel.write({"failed": str(error)})
         return
-    host.run()
+    host.run(channel, memory, joining)
 
 
 class Host:
-    """The engines, and what is asked of them. One thread reads what comes, one writes what is made."""
+    """The engines, and who asks them."""
 
-    def __init__(self, channel: Channel, settings: EngineSettings, memory: SharedMemory) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         """Open the engines and have them make what they need.
 
         Raises:
@@ -80,66 +94,79 @@ class Host:
         """
         import torch
 
+        from blip2 import onnx_sessions
         from blip2.engine import Engine
         from blip2.engines import Places
         from blip2.pipeline import open_pipeline
 
-        self._channel, self._memory = channel, memory
         places = Places.of(**settings.places)
-        self._pipeline = open_pipeline(places, settings.verify)
-        if self._pipeline.vision.device.type == "cuda":
+        onnx_sessions.own_process()
+        self.pipeline = open_pipeline(places, settings.verify)
+        if self.pipeline.vision.device.type == "cuda":
             # What is left for processors is small. More threads would spin for what comes next, and
             # take the engine's thread its turn.
             torch.set_num_threads(1)
         parts = json.dumps(places.fingerprints(), sort_keys=True)
         self._fingerprint = hashlib.sha256(parts.encode("ascii")).hexdigest()
-        if self._pipeline.language.is_in_step:
+        if self.pipeline.language.is_in_step:
             raise Blip2Error(
                 "several processes cannot serve together",
                 "leave out mpirun, and use an engine for one GPU",
             )
-        self._max_txt_len = _longest_prompt(self._pipeline, settings)
-        picture_len = self._pipeline.vision.num_query_tokens
-        self._engine = Engine(
-            self._pipeline,
+        self.max_txt_len = _longest_prompt(self.pipeline, settings)
+        picture_len = self.pipeline.vision.num_query_tokens
+        self.engine = Engine(
+            self.pipeline,
             settings.max_rows,
-            prompt_len=picture_len + self._max_txt_len,
+            prompt_len=picture_len + self.max_txt_len,
             max_output_len=settings.max_output_len,
         )
         self._settings = settings
-        self._pictures: dict[str, Picture] = {}
-        self._asked: dict[int, Answering] = {}
-        self._news: queue.SimpleQueue[tuple[Answering, Request | None, int | None]] = (
+        self.news: queue.SimpleQueue[tuple[Answering, Request | None, int | None]] = (
             queue.SimpleQueue()
         )
-        self._frames_lock = threading.Lock()
 
-    def run(self) -> None:
+    def run(self, channel: Channel, memory: SharedMemory, joining: socket.socket) -> None:
         """Answer until the server has gone; raises EOFError or OSError then."""
-        _warm_up(self._engine, self._pipeline, self._max_beams)
+        _warm_up(self.engine, self.pipeline, self._max_beams)
         threading.Thread(target=self._tell, daemon=True).start()
-        self._write({"ready": self._facts()})
-        doers = {
-            "picture": self._take_picture,
-            "forget": lambda frame: self._pictures.pop(frame.message["key"], None),
-            "ask": self._ask,
-            "cancel": self._cancel,
-            "load": lambda _: self._write({"load": dataclasses.asdict(self._engine.load)}),
-        }
+        threading.Thread(target=self._let_join, args=(joining,), daemon=True).start()
+        Asker(self, channel, memory).run()
+
+    def _let_join(self, joining: socket.socket) -> None:
+        """Hear those that join, each by a thread of its own."""
         while True:
-            frame = self._channel.read()
-            doers[frame.message["do"]](frame)
+            _, descriptors, _, _ = socket.recv_fds(joining, 1, 2)
+            if not descriptors:
+                return  # the server has gone
+            connection, memory = descriptors
+            channel = Channel(socket.socket(fileno=connection))
+            asker = Asker(self, channel, SharedMemory(os.fdopen(memory, "r+b")))
+            threading.Thread(target=asker.run_until_gone, daemon=True).start()
 
-    def _write(self, message: dict[str, Any]) -> None:
-        with self._frames_lock:
-            self._channel.write(message)
+    def _tell(self) -> None:
+        """Send what the engine makes, all that is there at once: of a step in one frame or two."""
+        while True:
+            events = [self.news.get()]
+            while not self.news.empty():
+                events.append(self.news.get())
+            if len(events) > _FEW:
+                self.engine.lull.wait(_LULL)
+            news: dict[Asker, list] = {}
+            for answering, request, token in events:
+                told = answering.asker.hear(answering, request, token)
+                if told:
+                    news.setdefault(answering.asker, []).extend(told)
+            for asker, told in news.items():
+                asker.tell(told)
 
-    def _facts(self) -> dict[str, Any]:
-        vision = self._pipeline.vision
+    def facts(self) -> dict[str, Any]:
+        """What a server must know; see `blip2.serving.engine.Facts`."""
+        vision = self.pipeline.vision
         return {
             "preprocessing": dataclasses.asdict(vision.preprocessing),
-            "rows": self._engine.load.rows,
-            "max_txt_len": self._max_txt_len,
+            "rows": self.engine.load.rows,
+            "max_txt_len": self.max_txt_len,
             "max_output_len": self._settings.max_output_len,
             "max_beams": self._max_beams,
             "fingerprint": self._fingerprint,
@@ -147,9 +174,69 @@ class Host:
 
     @property
     def _max_beams(self) -> int:
-        limits = self._pipeline.language.limits
-        most = [self._settings.max_beams, self._engine.load.rows, limits.max_num_beams]
+        limits = self.pipeline.language.limits
+        most = [self._settings.max_beams, self.engine.load.rows, limits.max_num_beams]
         return min(filter(None, most))
+
+
+class Asker:
+    """A process that speaks HTTP, and what it has asked. Another cannot see or end that."""
+
+    def __init__(self, host: Host, channel: Channel, memory: SharedMemory) -> None:
+        """Of a process whose pixels are in `memory`."""
+        self._host, self._channel, self._memory = host, channel, memory
+        self._pictures: dict[str, Picture] = {}
+        self._asked: dict[int, Answering] = {}
+        self._frames_lock = threading.Lock()
+
+    def run(self) -> None:
+        """Do what it asks until it has gone; raises EOFError or OSError then."""
+        self._write({"ready": self._host.facts()})
+        doers = {
+            "picture": self._take_picture,
+            "forget": lambda frame: self._pictures.pop(frame.message["key"], None),
+            "ask": self._ask,
+            "cancel": self._cancel,
+            "load": lambda _: self._write({"load": dataclasses.asdict(self._host.engine.load)}),
+        }
+        while True:
+            frame = self._channel.read()
+            self._host.engine.lull.wait(_LULL)
+            doers[frame.message["do"]](frame)
+
+    def run_until_gone(self) -> None:
+        """Do what it asks; when it has gone, nobody works for it any more."""
+        try:
+            self.run()
+        except (EOFError, OSError):
+            pass
+        finally:
+            for answering in list(self._asked.values()):
+                self._end(answering.number)
+            self._channel.close()
+            self._memory.close()
+
+    def hear(
+        self, answering: Answering, request: Request, token: int | None
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """What there is to tell of a token, or of an answer's end."""
+        if answering.number not in self._asked:  # cancelled, or stopped
+            return []
+        told = []
+        for event in answering.hear(request, token):
+            told.append((answering.number, event))
+            if "text" not in event:
+                self._asked.pop(answering.number, None)
+        return told
+
+    def tell(self, news: list[tuple[int, dict[str, Any]]]) -> None:
+        """Send news; to a process that has gone nothing is sent."""
+        with contextlib.suppress(OSError):
+            self._write({"news": news})
+
+    def _write(self, message: dict[str, Any]) -> None:
+        with self._frames_lock:
+            self._channel.write(message)
 
     def _take_picture(self, frame: Frame) -> None:
         import torch
@@ -158,34 +245,34 @@ class Host:
         there = self._memory.slot(slot, math.prod(shape))
         pixels = torch.frombuffer(there, dtype=torch.uint8).view(shape)
         # For a GPU from other memory the copy would be waited for, and it waits for the steps before.
-        on_gpu = self._pipeline.vision.device.type == "cuda"
+        on_gpu = self._host.pipeline.vision.device.type == "cuda"
         pixels = pixels.pin_memory() if on_gpu else pixels.clone()
         self._write({"took": [slot]})
-        self._pictures[frame.message["key"]] = self._engine.picture(pixels)
+        self._pictures[frame.message["key"]] = self._host.engine.picture(pixels)
 
     def _ask(self, frame: Frame) -> None:
-        message = frame.message
-        tokenizer = self._pipeline.tokenizer
+        message, host = frame.message, self._host
+        tokenizer = host.pipeline.tokenizer
 
         def count(text: str) -> int:
             return len(tokenizer.encode(text))
 
-        answering = Answering(message["id"], tokenizer.decode, message["stop"])
+        answering = Answering(self, message["id"], tokenizer.decode, message["stop"])
         try:
             turns, template = message["turns"], message["template"]
-            longest = min(self._max_txt_len, message["max_txt_len"] or self._max_txt_len)
+            longest = min(host.max_txt_len, message["max_txt_len"] or host.max_txt_len)
             prompt = fitting_prompt(turns, message["question"], template, count, longest)
             if prompt is None:
                 self._write({"news": [[answering.number, {"error": "too_long"}]]})
                 return
             answering.prompt = prompt
             self._asked[answering.number] = answering
-            answering.request = self._engine.submit(
+            answering.request = host.engine.submit(
                 self._pictures[message["picture"]],
                 prompt,
-                self._pipeline.options(message["options"]),
+                host.pipeline.options(message["options"]),
                 message["number"],
-                lambda request, token: self._news.put((answering, request, token)),
+                lambda request, token: host.news.put((answering, request, token)),
             )
         except Exception as error:
             self._asked.pop(answering.number, None)
@@ -194,36 +281,19 @@ class Host:
             self._write({"news": [[answering.number, {"error": code}]]})
 
     def _cancel(self, frame: Frame) -> None:
-        answering = self._asked.pop(frame.message["id"], None)
+        self._end(frame.message["id"])
+
+    def _end(self, number: int) -> None:
+        answering = self._asked.pop(number, None)
         if answering is not None and answering.request is not None:
             answering.request.cancel()
-
-    def _tell(self) -> None:
-        """Send what the engine makes, all that is there at once: of a step in one frame or two."""
-        try:
-            while True:
-                events = [self._news.get()]
-                while not self._news.empty():
-                    events.append(self._news.get())
-                news = []
-                for answering, request, token in events:
-                    if answering.number not in self._asked:  # cancelled, or stopped
-                        continue
-                    for event in answering.hear(request, token):
-                        news.append([answering.number, event])
-                        if "text" not in event:
-                            del self._asked[answering.number]
-                if news:
-                    self._write({"news": news})
-        except OSError:
-            return  # the server has gone
 
 
 class Answering:
     """A request of the server's, and the text that is made for it."""
 
-    def __init__(self, number: int, decode: Any, stops: list[str]) -> None:
-        self.number, self.prompt = number, ""
+    def __init__(self, asker: Asker, number: int, decode: Any, stops: list[str]) -> None:
+        self.asker, self.number, self.prompt = asker, number, ""
         self.request: Request | None = None
         self._stops = stops
         self._text = GrowingText(decode, stops)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
+    Metric,
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from blip2.serving.engine import Load
 
@@ -29,12 +34,12 @@ OUTCOMES = {  # by status
 
 
 class Metrics:
-    """What one server counts."""
+    """What one server counts, in one process or in several."""
 
-    def __init__(self) -> None:
-        """Begin at zero."""
+    def __init__(self, processes: int = 1) -> None:
+        """Begin at zero; several are within `together.metrics_together`."""
         disable_created_metrics()  # else each has a second line that says when it began
-        self._registry = CollectorRegistry()
+        self._processes, self._registry = processes, CollectorRegistry()
         within = {"registry": self._registry}
         self.requests = Counter(
             "blip2_requests", "Chat requests by outcome.", ["outcome"], **within
@@ -62,11 +67,6 @@ class Metrics:
             buckets=_SECONDS,
             **within,
         )
-        self._waiting = Gauge("blip2_requests_waiting", "Requests without rows yet.", **within)
-        self._running = Gauge("blip2_requests_running", "Requests that have rows.", **within)
-        self._used = Gauge("blip2_rows_used", "Rows of the cache in use.", **within)
-        self._rows = Gauge("blip2_rows", "Rows of the cache.", **within)
-        self._share = Gauge("blip2_rows_used_share", "Share of the rows in use.", **within)
 
     def count(self, status: int) -> None:
         """A chat request is over."""
@@ -80,9 +80,28 @@ class Metrics:
             accepted: answers that are under way, those whose pictures are being decoded included.
             load: the engines'.
         """
-        self._waiting.set(max(0, accepted - load.running))
-        self._running.set(load.running)
-        self._used.set(load.rows_used)
-        self._rows.set(load.rows)
-        self._share.set(load.rows_used / load.rows if load.rows else 0)
-        return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        registry.register(_Now(accepted, load))
+        if self._processes > 1:
+            MultiProcessCollector(registry)
+            return generate_latest(registry)
+        return generate_latest(self._registry) + generate_latest(registry)
+
+
+class _Now(Collector):
+    """What is as it is now, and not counted."""
+
+    def __init__(self, accepted: int, load: Load) -> None:
+        share = load.rows_used / load.rows if load.rows else 0
+        self._values = (
+            ("requests_waiting", "Requests without rows yet.", max(0, accepted - load.running)),
+            ("requests_running", "Requests that have rows.", load.running),
+            ("rows_used", "Rows of the cache in use.", load.rows_used),
+            ("rows", "Rows of the cache.", load.rows),
+            ("rows_used_share", "Share of the rows in use.", share),
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """As a registry asks for it."""
+        for name, described, value in self._values:
+            yield GaugeMetricFamily(f"blip2_{name}", described, value)

@@ -24,7 +24,7 @@ from blip2.serving.errors import Refusal, broken
 from blip2.serving.processes import Peer
 from blip2.serving.slots import Slots
 
-KEPT = 512  # pictures; of BLIP-2's OPT-2.7B 160 kB of the GPU's memory each
+KEPT = 512  # pictures of a server; of BLIP-2's OPT-2.7B 160 kB of the GPU's memory each
 _START_SECONDS = 60.0  # for a process to start in, on a busy machine
 
 _WRONG = {
@@ -90,7 +90,7 @@ class Decoders:
                 peer = await self._start()
             slot = await self._slots.take()
             try:
-                answer = peer.ask({"slot": slot}, content)
+                answer = peer.stream.ask({"slot": slot}, content)
                 message = (await asyncio.wait_for(answer, self._seconds)).message
                 if wrong := message.get("wrong"):
                     raise _refused(_WRONG[wrong], f"picture_{wrong}")
@@ -122,7 +122,7 @@ class Decoders:
         peer = await Peer.start("blip2-decoder", decoding.run, self._slots.memory)
         self._peers.add(peer)
         try:
-            await asyncio.wait_for(peer.ask(self._first), _START_SECONDS)
+            await asyncio.wait_for(peer.stream.ask(self._first), _START_SECONDS)
         except BaseException as error:
             self._end(peer)
             if isinstance(error, EOFError | OSError | asyncio.TimeoutError):

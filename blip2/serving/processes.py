@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from blip2.serving import frames
-from blip2.serving.frames import Channel, Frame
+from blip2.serving.frames import Channel, Stream
 
 
 class Peer:
     """A process of this server's, started afresh: it shares no memory, and ends with this one."""
 
-    def __init__(
-        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, process: Any
-    ) -> None:
+    def __init__(self, stream: Stream, process: Any) -> None:
         """Made by `start`."""
-        self.name, self._reader, self._writer, self._process = name, reader, writer, process
-        self._draining = asyncio.Lock()  # asyncio before 3.10.6 lets only one task wait for that
+        self.stream, self._process = stream, process
 
     @classmethod
-    async def start(cls, name: str, target: Callable[..., None], *arguments: object) -> Peer:
+    async def start(
+        cls, name: str, target: Callable[..., None], *arguments: object, is_parent: bool = False
+    ) -> Peer:
         """Run `target(channel, *arguments)` in a new process; returns before it has begun.
+
+        Args:
+            name: of the process.
+            target: what it does.
+            arguments: may hold sockets and shared memory.
+            is_parent: whether it starts processes of its own.
 
         Raises:
             OSError: no process can be started.
@@ -35,45 +41,16 @@ class Peer:
         # Not forked: this process has an event loop and threads.
         context = multiprocessing.get_context("spawn")
         process = context.Process(
-            target=_run, args=(target, theirs, arguments), name=name, daemon=True
+            target=_run, args=(name, target, theirs, arguments), name=name, daemon=not is_parent
         )
         # Starting takes milliseconds, in which nobody else would be answered.
         await asyncio.to_thread(process.start)
         theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
-        return cls(name, reader, writer, process)
-
-    async def send(self, message: dict[str, Any], content: bytes = b"") -> None:
-        """Send a frame; waits while the process has too much to read.
-
-        Raises:
-            OSError: it has ended.
-        """
-        self._writer.writelines(frames.encode(message, content))
-        async with self._draining:
-            await self._writer.drain()
-
-    def send_soon(self, message: dict[str, Any]) -> None:
-        """Send a small frame without waiting; to a process that has ended nothing is sent."""
-        if not self._writer.is_closing():
-            self._writer.writelines(frames.encode(message))
-
-    async def receive(self) -> Frame:
-        """The next frame.
-
-        Raises:
-            EOFError, OSError: the process has ended.
-        """
-        return await frames.read(self._reader)
-
-    async def ask(self, message: dict[str, Any], content: bytes = b"") -> Frame:
-        """Send a frame and wait for the next one. Raises as `send` and `receive`."""
-        await self.send(message, content)
-        return await self.receive()
+        return cls(await Stream.open(ours), process)
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        self._writer.close()
+        self.stream.close()
         self._process.kill()
         self._process.join()
 
@@ -83,7 +60,11 @@ class Peer:
         return self._process.is_alive()
 
 
-def _run(target: Callable[..., None], connection: socket.socket, arguments: tuple) -> None:
+def _run(
+    name: str, target: Callable[..., None], connection: socket.socket, arguments: tuple
+) -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)  # what ps and top call it
     # Signals are the server's: it ends its processes when it has nothing left for them to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

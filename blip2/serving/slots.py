@@ -52,6 +52,10 @@ class SharedMemory:
             self._map = memoryview(mmap.mmap(self._file.fileno(), 0))
         return self._map[number * size : (number + 1) * size]
 
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
+
     def close(self) -> None:
         """Let it go here."""
         self._file.close()
@@ -67,9 +71,9 @@ def _opened(descriptor: Any) -> SharedMemory:
 class Slots:
     """Who may write where: the slots of a memory that nobody has."""
 
-    def __init__(self) -> None:
-        """None yet."""
-        self.memory = SharedMemory.create()
+    def __init__(self, memory: SharedMemory) -> None:
+        """None yet, of a memory that has no size yet."""
+        self.memory = memory
         self._free: asyncio.Queue[int] = asyncio.Queue()
 
     def make(self, count: int, size: int) -> None:

@@ -99,7 +99,7 @@ def export_vit(
         facts["float8"] = narrow_layers(module, pixel_values)
     narrow(module, dtype_between(dtype) if dtype == float8.DTYPE else dtype)
     write_graph(module, cases[1], "output", path, opset)
-    differences = check_graph(path, cases, expected, TOLERANCE[dtype])
+    differences = check_graph(path, cases, expected, TOLERANCE[dtype], dtype == torch.int8)
     if dtype != torch.int8:  # whose weights are no longer those of the configuration's layers
         facts["weights"] = locate_weights(module, path)
     return Exported(expected, differences, facts)
@@ -266,7 +266,11 @@ def _quiet():
 
 
 def check_graph(
-    path: Path, cases: list[Inputs], expected: list[torch.Tensor], tolerance: float
+    path: Path,
+    cases: list[Inputs],
+    expected: list[torch.Tensor],
+    tolerance: float,
+    is_int8: bool = False,
 ) -> list[Difference]:
     """Check a written file: ONNX's own checker, then ONNX Runtime against the reference.
 
@@ -275,6 +279,7 @@ def check_graph(
         cases: inputs in the file's precision.
         expected: the reference's output for each case.
         tolerance: largest relative error (Frobenius norms) to accept.
+        is_int8: whether its linear layers are.
 
     Raises:
         Blip2Error: the file is invalid or disagrees with the reference.
@@ -282,7 +287,7 @@ def check_graph(
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
-    graph = open_graph(path, optimise=False)
+    graph = open_graph(path, is_int8=is_int8, optimise=False)
     differences = []
     for case, reference in zip(cases, expected, strict=True):
         output = run_graph(graph, case)

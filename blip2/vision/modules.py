@@ -17,6 +17,7 @@ from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
+from blip2.vision.bf16 import use_bfloat16
 from blip2.vision.float8 import Float8Linear, quantise_linears
 
 
@@ -85,7 +86,7 @@ class QFormer(nn.Module):
 
     query_tokens B x n x H_q, image_embeds B x T x H_v, image_atts B x T (int64, 0 hides an
     embedding; None hides none) → query_output B x n x H_lm in the dtype of image_embeds. Computes
-    in the dtype of its own parameters: Hugging Face and LAVIS keep the Q-Former in float32.
+    in the dtypes of its own parameters: Hugging Face and LAVIS keep the Q-Former in float32.
     """
 
     def __init__(self, config: QFormerConfig, language_hidden_size: int) -> None:
@@ -105,14 +106,15 @@ class QFormer(nn.Module):
         image_embeds: torch.Tensor,
         image_atts: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = self.language_projection.weight.dtype
+        layers = self.qformer.encoder.layer
         visible = None
         if image_atts is not None:
             # Expanded over queries: ONNX Runtime's Attention (opset 23) does not broadcast a mask.
             visible = (image_atts != 0)[:, None, None, :].expand(-1, -1, query_tokens.shape[1], -1)
-        image = image_embeds.to(dtype)
-        hidden = self.qformer.layernorm(query_tokens.to(dtype))
-        for layer in self.qformer.encoder.layer:
+        image = image_embeds.to(layers[0].crossattention.attention.key.weight.dtype)
+        norm = self.qformer.layernorm
+        hidden = norm(query_tokens.to(norm.weight.dtype))
+        for layer in layers:
             hidden = layer(hidden, image, visible)
         return self.language_projection(hidden).to(image_embeds.dtype)
 
@@ -191,12 +193,13 @@ def load_vision_transformer(
 ) -> VisionTransformer:
     """The ViT of a BLIP-2 checkpoint in `dtype`, ready for inference on a device.
 
-    Layers whose weights have scales are in FP8.
+    Layers whose weights have scales are in FP8. In bfloat16 are linear layers alone.
 
     Raises:
         Blip2Error: a tensor is missing, has another shape than config.json says, or is not finite.
     """
-    return _filled(_vision_transformer(checkpoint), checkpoint, dtype, device, "vision_model.")
+    module = _vision_transformer(checkpoint)
+    return _filled(module, checkpoint, dtype, device, "vision_model.")
 
 
 def _vision_transformer(checkpoint: Checkpoint) -> VisionTransformer:
@@ -273,6 +276,9 @@ def _filled(
     """Replace every meta parameter by the checkpoint's, brought to the device as it is stored."""
     load, checks = Loader(device), FiniteChecks(dtype)
     own = {name: buffer.dtype for name, buffer in module.named_buffers()}  # of layers in FP8
+    if dtype == torch.bfloat16:
+        use_bfloat16(module)
+        own |= {name: tensor.dtype for name, tensor in module.named_parameters()}
 
     def parameter(name: str) -> torch.Tensor:
         stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))

@@ -21,7 +21,7 @@ import torch
 from blip2 import artifacts
 from blip2.artifacts.tensor_files import Stored, StoredTensor
 from blip2.checkpoints import Checkpoint
-from blip2.devices import best_device, describe, has_float8
+from blip2.devices import best_device, describe, half_dtype, has_float8
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.layout import EXPORT, QFORMER_ONNX, VIT_ONNX
@@ -64,6 +64,11 @@ class OnnxFiles:
                 facts[vit]["compute_dtype"],
                 Preprocessing.from_dict(facts[vit]["preprocessing"]),
             )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the sidecars say where weights lie, as those of old exports do not."""
+        return "weights" in self.vit_facts and "weights" in self.qformer_facts
 
     def load_query_tokens(self) -> torch.Tensor:
         """1 x n x H_q."""
@@ -132,9 +137,10 @@ def read_graph_sidecar(path: Path) -> dict[str, Any]:
 
 
 def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
-    """Open an export with what runs it best here: kernels of our own on a GPU, ONNX Runtime else.
+    """Open an export with what runs it best here.
 
-    A ViT in INT8 is made for CPUs, and runs there on every machine.
+    On a GPU kernels of our own; on a CPU ONNX Runtime, but for float16 files where bfloat16 is
+    faster. A ViT in INT8 is made for CPUs, and runs there on every machine.
 
     Raises:
         Blip2Error: a file is missing, damaged, or does not fit the others; or the ViT is in FP8,
@@ -147,10 +153,12 @@ def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
             " compute capability 8.9 on",
             f"export again with: {EXPORT} --dtype float16",
         )
-    if device.type == "cuda" and files.compute_dtype != "int8":
+    dtype = half_dtype(device) if files.dtype == torch.float16 else files.dtype
+    is_faster = device.type == "cuda" or (dtype == torch.bfloat16 and files.has_weights)
+    if is_faster and files.compute_dtype != "int8":
         from blip2.vision.torch_session import TorchSession
 
-        return TorchSession(files.checkpoint(), files.preprocessing, files.dtype, device)
+        return TorchSession(files.checkpoint(), files.preprocessing, dtype, device)
     from blip2.vision.onnx_runtime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(files)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip2 import artifacts, memory
+from blip2 import artifacts, memory, onnx_sessions
 from blip2.errors import Blip2Error, first_line
 from blip2.layout import EXPORT
+from blip2.vision import int8
 from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.session import VisionSession
 
@@ -67,7 +68,8 @@ class OnnxRuntimeSession(VisionSession):
         """
         if self._qformer_graph is not None:
             return
-        self._vit_graph = open_graph(self._files.vit)
+        is_int8 = self._files.compute_dtype == "int8"
+        self._vit_graph = open_graph(self._files.vit, is_int8=is_int8)
         _check_graph(self._files.vit, self._vit_graph, self._vit_tensors)
         qformer = open_graph(self._files.qformer)
         _check_graph(self._files.qformer, qformer, self._qformer_tensors)
@@ -88,8 +90,10 @@ class OnnxRuntimeSession(VisionSession):
         )
 
 
-def open_graph(path: Path, optimise: bool = True):
+def open_graph(path: Path, *, is_int8: bool = False, optimise: bool = True):
     """An ONNX Runtime session on the CPU.
+
+    Of a graph that `is_int8` the weights are brought to 7 bits where sums of 8 saturate.
 
     `optimise=False` keeps fp16 weights in fp16: folding their conversions to the float32 that the
     CPU computes in would triple the memory, which matters more than speed when only checking.
@@ -99,11 +103,9 @@ def open_graph(path: Path, optimise: bool = True):
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Or its threads would go on waiting actively while torch needs the cores for the OPT. Forbidding
+    # Its threads must not go on waiting actively while torch needs the cores for the OPT. Forbidding
     # them that within a run as well would cost ViT-g 6 %.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = onnx_sessions.session_options("work")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Each weight is converted just before its use; the default order converts all of them first.
@@ -112,6 +114,8 @@ def open_graph(path: Path, optimise: bool = True):
         with memory.needed(
             f"to open {path}", "close other programs, or export with --dtype float16"
         ):
+            if is_int8 and int8.saturates():
+                return _session_of_7_bits(path, options)
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Blip2Error:
         raise
@@ -119,6 +123,19 @@ def open_graph(path: Path, optimise: bool = True):
         raise Blip2Error(
             f"cannot open {path}: {first_line(error)}", f"make it again with: {EXPORT}"
         ) from None
+
+
+def _session_of_7_bits(path: Path, options):
+    import onnxruntime
+
+    graph, weights = int8.graph_of_7_bits(path)
+    # Held until the kernels have their own order of them.
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _described_tensors(path: Path, facts: dict[str, Any]) -> Tensors:

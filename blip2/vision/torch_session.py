@@ -2,7 +2,8 @@
 
 On a GPU the ViT computes in float16 and the Q-Former in TF32 (float32's range, float16's digits:
 in float16 it is known to overflow), each stage with kernels of its own, as a CUDA graph for each of
-a few batch sizes. On a CPU, and where float32 is asked for, both compute in float32.
+a few batch sizes. On a CPU that is fast in bfloat16 both compute in it, in linear layers and
+attention. On others, and where float32 is asked for, both compute in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from blip2.checkpoints import Checkpoint, open_checkpoint
-from blip2.devices import best_device
+from blip2.devices import best_device, half_dtype
 from blip2.gpu.cuda_graphs import Graph
 from blip2.gpu.kernel_launch import compile_ahead, is_ahead
 from blip2.images import Preprocessing
@@ -46,14 +47,16 @@ class TorchSession(VisionSession):
         Args:
             checkpoint: has the query tokens too.
             preprocessing: what its ViT takes.
-            dtype: float16, on a GPU alone, or float32.
+            dtype: to compute in: float16, on a GPU alone; bfloat16, on a CPU alone; or float32.
             device: to run on.
 
         Raises:
             Blip2Error: a tensor is missing, or has another shape than the configuration says.
         """
         modules.check_checkpoint(checkpoint)
-        self.device, self.dtype = device, dtype
+        self.device, self._compute_dtype = device, dtype
+        # What lies between the stages is small, and need not lose digits.
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.max_batch_size = MAX_BATCH_SIZE
         self.preprocessing = preprocessing
         self.num_query_tokens = checkpoint.shape("query_tokens")[1]
@@ -72,9 +75,11 @@ class TorchSession(VisionSession):
             return
         checkpoint, device = self._checkpoint, self.device
         query_tokens = checkpoint.tensor("query_tokens").float().to(device)
-        vit = modules.load_vision_transformer(checkpoint, self.dtype, device)
-        qformer = modules.load_qformer(checkpoint, torch.float32, device)
-        make = gpu_stages if self.dtype == torch.float16 else float32_stages
+        dtype = self._compute_dtype
+        vit = modules.load_vision_transformer(checkpoint, dtype, device)
+        qformer_dtype = torch.float32 if dtype == torch.float16 else dtype
+        qformer = modules.load_qformer(checkpoint, qformer_dtype, device)
+        make = gpu_stages if dtype == torch.float16 else module_stages
         self._stages = make(vit, qformer, query_tokens)
 
     @torch.inference_mode()
@@ -110,8 +115,7 @@ def open_checkpoint_session(engine_dir: Path, _query_tokens: Path) -> TorchSessi
         Blip2Error: it is damaged, incomplete, or no BLIP-2.
     """
     checkpoint, device = open_checkpoint(engine_dir), best_device()
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return TorchSession(checkpoint, Preprocessing.of(checkpoint), dtype, device)
+    return TorchSession(checkpoint, Preprocessing.of(checkpoint), half_dtype(device), device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Stages:
     save_memory: Callable[[], None] = lambda: None
 
 
-def float32_stages(
+def module_stages(
     vit: modules.VisionTransformer, qformer: modules.QFormer, query_tokens: torch.Tensor
 ) -> Stages:
     """The modules themselves; query_tokens: 1 x n x H_q."""

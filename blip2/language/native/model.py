@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from blip2 import cpu
 from blip2.activations import ACTIVATIONS
 from blip2.language.decoding import Strategy, draw_tokens, log_probs, make_strategy
+from blip2.language.native.bf16 import Bfloat16Linear
 from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
     Layer,
@@ -26,6 +28,7 @@ from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 NORM_EPS = 1e-5
+_HALVES = (torch.float16, torch.bfloat16)
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,7 +54,8 @@ class OPTModel:
     def load(cls, tensors: OPTTensors, device: torch.device) -> OPTModel:
         """Read a checkpoint onto a device, to compute in float32.
 
-        On a CPU weights stay in 16, 8 and 4 bits; those of 8 and 4 are multiplied with inputs of 8.
+        On a CPU weights stay in 16, 8 and 4 bits; those of 8 and 4 are multiplied with inputs of 8,
+        those of 16 with inputs in bfloat16 where the CPU is fast in it.
 
         Raises:
             Blip2Error: the checkpoint is damaged; see `load_weights`.
@@ -212,6 +216,8 @@ def packing(config: OPTCheckpointConfig, device: torch.device) -> Iterator[Packe
     def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
         if device.type == "cpu" and bits is not None:
             return nbits.pack(weight, bias, bits)
+        if device.type == "cpu" and weight.dtype in _HALVES and cpu.is_fast_in_bfloat16():
+            return Bfloat16Linear.pack(weight, bias, bits)
         if device.type == "cpu" and Float16Linear.takes(weight.dtype):
             return Float16Linear.pack(weight, bias, bits)
         return FloatLinear.pack(weight, bias, bits)

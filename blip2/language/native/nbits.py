@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from blip2 import memory
+from blip2 import memory, onnx_sessions
 from blip2.errors import Blip2Error
 from blip2.language.native.linear import Linear, quantize
 
@@ -199,11 +199,7 @@ def _session(linears: Sequence[_Rounded]):
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Every session has a pool of its own: idle ones must not spin on the cores that others need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = onnx_sessions.session_options("wait")
     # Given so, the data is dropped once the kernel has its own order of it; data inside the model
     # would stay beside it.
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in data.values()]

@@ -1,0 +1,48 @@
+"""Weights in bfloat16 on a CPU that multiplies such, through oneDNN, which PyTorch brings.
+
+For few rows oneDNN would first put the whole weight into its own order, each time: with the factors
+exchanged it reads the weight as it lies, once, as fast as memory gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional
+
+from blip2.language.native.linear import Linear
+
+_FEW_ROWS = 64  # up to which the factors are exchanged
+
+
+@dataclasses.dataclass(frozen=True)
+class Bfloat16Linear(Linear):
+    """A weight of shape out x in, and inputs, in bfloat16; sums, bias and output in float32.
+
+    Of a float16 weight's 11 digits 8 are left.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def pack(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None
+    ) -> Bfloat16Linear:
+        if bits is not None:
+            raise ValueError(
+                f"a bfloat16 linear keeps its weight, it does not round to {bits} bits"
+            )
+        return cls(weight.bfloat16(), None if bias is None else bias.float())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        if len(rows) <= _FEW_ROWS:
+            # A single row would go another way, which is slower.
+            columns = functional.pad(rows, (0, 0, 0, 1)).T if len(rows) == 1 else rows.T
+            y = torch.mm(self.weight, columns)[:, : len(rows)].T.contiguous()
+        else:
+            y = functional.linear(rows, self.weight)
+        y = y.float() if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
