@@ -1,4 +1,5 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
+# make real      the published checkpoint, downloaded and tried: what it needs, then a report
 # make serve     the same model over HTTP, and a page to ask it on: http://127.0.0.1:8000
 # make test      the tests      make test-slow    the ones at full model size
 # make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
@@ -13,7 +14,7 @@ TENSORRT_BINDINGS := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Each asks for older releases of the others and of torch than it needs, hence --no-deps.
 LAVIS := salesforce-lavis==1.0.2 timm==0.4.12 fairscale==0.4.4 torchvision==0.15.2
 
-.PHONY: demo serve test test-gpu test-slow test-lavis lint environments clean
+.PHONY: demo real serve test test-gpu test-slow test-lavis lint environments clean
 
 demo: $(VENV)/run-installed
 	$(VENV)/bin/python onnx_export.py --model_dir demo/checkpoint --image demo/scene.png --output_dir $(OUT)
@@ -27,6 +28,10 @@ demo: $(VENV)/run-installed
 		'$(ASK) --input_dir photos --output captions.jsonl --html captions.html'
 
 ASK = $(VENV)/bin/python run.py --engine_dir $(OUT) --opt_engine_dir $(OUT)/opt/fp16
+
+# FLAGS="--model_dir DIRECTORY --image photo.jpg" without a network: python -m bench.real --help
+real: $(VENV)/real-installed
+	$(VENV)/bin/python -m bench.real $(FLAGS)
 
 serve: $(VENV)/serve-installed
 	$(VENV)/bin/python serve.py --engine_dir demo/checkpoint --opt_engine_dir demo/checkpoint $(FLAGS)
@@ -62,6 +67,12 @@ $(VENV)/run-installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/serve-installed: requirements-serve.txt $(VENV)/run-installed
 	$(VENV)/bin/python -m pip install --quiet -r requirements-serve.txt
+	touch $@
+
+# On a machine with a GPU what its kernels need, too.
+$(VENV)/real-installed: requirements-real.txt requirements-gpu.txt $(VENV)/run-installed
+	$(VENV)/bin/python -m pip install --quiet -r requirements-real.txt \
+		$$(command -v nvidia-smi > /dev/null && echo -r requirements-gpu.txt)
 	touch $@
 
 # What the page is looked at with. Without one, and without the right to install it, those tests skip.

@@ -39,7 +39,11 @@ _PLACES = {
 
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = {"PIL": "pillow", "cuda": "cuda-bindings"}  # by the module, where it is named otherwise
+_PACKAGES = {
+    "PIL": "pillow",
+    "cuda": "cuda-bindings",
+    "skimage": "scikit-image",
+}  # by the module, where it is named otherwise
 _IMPORTED = time.perf_counter()
 
 

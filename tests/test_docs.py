@@ -24,6 +24,8 @@ CONVERT = "python opt/convert_checkpoint.py"
 # What cannot run here, or need not a second time. The flags of these are checked all the same.
 NOT_RUN = {
     "apt-get ": "packages of the system",
+    "bench.accuracy": "data sets: test_accuracy",
+    "bench.real": "network, and long: test_real",
     "bench.tensorrt_check": "TensorRT-LLM",
     "build_vit_qformer.py": "TensorRT, or plans that take minutes: test_tensorrt_build",
     "facebook/": "network: test_lavis_pth",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from blip2.errors import Blip2Error, first_line
 
+_SMALL = ["*.json", "*.txt", "*.model"]
+_SAFETENSORS, _PICKLES = "*.safetensors", "pytorch_model*.bin"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -34,16 +38,27 @@ def download(model_id: str) -> Path:
             f"{model_id} is no directory",
             "give a checkpoint directory or a Hugging Face id such as Salesforce/blip2-opt-2.7b",
         )
-    small = ["*.json", "*.txt", "*.model"]
     try:
         from huggingface_hub import snapshot_download
 
-        directory = Path(snapshot_download(model_id, allow_patterns=[*small, "*.safetensors"]))
-        if not any(directory.glob("*.safetensors")):
-            snapshot_download(model_id, allow_patterns=[*small, "pytorch_model*.bin"])
+        directory = Path(snapshot_download(model_id, allow_patterns=[*_SMALL, _SAFETENSORS]))
+        if not any(directory.glob(_SAFETENSORS)):
+            snapshot_download(model_id, allow_patterns=[*_SMALL, _PICKLES])
     except Exception as error:  # Which HTTP library's errors come out depends on the hub's version.
         raise Blip2Error(
             f"{model_id} is no directory, and cannot be downloaded ({first_line(error)})",
             "without a network, copy the checkpoint here and give its directory",
         ) from None
     return directory
+
+
+def wanted(names: Iterable[str]) -> set[str]:
+    """The files that `download` fetches of a repository that has these."""
+    names = list(names)
+    weights = _SAFETENSORS if fnmatch.filter(names, _SAFETENSORS) else _PICKLES
+    return {name for pattern in (*_SMALL, weights) for name in fnmatch.filter(names, pattern)}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a repository's file holds weights."""
+    return fnmatch.fnmatch(name, _SAFETENSORS) or fnmatch.fnmatch(name, _PICKLES)
