@@ -188,8 +188,12 @@ def _requirements() -> Iterator[tuple[str, list[str]]]:
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
             requirement = line.partition("#")[0].strip()
-            is_whole = path.name in ("requirements.txt", "requirements-serve.txt")
-            yield requirement, ["-r", str(path)] if is_whole else [requirement]
+            if path.name in ("requirements.txt", "requirements-serve.txt"):
+                # The second is besides the first, which may be missing too.
+                whole = dict.fromkeys((str(_ROOT / "requirements.txt"), str(path)))
+                yield requirement, [word for file in whole for word in ("-r", file)]
+            else:
+                yield requirement, [requirement]
     if not files:  # installed by pip
         for requirement in importlib.metadata.requires("blip2-suite") or []:
             wanted = requirement.partition(";")[0].strip()

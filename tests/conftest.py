@@ -273,6 +273,12 @@ def tiny_plans(tiny_checkpoint, made_once) -> TinyPlans:
 
 
 @pytest.fixture(autouse=True)
+def _library(monkeypatch):
+    """Programs that tests call as functions are not alone: tests have sessions of their own."""
+    monkeypatch.setattr("blip2.onnx_sessions.own_process", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     """Tests run side by side; a thread pool each would only make them wait for one another."""
     torch.set_num_threads(1)

@@ -39,7 +39,10 @@ def test_without_the_packages_one_line_says_what_to_install(program, tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     command = shlex.split(done.stderr.partition("install it with: ")[2])
-    assert command == [sys.executable, *("-m", "pip", "install", "-r"), f"{ROOT}/requirements.txt"]
+    files = ["-r", f"{ROOT}/requirements.txt"]
+    if program == "serve.py":
+        files += ["-r", f"{ROOT}/requirements-serve.txt"]
+    assert command == [sys.executable, "-m", "pip", "install", *files]
 
 
 def test_the_page_installs_tensorrt_llm_as_its_requirements_say():

@@ -19,7 +19,7 @@ from blip2.errors import Blip2Error
 
 @pytest.fixture
 def no_weights_are_read(monkeypatch):
-    def read(*_):
+    def read(*_args, **_options):
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(tensor_files.Loader, "__call__", read)
