@@ -64,7 +64,7 @@ def test_the_page_installs_tensorrt_llm_as_its_requirements_say():
         ("transformers", ["transformers>=5.23,<5.24"]),
         ("PIL", ["-r", f"{ROOT}/requirements.txt"]),
         ("ray", ["ray[serve]>=2.60,<3"]),
-        ("uvicorn", ["-r", f"{ROOT}/requirements-serve.txt"]),
+        ("uvicorn", ["-r", f"{ROOT}/requirements.txt", "-r", f"{ROOT}/requirements-serve.txt"]),
         ("matplotlib", ["matplotlib"]),
     ],
 )

@@ -127,6 +127,7 @@ def test_where_nothing_works_every_leg_says_so(check, tmp_path):
     assert "Traceback" in out  # what Python printed, whole
 
 
+@pytest.mark.slow
 def test_engines_are_tried_though_plans_do_not_run(check, opt):
     """The checkpoint behind the plans' double is another one's: they fail when they run."""
     code, out, rows = check(
