@@ -27,8 +27,10 @@ pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
 
 from starlette.responses import JSONResponse
 
+from blip2.errors import Blip2Error
 from blip2.images import Preprocessing, resized_pixels
 from blip2.many import inputs
+from blip2.programs import serve
 from blip2.serving import chat, decoding, fetch, frames, listening, many
 from blip2.serving.app import ServiceSettings
 from blip2.serving.body import Bodies, Incoming
@@ -477,6 +479,13 @@ def test_a_shard_is_sent_picture_by_picture(tmp_path, mode):
             writer.addfile(member, io.BytesIO(name[:1].encode() * 600))
     contents = [many._content(picture) for picture in inputs.read_pictures([str(shard)])]
     assert contents == [b"a" * 600, b"b" * 600]
+
+
+def test_other_systems_are_told_where_it_runs(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    with pytest.raises(Blip2Error, match="runs on Linux alone; run it in a container"):
+        serve.main()
 
 
 def test_the_socket_has_no_algorithm_that_waits():

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip2 import cli
@@ -139,6 +140,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_arguments()
+    if sys.platform != "linux":  # shared memory and descriptors go from process to process
+        raise Blip2Error(
+            "the server runs on Linux alone", "run it in a container, or in WSL on Windows"
+        )
     from blip2.serving.together import metrics_together
 
     # Ray's replicas are processes enough.

@@ -61,8 +61,7 @@ async def _serve(settings: ServerSettings, listening: socket.socket) -> None:
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Not by the loop's own way, which Windows has not.
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(_stop, asked_to_stop))
+        loop.add_signal_handler(number, _stop, asked_to_stop)
     answering.start()
     watching = asyncio.create_task(_watch(service, others, settings.engines, _place(listening)))
     stopping = asyncio.create_task(asked_to_stop.wait())
