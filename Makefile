@@ -1,7 +1,7 @@
 # make demo      the whole pipeline on the demo checkpoint, with its answer and timings
 # make real      the published checkpoint, downloaded and tried: what it needs, then a report
 # make serve     the same model over HTTP, and a page to ask it on: http://127.0.0.1:8000
-# make test      the tests      make test-slow    the ones at full model size
+# make test      the tests      make test-slow    full model sizes, and further ways of the tests
 # make lint      ruff           make test-lavis   the ones that need LAVIS, in .venv-lavis
 # make test-gpu  the ones on an NVIDIA GPU, with the packages that PYTHON has
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import models
 import numpy as np
 import pytest
@@ -66,15 +68,35 @@ def _is_on_gpu(config: pytest.Config) -> bool:
 def run_program(
     *arguments: object, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of the scripts as a user would: `run_program("run.py", "--json")`."""
+    """Run one of the scripts as a user would: `run_program("run.py", "--json")`.
+
+    Or a module: `run_program("-m", "demo.evaluate")`. The `environment` is added to the tests' own.
+    """
+    program = start_program(*arguments, cwd=cwd, **environment)
+    try:
+        out, err = program.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        program.send_signal(signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+
+
+def start_program(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> forked.Program | subprocess.Popen[str]:
+    """The same, running: to be sent a signal, or to run beside others."""
     script, *rest = map(str, arguments)
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *rest],
+    command = [script if script == "-m" else str(ROOT / script), *rest]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    if forked.is_possible(environment):
+        return forked.Program(command, cwd, environment)
+    return subprocess.Popen(
+        [sys.executable, *command],
         cwd=cwd,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env=environment,
     )
 
 

@@ -31,6 +31,7 @@ import torch
 from bad_inputs import encoded, noise
 from batch_runs import CHECKPOINT, SCENES, command, processes_of, read, scene, wait_for
 from conftest import ROOT, run_program
+from in_processes import die, die_of, repeated
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -668,15 +669,6 @@ def test_a_picture_that_kills_its_process_is_given_up(decoders, tmp_path):
     assert len(killed) == len(set(killed)) == 9
 
 
-def die_of(picture: inputs.Picture, bad: list[bytes], pids: Path) -> np.ndarray | str:
-    """A picture's pixels; of those in `bad` the end of the process, as when memory runs out."""
-    if os.fsencode(picture.path) in bad:
-        with pids.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode_picture(picture, Preprocessing(4, 4))
-
-
 def test_what_killed_its_process_is_a_line_of_its_own(decoders, tmp_path, monkeypatch):
     pictures = [inputs.Picture(file) for file in gray(tmp_path, 2)]
     monkeypatch.setattr(batch_decoders, "decode_picture", die)
@@ -686,10 +678,6 @@ def test_what_killed_its_process_is_a_line_of_its_own(decoders, tmp_path, monkey
     assert first.startswith(f"{pictures[0].path} has ended each of the 3 processes that decoded it")
     assert second.startswith("s.tar/1.png has ended each of")
     assert list(decoders.thumbnails([pictures])) == [(pictures, [None, None])]
-
-
-def die(_picture: inputs.Picture, *_arguments: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_processes_that_are_killed_while_they_work_lose_nothing():
@@ -708,11 +696,6 @@ def test_processes_that_are_killed_while_they_work_lose_nothing():
         (300_000, bytes([number])) for number in range(200)
     ]
     assert len(killed) >= 2  # whoever answered first is dead when the last are answered
-
-
-def repeated(number: int, count: int) -> tuple[int, bytes]:
-    time.sleep(0.005)
-    return os.getpid(), bytes([number]) * count
 
 
 def test_a_bug_in_a_process_keeps_its_traceback(decoders):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,15 +54,9 @@ def test_answers_are_right(export, tmp_path, dtype, precision):
         *([] if precision == "fp16" else rounding),
     )
     assert done.returncode == 0, done.stderr
-    judged = subprocess.run(
-        [
-            *(sys.executable, "-m", "demo.evaluate", "--json", "--scenes", "24"),
-            *("--engine_dir", exported / "onnx", "--query_tokens", exported / "query_tokens.pt"),
-            *("--opt_engine_dir", tmp_path),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    judged = run_program(
+        *("-m", "demo.evaluate", "--json", "--scenes", 24, "--opt_engine_dir", tmp_path),
+        *("--engine_dir", exported / "onnx", "--query_tokens", exported / "query_tokens.pt"),
     )
     assert judged.returncode == 0, judged.stderr
     scores = json.loads(judged.stdout)

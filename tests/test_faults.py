@@ -23,10 +23,10 @@ import models
 import pytest
 import torch
 from bad_inputs import assert_one_line, bad_pictures, flip, odd_pictures, run_here
-from conftest import ROOT
+from conftest import ROOT, start_program
 from PIL import Image
 
-from blip2 import artifacts, downloads, images, memory
+from blip2 import artifacts, downloads, memory
 from blip2.artifacts import verification
 from blip2.engines import Places, open_language_session, open_vision_session
 from blip2.errors import Blip2Error
@@ -341,7 +341,7 @@ def test_two_programs_at_once_leave_one_whole_result(tiny_plans, tiny_checkpoint
             ["rank0.safetensors"],
         ),
     }[script]
-    runs = [start(*common, *way, stdout=subprocess.DEVNULL) for way in ways]
+    runs = [start_program(*common, *way) for way in ways]
     errors = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], errors
     artifacts.Verification({out / file: "test" for file in made}).finish()
@@ -362,7 +362,7 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
         out.mkdir()
         (out / "image.pt").write_text("of before")
         artifacts.write_sidecar(out / "image.pt")
-        runs[sent] = start(
+        runs[sent] = start_program(
             *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint),
             *("--image", tiny_checkpoint.picture, "--output_dir", out),
         )

@@ -79,9 +79,7 @@ def test_what_is_missing_by_mistake_keeps_its_traceback(module):
 
 
 def test_a_benchmark_of_a_gpu_without_one_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_program("-m", "bench.gpu")
     assert done.returncode == 2
     assert "error: torch sees no NVIDIA GPU" in done.stderr
     assert "Traceback" not in done.stderr
@@ -96,23 +94,9 @@ def test_training_keeps_to_its_time_and_off_the_checkpoint_of_the_repository(tmp
         assert train.parse_arguments().output_dir == ROOT / "demo" / "out" / "checkpoint"
     finally:
         sys.argv = kept
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "demo.train",
-                "--minutes",
-                "0.2",
-                "--output_dir",
-                tmp_path / "c",
-            ),
-            *("--evaluation_scenes", "4", "--workers", "1"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
+    done = run_program(
+        *("-m", "demo.train", "--minutes", 0.2, "--output_dir", tmp_path / "c"),
+        *("--evaluation_scenes", 4, "--workers", 1),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "metrics.json").is_file()

@@ -16,6 +16,7 @@ from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.onnx_runtime import OnnxRuntimeSession
 from blip2.vision.torch_session import TorchSession
 
+pytestmark = pytest.mark.xdist_group("onnx_weights")  # each file is exported once
 CPU = torch.device("cpu")
 
 

@@ -7,14 +7,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from batch_runs import SCENES, command, read, scene, wait_for
-from conftest import ROOT, run_program
+from conftest import run_program, start_program
 from PIL import Image
 
 from blip2.errors import Blip2Error
@@ -260,7 +258,10 @@ def test_parts_of_an_input_are_the_input():
 ARGUMENTS = ("--batch_size", 2, "--min_score", -5.0, "--temperature", 3.0, "--seed", 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+_SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in FORMS if f not in ("x.jsonl", "x.tar")]
+
+
+@pytest.mark.parametrize("form", ["x.jsonl", "x.tar", *_SLOW])
 def test_programs_that_are_killed_go_on(demo_opt, photos, tmp_path, form):
     """kill -9 at random moments, of sampled answers, of which some are rejected."""
     if form == "x.parquet":
@@ -274,12 +275,7 @@ def test_programs_that_are_killed_go_on(demo_opt, photos, tmp_path, form):
     done = run_program(*command(demo_opt, f"{whole}/{form}", *asked))
     assert done.returncode == 0, done.stderr
     for lines in (1, 5):
-        process = subprocess.Popen(
-            [sys.executable, *command(demo_opt, output, *asked)],
-            cwd=ROOT,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        process = start_program(*command(demo_opt, output, *asked))
         assert wait_for(
             lambda n=lines: journal.exists() and journal.read_bytes().count(b"\n") >= n, 60
         )

@@ -6,8 +6,6 @@ import http.server
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from batch_runs import command, read, scene, wait_for
-from conftest import ROOT, run_program
+from conftest import run_program, start_program
 
 from blip2 import remote
 from blip2.errors import Blip2Error
@@ -114,12 +112,7 @@ def test_outputs_in_a_store_are_those_of_a_disk(demo_opt, store, files, tmp_path
     url = f"s3://photos/{form}-out/{form}"
     asked = command(demo_opt, Path("x"), "--input_dir", *SOURCES, "--batch_size", 2, *more)
     asked[asked.index("x")] = url
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / asked[0]), *asked[1:]],
-        cwd=tmp_path / "here",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_program(*asked, cwd=tmp_path / "here")
     journal = tmp_path / "here" / f"{form}.journal"
     assert wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3, 60)
     process.send_signal(signal.SIGKILL)

@@ -72,6 +72,7 @@ _SLOW = pytest.mark.slow  # in Triton's interpreter
 )
 def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
     """`staged`: with more prompts at once a GPU reads them where their rows are."""
+    wanted = 10 if model.__class__ is not OPTModel else 40  # the kernels' doubles are slow
     monkeypatch.setattr(cuda_pool, "_STAGED", staged)
     chance = random.Random(seed)
     rows = Rows(model, CPU, 9, 40, 12)
@@ -79,7 +80,7 @@ def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
     running: dict[int, tuple[Admission, list[News]]] = {}
     scheduled: collections.Counter[int] = collections.Counter()
     key = checked = 0
-    while checked < 40:
+    while checked < wanted:
         free = rows.capacity - rows.used
         batch = []
         for _ in range(chance.randrange(4)):

@@ -53,7 +53,12 @@ def test_vit_equals_the_modules(head_size, patches, changes):
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.parametrize(
     "float8, hidden_act",
-    [({0, 1, 2}, "gelu"), ({1}, "gelu"), ({0, 2}, "gelu"), ({0, 1}, "quick_gelu")],
+    [
+        pytest.param({0, 1, 2}, "gelu", marks=pytest.mark.slow),
+        ({1}, "gelu"),
+        pytest.param({0, 2}, "gelu", marks=pytest.mark.slow),
+        ({0, 1}, "quick_gelu"),
+    ],
 )
 def test_vit_in_float8_equals_the_modules(float8, hidden_act, monkeypatch):
     """Layers in 8 bits before, behind and between those in 16."""
@@ -132,8 +137,11 @@ def test_qformer_equals_the_modules(images, tokens, hidden_act, few_rows, monkey
 
 @pytest.mark.parametrize(
     "capability, shared_memory",
-    [(86, 99 << 10), (89, 99 << 10), (90, 227 << 10)],
-    ids=["8.6", "8.9", "9.0"],
+    [
+        pytest.param(86, 99 << 10, id="8.6", marks=pytest.mark.slow),
+        pytest.param(89, 99 << 10, id="8.9", marks=pytest.mark.slow),
+        pytest.param(90, 227 << 10, id="9.0"),
+    ],
 )
 def test_all_launches_compile(capability, shared_memory):
     """Of a BLIP-2 of the real widths; the interpreter sees neither types nor sizes as a GPU does."""

@@ -6,8 +6,8 @@ import contextlib
 import errno
 import filecmp
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -87,8 +87,9 @@ def _open_stage(directory: Path, stack: contextlib.ExitStack) -> Path:
             stack.callback(_remove_empty, new)
             with locked(directory / _LOCK):  # before it is locked itself, a stage looks abandoned
                 _remove_abandoned_stages(directory)
-                box = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=directory))
-                stack.callback(shutil.rmtree, box, ignore_errors=True)
+                box = directory / f"{_STAGE_PREFIX}{secrets.token_hex(8)}"
+                stack.callback(shutil.rmtree, box, ignore_errors=True)  # first: Ctrl-C may follow
+                box.mkdir(mode=0o700)
                 stack.enter_context(locked(box / "lock"))
             stage = box / "files"
             stage.mkdir()
