@@ -30,7 +30,7 @@ import pytest
 import torch
 from bad_inputs import encoded, noise
 from batch_runs import CHECKPOINT, SCENES, command, processes_of, read, scene, wait_for
-from conftest import ROOT, run_program
+from conftest import ROOT, run_program, start_program
 from in_processes import die, die_of, repeated
 from PIL import Image
 from safetensors.torch import save_file
@@ -196,22 +196,17 @@ def test_runs_that_are_killed_go_on(demo_opt, photos, tmp_path):
     for sent, code in ((signal.SIGKILL, -9), (random.choice(POLITE), 130)):
         before = output.read_bytes() if output.exists() else b""
         target = before.count(b"\n") + random.choice((1, 3))
-        process = subprocess.Popen(
-            [sys.executable, *command(demo_opt, output, *arguments)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **dict([marker.split("=")])},
-        )
+        process = start_program(*command(demo_opt, output, *arguments), **dict([marker.split("=")]))
         assert wait_for(
             lambda n=target: output.exists() and output.read_bytes().count(b"\n") >= n, 60
         )
         time.sleep(random.random() * 0.02)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == code, errors.decode()
-        assert b"Traceback" not in errors
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
         if sent in POLITE:
-            assert b"interrupted; the same command goes on where this one stopped" in errors
+            assert "interrupted; the same command goes on where this one stopped" in errors
         written = output.read_bytes()
         assert expected.startswith(written)
         assert len(written) > len(before)

@@ -320,7 +320,11 @@ def fake_engines(directory: Path, dies: str):
     "dies, message",
     [
         ("in block 1", None),
-        ("at block 1", "each of 3 actors was lost that answered the pictures from 8.png to 15.png"),
+        pytest.param(
+            "at block 1",
+            "each of 3 actors was lost that answered the pictures from 8.png to 15.png",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "opening",
             "every actor was lost 3 times before it answered anything",

@@ -412,8 +412,17 @@ def test_the_unpacking_kernel_compiles(bits):
     assert compiled.compile_source(UNPACK_SOURCE, (("BITS", bits),), "sm_80")
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+_LARGE = {("sm_80", 16), ("sm_90", 8), ("sm_120", 4)}  # each once; the rest takes a while
+
+
+@pytest.mark.parametrize(
+    "architecture, bits",
+    [
+        pytest.param(name, bits, marks=() if (name, bits) in _LARGE else pytest.mark.slow)
+        for name in ("sm_80", "sm_90", "sm_120")
+        for bits in (16, 8, 4)
+    ],
+)
 def test_the_large_kernel_compiles(architecture, bits):
     """Every way it is used in OPT-2.7B; it runs only on a GPU."""
     compiled = pytest.importorskip("blip2.gpu.compiled")

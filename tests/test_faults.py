@@ -385,6 +385,20 @@ def test_signals_leave_nothing_or_what_the_next_run_removes(tiny_checkpoint, tmp
     assert sorted(os.listdir(left)) == ["image.json", "image.pt"]
 
 
+def test_ctrl_c_the_moment_a_stage_is_made_leaves_none(tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def interrupted(path: Path, *arguments: object, **how: object) -> None:
+        make(path, *arguments, **how)
+        if path.name.startswith(".stage-"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), artifacts.staging(tmp_path):
+        pass
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("script", ["run", "many", "export"])
 def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
     """The server says nothing; the limit behind which that ends a download is not in reach."""
@@ -394,7 +408,7 @@ def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
             *("run.py", "--engine_dir", tiny_export.output / "onnx", "--opt_engine_dir", tiny_opt),
             *("--query_tokens", tiny_export.output / "query_tokens.pt", "--input_dir", url),
         )
-        run = start(
+        run = start_program(
             *{
                 "run": ask,
                 "many": (*ask, url, "--workers", 1, "--output", tmp_path / "out.jsonl"),
@@ -403,7 +417,7 @@ def test_ctrl_c_waits_for_no_download(tiny_export, tiny_opt, tmp_path, script):
                     *("--image", url, "--output_dir", tmp_path / "out"),
                 ),
             }[script],
-            env={**os.environ, "no_proxy": "*"},
+            no_proxy="*",
         )
         server.settimeout(60)
         with server.accept()[0]:

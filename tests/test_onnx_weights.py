@@ -12,6 +12,7 @@ from conftest import run_program
 from blip2.checkpoints import open_checkpoint
 from blip2.errors import Blip2Error
 from blip2.vision import onnx_files
+from blip2.vision.export import OPSETS
 from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.onnx_runtime import OnnxRuntimeSession
 from blip2.vision.torch_session import TorchSession
@@ -20,12 +21,14 @@ pytestmark = pytest.mark.xdist_group("onnx_weights")  # each file is exported on
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=[18, 23], ids="opset {}".format)
-def exported(request, tiny_checkpoint, tmp_path_factory):
+@pytest.fixture(scope="module", params=OPSETS, ids="opset {}".format)
+def exported(request, tiny_export, tmp_path_factory):
+    if request.param == OPSETS[0]:  # which is the default
+        return tiny_export.output
     directory = tmp_path_factory.mktemp("exported")
     done = run_program(
-        *("onnx_export.py", "--model_dir", tiny_checkpoint.checkpoint, "--opset", request.param),
-        *("--image", tiny_checkpoint.picture, "--dtype", "float32", "--output_dir", directory),
+        *("onnx_export.py", "--model_dir", tiny_export.checkpoint, "--opset", request.param),
+        *("--image", tiny_export.picture, "--dtype", "float32", "--output_dir", directory),
     )
     assert done.returncode == 0, done.stderr
     return directory

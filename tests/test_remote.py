@@ -95,7 +95,7 @@ def test_pictures_of_a_store_are_found_and_read(files):
     "form",
     [
         "x.jsonl",
-        "x.parquet",
+        pytest.param("x.parquet", marks=pytest.mark.slow),
         pytest.param("x.csv", marks=pytest.mark.slow),
         pytest.param("x.tar", marks=pytest.mark.slow),
     ],
