@@ -38,7 +38,7 @@ PROMPTS = ["", "a photo of", "Question: what is it? Answer:"]
 ROUTES = [
     pytest.param((model_type, route), id=f"{model_type}-{route}", marks=marks)
     for model_type, route, marks in (
-        ("pretrain_opt2.7b", "lavis", ()),
+        ("pretrain_opt2.7b", "lavis", pytest.mark.slow),
         ("pretrain_opt2.7b", "pth", pytest.mark.slow),
         ("caption_coco_opt2.7b", "lavis", pytest.mark.slow),
         ("caption_coco_opt2.7b", "pth", ()),
