@@ -26,8 +26,9 @@ import torch
 from blip2 import cli, images
 from blip2.engines import Places
 from blip2.images import Preprocessing
-from blip2.many.batch import Facts, LocalWorkers, Question, Start, Work
 from blip2.many.decoders import Decoders
+from blip2.many.local import LocalWorkers
+from blip2.many.work import Facts, Question, Start, Work
 from blip2.pipeline import Pipeline, open_pipeline
 from demo import scenes
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
-from blip2.language import decoding
+from blip2.language import sampling
 
 # An H100, as far as the product asks.
 PROPERTIES = types.SimpleNamespace(
@@ -323,7 +323,7 @@ def draw(
     rest = macros["ELEMENTS"] - macros["HELD"]
     _rule(macros["ELEMENTS"] * threads >= vocab_size, "logits are left out")
     _rule(macros["HELD"] > 0 and shared_bytes == 4 * threads * rest, "shared memory")
-    tokens.copy_(decoding.draw_tokens(scores, settings, drawn))
+    tokens.copy_(sampling.draw_tokens(scores, settings, drawn))
 
 
 DOUBLES = {

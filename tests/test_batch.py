@@ -41,23 +41,12 @@ from blip2.images import Preprocessing, load_image, resized_pixels
 from blip2.language import GenerationOptions
 from blip2.many import decoders as batch_decoders
 from blip2.many import inputs, report
-from blip2.many.batch import (
-    Answered,
-    Batch,
-    LocalWorkers,
-    Question,
-    Start,
-    Summary,
-    Work,
-    _progress_bar,
-    find_start,
-    record,
-    retry_errors,
-    stack_pictures,
-)
 from blip2.many.decoders import Decoders, decode_picture
 from blip2.many.journal import Journal
+from blip2.many.local import LocalWorkers, stack_pictures
 from blip2.many.processes import Killed, Processes
+from blip2.many.recording import Summary, _progress_bar, record, retry_errors
+from blip2.many.work import Answered, Batch, Question, Start, Work, find_start
 from blip2.pipeline import Answer
 from blip2.templates import fill_template
 from demo import scenes

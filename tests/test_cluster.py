@@ -25,11 +25,11 @@ from PIL import Image
 from blip2.errors import Blip2Error
 from blip2.images import Preprocessing
 from blip2.language import GenerationOptions
-from blip2.many.batch import Answered, Start, Work
+from blip2.many.work import Answered, Start, Work
 
 pytest.importorskip("ray", reason="a cluster needs: pip install -r requirements-ray.txt")
 
-from blip2.many import cluster
+from blip2.many import actor, cluster
 
 # Several clusters at once would wait for one another's processors.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -67,7 +67,7 @@ def environment(marker: str) -> dict[str, str]:
 
 def actors_of(marker: str) -> list[int]:
     """The processes of a run's actors that hold engines."""
-    return [pid for pid in processes_of(marker) if b"_Engines" in name_of(pid)]
+    return [pid for pid in processes_of(marker) if b"Engines" in name_of(pid)]
 
 
 def ours(marker: str) -> list[int]:
@@ -300,9 +300,9 @@ def fake_engines(directory: Path, dies: str):
         def exchange(self, batches, is_all):
             self.batches += batches
             if not is_all and len(self.batches) < 2:
-                return cluster._Report([], 2)
+                return actor.Report([], 2)
             if not self.batches:
-                return cluster._Report([], 2)
+                return actor.Report([], 2)
             batch = self.batches.pop(0)
             if dies == "in block 1" and batch.position == 12:
                 with contextlib.suppress(FileExistsError):
@@ -311,7 +311,7 @@ def fake_engines(directory: Path, dies: str):
             if dies == "at block 1" and batch.position == 8:
                 os._exit(1)
             lines = [[picture.name] for picture in batch.pictures]
-            return cluster._Report([Answered(batch.position, lines, {})], 1)
+            return actor.Report([Answered(batch.position, lines, {})], 1)
 
     return FakeEngines
 
@@ -334,7 +334,7 @@ def fake_engines(directory: Path, dies: str):
 )
 def test_blocks_of_lost_actors_begin_anew(tmp_path, monkeypatch, capfd, dies, message):
     """Blocks of four batches: what came of one before its actor was lost is not there twice."""
-    monkeypatch.setattr(cluster, "_Engines", fake_engines(tmp_path, dies))
+    monkeypatch.setattr(cluster, "Engines", fake_engines(tmp_path, dies))
     names = [f"{number}.png" for number in range(61)]
     work = Work(names, Start(), 2, Preprocessing(4, 4), [], GenerationOptions(end_id=0), block=4)
     answered: list[str] = []
@@ -365,7 +365,7 @@ def test_what_is_wrong_on_another_machine_is_one_sentence(tmp_path, monkeypatch)
     def fail() -> None:
         raise Blip2Error("no engine there")
 
-    engines = cluster._Engines()
+    engines = actor.Engines()
     here, elsewhere = str(tmp_path), str(tmp_path / "absent")
     assert str(engines.open(here, fail, 1, [], {})) == "no engine there"
     assert str(engines.open(elsewhere, fail, 1, [], {})).endswith(

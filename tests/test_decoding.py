@@ -9,15 +9,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blip2.language import GenerationOptions, decoding
+from blip2.language import GenerationOptions, decoding, sampling
 
 VOCAB = 50
 NO_TEXT = torch.tensor([VOCAB])  # one image row
 
 
 def probabilities(options: GenerationOptions, scores: torch.Tensor) -> torch.Tensor:
-    settings = torch.tensor([decoding.sampling_settings(options, VOCAB)], dtype=torch.float64)
-    return decoding.filtered(scores, settings.repeat(len(scores), 1)).softmax(-1)
+    settings = torch.tensor([sampling.sampling_settings(options, VOCAB)], dtype=torch.float64)
+    return sampling.filtered(scores, settings.repeat(len(scores), 1)).softmax(-1)
 
 
 def make(options: GenerationOptions, requests: int = 1, first_request: int = 0):
@@ -96,9 +96,9 @@ def test_samples_follow_the_distribution(top_k, top_p):
 def test_a_number_that_was_rounded_to_one_draws_a_token_that_is_left():
     scores = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0))
     options = GenerationOptions(end_id=0, top_k=3)
-    settings = torch.tensor([decoding.sampling_settings(options, VOCAB)], dtype=torch.float64)
+    settings = torch.tensor([sampling.sampling_settings(options, VOCAB)], dtype=torch.float64)
     drawn = torch.ones(64, dtype=torch.float64)
-    tokens = decoding.draw_tokens(scores, settings.repeat(64, 1), drawn)
+    tokens = sampling.draw_tokens(scores, settings.repeat(64, 1), drawn)
     assert (probabilities(options, scores).gather(1, tokens[:, None]) > 0).all()
 
 

@@ -165,6 +165,7 @@ def test_what_make_demo_prints_can_be_pasted(clone):
     assert (clone / "captions.html").is_file()
 
 
+@pytest.mark.slow  # an export of its own
 def test_what_errors_print_makes_what_is_missing(clone):
     """In the order in which they come."""
     ask = ("--engine_dir", "my out/onnx", "--opt_engine_dir", "my opt", "--input_dir", SCENE)

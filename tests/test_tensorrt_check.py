@@ -70,9 +70,8 @@ def test_names_of_legs(batch, beams, name):
     assert tensorrt_check._asked_name("what", batch, beams) == name
 
 
-@pytest.mark.parametrize(
-    "precisions", [["fp16"], pytest.param(["fp16", "int4"], marks=pytest.mark.slow)], ids="+".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precisions", [["fp16"], ["fp16", "int4"]], ids="+".join)
 def test_every_leg_is_tried_and_a_failure_does_not_end_it(check, tmp_path, monkeypatch, precisions):
     """INT4 cannot be built, on this "GPU"; all else passes."""
     here = tmp_path / "here"

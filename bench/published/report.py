@@ -89,6 +89,8 @@ def markdown(
         " and Q-Former.",
         _times(answering),
         "## Steps",
+        "GB are the most that a process held, with the pages of files that it maps, which the system"
+        " takes back where it needs them.",
         _table(
             ["step", "", "s", "GB at most", "command"],
             (

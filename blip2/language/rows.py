@@ -22,7 +22,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2.gpu.kernel_launch import compile_ahead
-from blip2.language.decoding import RULED_OUT, Strategy, sampling_settings, uniforms
+from blip2.language.decoding import RULED_OUT, Strategy
+from blip2.language.sampling import sampling_settings, uniforms
 from blip2.language.session import Generation, GenerationOptions
 
 if TYPE_CHECKING:

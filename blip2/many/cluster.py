@@ -27,7 +27,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -36,10 +35,10 @@ from typing import TYPE_CHECKING, Any
 import blip2
 from blip2.errors import Blip2Error, first_line
 from blip2.layout import install
+from blip2.many.actor import AHEAD, Engines, OpenPipeline, Report
 
 if TYPE_CHECKING:
-    from blip2.many.batch import Answered, Batch, Facts, Question, Work
-    from blip2.pipeline import Pipeline
+    from blip2.many.work import Answered, Batch, Facts, Question, Work
 
 # Ray reads it when it is imported.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a warning for every actor
@@ -49,14 +48,11 @@ try:
 except ImportError:
     raise Blip2Error("a cluster needs Ray", f"install it with: {install('ray')}") from None
 
-OpenPipeline = Callable[[], "Pipeline"]
-
 TRIES = 3
-_AHEAD = 2  # windows that wait in an actor, besides those that it decodes or answers
 
 
 class Cluster:
-    """The workers of a Ray cluster: see `batch.Workers`. Use it as a context: leaving it ends them.
+    """The workers of a Ray cluster: see `work.Workers`. Use it as a context: leaving it ends them.
 
     Pictures and engines must be readable on each machine under the path that they have here; the
     package `blip2` is sent along.
@@ -177,7 +173,7 @@ class Cluster:
 
     def _start(self) -> Any:
         """An actor, of which its machine is not known yet."""
-        return ray.remote(**self._options)(_Engines).remote()
+        return ray.remote(**self._options)(Engines).remote()
 
     def _result(self) -> tuple[_Actor, Any] | None:
         """Wait for the end of a call; what came of it, None where that is of no interest.
@@ -254,14 +250,6 @@ def _blocks(work: Work) -> Iterator[_Block]:
         yield _Block(list(batches))
 
 
-@dataclasses.dataclass
-class _Report:
-    """What an actor has answered since its last one, and how many batches more it has room for."""
-
-    answered: list[Answered]
-    room: int
-
-
 @dataclasses.dataclass(eq=False)
 class _Actor:
     """An actor as this process sees it.
@@ -282,7 +270,7 @@ class _Actor:
     is_open: bool = False
     blocks: list[_Block] = dataclasses.field(default_factory=list)
     unsent: collections.deque[Batch] = dataclasses.field(default_factory=collections.deque)
-    room: int = _AHEAD
+    room: int = AHEAD
 
     def give(self, next_block: Callable[[], _Block | None]) -> None:
         """Send it what it has room for. Where there is no more it is told so, and ends what it has."""
@@ -297,7 +285,7 @@ class _Actor:
         if batches or self.blocks:
             self.call = self.handle.exchange.remote(batches, len(batches) < self.room)
 
-    def take(self, report: _Report) -> list[Answered]:
+    def take(self, report: Report) -> list[Answered]:
         """Note what it has answered: in the order in which it was given."""
         self.room = report.room
         for answered in report.answered:
@@ -356,111 +344,3 @@ def _quiet_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-class _Engines:
-    """What an actor is: `LocalWorkers` for the batches that it is given. Runs in a worker of Ray's."""
-
-    def __init__(self) -> None:
-        """Import what takes seconds, while the process that wants us does so too."""
-        import blip2.many.batch  # noqa: F401
-
-        self._changed = threading.Condition()
-        # Batches in order; None where there are no more for now.
-        self._given: collections.deque[Batch | None] = collections.deque()
-        self._is_hungry = False  # somebody waits for more of them
-        self._answered: list[Answered] = []
-        self._error: BaseException | None = None
-        self._work: Work | None = None
-
-    def open(
-        self,
-        directory: str,
-        open_pipeline: OpenPipeline,
-        decoders: int,
-        questions: Sequence[Question],
-        decoding: dict[str, Any],
-    ) -> Facts | Blip2Error:
-        """Open the engines, and read off what a run must know of them."""
-        from blip2 import onnx_sessions
-        from blip2.many.batch import Facts, LocalWorkers
-        from blip2.many.decoders import Decoders
-
-        onnx_sessions.own_process()
-
-        # Or a process that decodes would import Ray's program, as what it was started from.
-        vars(sys.modules["__main__"]).pop("__file__", None)
-        try:
-            _enter(directory)
-            with contextlib.ExitStack() as on_error:
-                # They start while the engines load.
-                pool = on_error.enter_context(Decoders(decoders))
-                pipeline = open_pipeline()
-                facts = Facts.of(pipeline, questions, decoding)
-                on_error.pop_all()
-        except Blip2Error as error:
-            return error
-        self._workers = LocalWorkers(pipeline, pool)
-        threading.Thread(target=self._run, daemon=True).start()
-        return facts
-
-    def begin(self, work: Work) -> None:
-        """What is asked of the batches that come from now on."""
-        with self._changed:
-            self._given.append(None)
-            self._work = work
-
-    def exchange(self, batches: Sequence[Batch], is_all: bool) -> _Report | Blip2Error:
-        """Take batches in order; wait for an answer, or until there is nothing to do but take more.
-
-        `is_all` says that there are no more for now: what was given is answered to its end.
-        """
-        with self._changed:
-            self._given.extend(batches)
-            if is_all:
-                self._given.append(None)
-            self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: self._answered or self._error or (self._is_hungry and not self._given)
-            )
-            if isinstance(self._error, Blip2Error):
-                return self._error
-            if self._error is not None:
-                raise self._error
-            answered, self._answered = self._answered, []
-            return _Report(answered, max(0, _AHEAD - len(self._given)))
-
-    def _next(self) -> Batch | None:
-        with self._changed:
-            while not self._given:
-                self._is_hungry = True
-                self._changed.notify_all()
-                self._changed.wait()
-            self._is_hungry = False
-            return self._given.popleft()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                if (first := self._next()) is None:
-                    continue
-                batches = itertools.chain([first], iter(self._next, None))
-                for answered in self._workers.answer_some(batches, self._work):
-                    with self._changed:
-                        self._answered.append(answered)
-                        self._changed.notify_all()
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-
-def _enter(directory: str) -> None:
-    """Let relative paths mean what they mean where the run was started."""
-    try:
-        os.chdir(directory)
-    except OSError as error:
-        raise Blip2Error(
-            f"{socket.gethostname()} cannot enter {directory} ({error.strerror})",
-            "start the run in a directory that all machines of the cluster share",
-        ) from None

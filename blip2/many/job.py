@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from blip2 import artifacts
 from blip2.engines import Places
 from blip2.errors import Blip2Error
-from blip2.many import batch, inputs, journal, report
-from blip2.many.batch import Facts, Question, Summary, Workers
+from blip2.many import inputs, journal, report
 from blip2.many.decoders import Decoders, default_workers
 from blip2.many.journal import Journal, StandardOutput
+from blip2.many.local import LocalWorkers
 from blip2.many.outputs import Following, Target
+from blip2.many.recording import Summary, record, retry_errors
+from blip2.many.work import Facts, Question, Work, Workers, describe, find_start
 from blip2.pipeline import Pipeline, Stopwatch, open_pipeline
 from blip2.prompts import check_length
 
@@ -137,7 +139,7 @@ class Job:
                     "leave out mpirun, and use an engine for one GPU",
                 )
             facts = Facts.of(pipeline, self.questions, self.decoding)
-            yield facts, batch.LocalWorkers(pipeline, decoders)
+            yield facts, LocalWorkers(pipeline, decoders)
 
     def _answer(
         self, entries: Sequence[str], facts: Facts, workers: Workers, begun: float
@@ -152,8 +154,8 @@ class Job:
             check_length(question.prompt, ids, self.max_txt_len)
         size = self.batch_size or facts.batch_size
         with self._open_output(facts, size) as lines:
-            start = batch.find_start(entries, lines, size * facts.block)
-            work = batch.Work(
+            start = find_start(entries, lines, size * facts.block)
+            work = Work(
                 entries,
                 start,
                 size,
@@ -166,13 +168,13 @@ class Job:
             again = None
             if self.retry_errors and lines.failed:
                 self.output.forget_shards()
-                again = batch.retry_errors(workers, work, lines)
+                again = retry_errors(workers, work, lines)
             total = inputs.count_pictures(entries)
             with (
                 self._following(lines, entries) as appended,
                 contextlib.closing(workers.answer(work)) as answers,
             ):
-                summary = batch.record(answers, workers.count, total, appended, begun)
+                summary = record(answers, workers.count, total, appended, begun)
             return summary.following(again) if again else summary
 
     def _following(
@@ -188,7 +190,7 @@ class Job:
             return StandardOutput()
         parts = {f"--{name}": value for name, value in self.places.fingerprints().items()}
         made_with = {"--input_dir": self.sources, **parts}
-        made_with |= batch.describe(facts, self.questions, batch_size)
+        made_with |= describe(facts, self.questions, batch_size)
         made_with |= self.output.made_with()
         if self.is_fast:
             made_with["--decode"] = "fast"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from blip2.language import decoding
+from blip2.language import sampling
 
 SOURCE = Path(__file__).with_name("draw.cu")
 THREADS = 1024
@@ -15,7 +15,7 @@ _OWN_SHARED = 10 << 10  # bytes that the kernel needs besides
 
 
 def draw_tokens(scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """As `decoding.draw_tokens`, of contiguous float32 scores on a GPU.
+    """As `sampling.draw_tokens`, of contiguous float32 scores on a GPU.
 
     Equal scores stay or go together, where a sort lets go of some. Vocabularies that do not fit into
     a multiprocessor, 57,000 tokens of the smallest, are sorted.
@@ -28,7 +28,7 @@ def draw_tokens(scores: torch.Tensor, settings: torch.Tensor, drawn: torch.Tenso
     shared_bytes = (elements - held) * THREADS * scores.itemsize
     properties = torch.cuda.get_device_properties(scores.device)
     if shared_bytes > properties.shared_memory_per_block_optin - _OWN_SHARED:
-        return decoding.draw_tokens(scores, settings, drawn)
+        return sampling.draw_tokens(scores, settings, drawn)
     tokens = torch.empty(rows, dtype=torch.int64, device=scores.device)
     kernel = load_kernel(SOURCE, "draw", (("ELEMENTS", elements), ("HELD", held)))
     kernel(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from blip2 import cpu
 from blip2.activations import ACTIVATIONS
-from blip2.language.decoding import Strategy, draw_tokens, log_probs, make_strategy
+from blip2.language.decoding import Strategy, log_probs, make_strategy
 from blip2.language.native.bf16 import Bfloat16Linear
 from blip2.language.native.cache import KVCache, RowPool
 from blip2.language.native.checkpoint import (
@@ -24,6 +24,7 @@ from blip2.language.native.checkpoint import (
 from blip2.language.native.fp16 import Float16Linear
 from blip2.language.native.linear import FloatLinear, Linear
 from blip2.language.native.nbits import NBitsLinear, NBitsPacker, torch_on_one_thread
+from blip2.language.sampling import draw_tokens
 from blip2.language.session import GenerationOptions
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
