@@ -150,16 +150,20 @@ class Needs:
         """
         on_gpu = machine.gpu_memory is not None
         look = 2 * sizes.tokens * (sizes.vit + sizes.qformer) / machine.flops
-        # Five beams of a CPU take some 3.3 times one row in transformers, 1.5 times here.
+        # Five beams of a CPU take some 3.3 times one row in transformers, which reaches 60 % of the
+        # bandwidth there, and 1.5 times here.
         step = sizes.opt / machine.bandwidth
-        ours = asked * (look + tokens * 2 * step * (1 + (1.2 if on_gpu else 1.5)))
-        theirs = asked * (2 * look + tokens * 4 * step * (1 + (1.2 if on_gpu else 3.3)))
+        ours = asked * (look + tokens * 2 * step * (2.2 if on_gpu else 2.5))
+        theirs = asked * (2 * look + tokens * 4 * step * (2.2 if on_gpu else 4.3 / 0.6))
         reading = 4e-9 * sizes.all  # seconds, at some 500 MB a second
+        packing = 0.0 if on_gpu else 10e-9 * sizes.opt  # of the weights, whenever OPT is opened
+        export = 0.15e-6 * sizes.vit + 15
         seconds = {
             "download": download / _NETWORK,
             "transformers": reading + theirs * (4 if on_gpu else 1) + 30,
-            "export": 0.15e-6 * sizes.vit + 15,
-            **dict.fromkeys(PRECISIONS, 3 * reading + 2 * ours + 30),
+            "export": export,
+            **dict.fromkeys(PRECISIONS, 3 * reading + 2 * packing + 2 * ours + 30),
+            "the checkpoint, the ViT in 8 bits": 2 * reading + packing + export,
         }
         rest = 4 * (sizes.vit + sizes.qformer) + _SLACK
         host = {p: bytes_ * sizes.opt + rest for p, bytes_ in _OPT_BYTES.items()}
