@@ -195,8 +195,8 @@ def answer_many(args: argparse.Namespace) -> int:
 def answer_on(cluster: Cluster | None, args: argparse.Namespace, stages: dict[str, float]) -> int:
     """As `answer_many`, on a cluster or here; `stages` are those before, in seconds."""
     from blip2 import onnx_sessions
-    from blip2.many.batch import Question
     from blip2.many.job import Job
+    from blip2.many.work import Question
     from blip2.pipeline import Stopwatch
     from blip2.templates import begin_answer, fill_template
 
