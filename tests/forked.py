@@ -33,8 +33,11 @@ _READ = re.compile("CUDA|HF_|HUGGING|KMP|LD_|MKL|OMP|ONEDNN|PYTHON|TORCH|TRANSFO
 
 
 def is_possible(environment: Mapping[str, str]) -> bool:
-    """Whether a program under these variables can be forked: on Linux, where imports saw the same."""
-    if not hasattr(os, "pidfd_open"):
+    """Whether a program under these variables can be forked: on Linux, where imports saw the same.
+
+    And where they saw no GPU: one that a process has looked at, its forks cannot use.
+    """
+    if not hasattr(os, "pidfd_open") or os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return False
     changed = dict(set(environment.items()) ^ set(_start()[1].items()))
     return not any(map(_READ.match, changed))
