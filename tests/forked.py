@@ -29,7 +29,10 @@ IMPORTED = (
     *("tokenizers", "transformers", "huggingface_hub", "tqdm"),  # onnxruntime starts a thread
 )
 # Of variables, those that what is imported may have read; the rest is asked of the program's own.
-_READ = re.compile("CUDA|HF_|HUGGING|KMP|LD_|MKL|OMP|ONEDNN|PYTHON|TORCH|TRANSFORMERS|XDG")
+_READ = re.compile(
+    "CUDA|HF_|HUGGING|KMP|LD_|MKL|OMP|ONEDNN|TORCH|TRANSFORMERS|XDG"
+    "|PYTHON(?!BREAKPOINT)"  # which a test process has as soon as it has called Ray
+)
 
 
 def is_possible(environment: Mapping[str, str]) -> bool:
