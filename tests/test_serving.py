@@ -393,17 +393,8 @@ def test_pictures_are_kept_by_content_and_let_go_in_time():
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
-@pytest.mark.parametrize(
-    "host, is_local, status",
-    [
-        *(("localhost:8000", True, 200), ("LOCALHOST", True, 200), ("127.0.0.1:8000", True, 200)),
-        *(("[::1]:8000", True, 200), ("127.9.9.9", True, 200), ("evil.example", True, 421)),
-        *(("localhost.evil.example:8000", True, 421), ("10.0.0.1", True, 421), ("", True, 421)),
-        ("evil.example", False, 200),
-    ],
-)
-def test_a_name_that_comes_to_mean_this_machine_gets_nothing(host, is_local, status):
-    """DNS rebinding: the browser takes its page and this server for one site."""
+def get_health(host: str, log: io.TextIOBase, is_local: bool) -> int:
+    """Ask a front for it; the status."""
 
     async def app(scope, receive, send) -> None:
         await JSONResponse({})(scope, receive, send)
@@ -422,8 +413,41 @@ def test_a_name_that_comes_to_mean_this_machine_gets_nothing(host, is_local, sta
         "path": "/health",
         "headers": [(b"host", host.encode())],
     }
-    asyncio.run(Front(app, (), io.StringIO(), is_local=is_local)(scope, receive, send))
-    assert sent[0]["status"] == status
+    asyncio.run(Front(app, (), log, is_local=is_local)(scope, receive, send))
+    return sent[0]["status"]
+
+
+@pytest.mark.parametrize(
+    "host, is_local, status",
+    [
+        *(("localhost:8000", True, 200), ("LOCALHOST", True, 200), ("127.0.0.1:8000", True, 200)),
+        *(("[::1]:8000", True, 200), ("127.9.9.9", True, 200), ("evil.example", True, 421)),
+        *(("localhost.evil.example:8000", True, 421), ("10.0.0.1", True, 421), ("", True, 421)),
+        ("evil.example", False, 200),
+    ],
+)
+def test_a_name_that_comes_to_mean_this_machine_gets_nothing(host, is_local, status):
+    """DNS rebinding: the browser takes its page and this server for one site."""
+    assert get_health(host, io.StringIO(), is_local) == status
+
+
+def test_a_line_of_the_log_is_written_at_once():
+    """Also where Python buffers nothing: several processes write into one log."""
+    written = []
+
+    class Log(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content) -> int:
+            written.append(bytes(content))
+            return len(content)
+
+    unbuffered = io.TextIOWrapper(Log(), write_through=True)  # as PYTHONUNBUFFERED makes it
+    assert get_health("localhost", unbuffered, True) == 200
+    [line] = written
+    assert line.endswith(b"}\n")
+    assert json.loads(line)["path"] == "/health"
 
 
 def test_bodies_are_bounded_together():

@@ -147,7 +147,9 @@ class Front:
             **notes,
         }
         try:
-            print(json.dumps(line), file=self._log, flush=True)
+            # At once: processes share the log, and print writes a line and its end by themselves.
+            self._log.write(f"{json.dumps(line)}\n")
+            self._log.flush()
         except OSError:  # the log's reader has gone; whoever asks is still answered
             return
 
