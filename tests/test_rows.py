@@ -72,7 +72,8 @@ _SLOW = pytest.mark.slow  # in Triton's interpreter
 )
 def test_answers_are_those_of_requests_alone(model, monkeypatch, seed, staged):
     """`staged`: with more prompts at once a GPU reads them where their rows are."""
-    wanted = 10 if model.__class__ is not OPTModel else 40  # the kernels' doubles are slow
+    # The kernels' doubles are slow: with them the seeds of `make test-slow` alone go the whole way.
+    wanted = 10 if type(model) is not OPTModel and seed in (0, 2) else 40
     monkeypatch.setattr(cuda_pool, "_STAGED", staged)
     chance = random.Random(seed)
     rows = Rows(model, CPU, 9, 40, 12)
