@@ -131,7 +131,7 @@ class QFormerStage:
 
 def computed_in(dtype: torch.dtype) -> str:
     """What files of a --dtype are computed in on this CPU, as `cpu_limits.product_rate` calls it."""
-    if dtype == torch.float16 and cpu.is_fast_in_bfloat16():
+    if dtype != torch.float32 and cpu.is_fast_in_bfloat16():
         return "bfloat16"
     return "int8" if dtype == torch.int8 else "float32"
 
@@ -147,9 +147,10 @@ def our_work(
 
 
 def _module_work(module: torch.nn.Module, stage: VitStage | QFormerStage) -> Work:
-    from blip2.vision.bf16 import use_bfloat16
+    from blip2.vision import bf16
 
-    use_bfloat16(module)
+    bf16.use_bfloat16(module)
+    bf16.pack(module)
 
     def start(pictures: int) -> Run:
         given = stage.inputs(pictures).values()

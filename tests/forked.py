@@ -38,8 +38,11 @@ _READ = re.compile(
 def is_possible(environment: Mapping[str, str]) -> bool:
     """Whether a program under these variables can be forked: on Linux, where imports saw the same.
 
-    And where they saw no GPU: one that a process has looked at, its forks cannot use.
+    And where they saw no GPU, as one that a process has looked at its forks cannot use, and were to
+    have one thread, as with more NumPy starts some when it is imported, which a fork lacks.
     """
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
     if not hasattr(os, "pidfd_open") or os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return False
     changed = dict(set(environment.items()) ^ set(_start()[1].items()))

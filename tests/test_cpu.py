@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 
-from blip2 import cpu
+from blip2 import bfloat16, cpu
 from blip2.engines import open_language_session, open_vision_session
 from blip2.language.native.bf16 import Bfloat16Linear
 
@@ -132,6 +132,76 @@ def test_a_bfloat16_linear_is_off_by_roundings_alone(dtype, rows, with_bias):
     rounded = x.bfloat16().double() @ weight.bfloat16().double().T
     rounded = rounded if bias is None else rounded + bias.double()
     assert ((y - rounded).norm() / rounded.norm()) < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_weights_are_rounded_as_by_a_conversion(dtype):
+    """Whether they lie row by row, column by column or elsewise, and in several pieces."""
+    flat = torch.cat(
+        [torch.randn(bfloat16._PIECE + 3), torch.tensor([6e-8, 65504, -0.0, torch.inf])]
+    )
+    flat = flat.to(dtype)
+    table = torch.randn(70, 40).to(dtype)
+    for values in (flat, table, table.T, table[:, ::2], torch.randn(2, 3, 4).to(dtype), table[:0]):
+        rounded = bfloat16.rounded(values)
+        assert rounded.is_contiguous()
+        assert torch.equal(rounded, values.to(torch.bfloat16))
+
+
+_PACK = """
+import sys, torch
+from blip2 import bfloat16
+for dtype in (torch.float32, torch.bfloat16):
+    weight, bias = torch.randn(50, 96).to(dtype), torch.randn(50).to(dtype)
+    packed = bfloat16.packed(weight)
+    for rows in (1, 5, 300):
+        for given in (bias, None):
+            x = torch.randn(rows, 2, 96).to(dtype)
+            y = bfloat16.linear(x, packed, given)
+            exact = x.double() @ weight.double().T + (0 if given is None else given.double())
+            assert y.shape == exact.shape and y.dtype == dtype
+            assert (y - exact).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
+    print(packed.is_mkldnn)
+"""
+
+
+def test_a_packed_weight_is_multiplied_as_it_was():
+    """In float32 wherever oneDNN is, and with all of the CPU's instructions, if it has them."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PACK],
+        cwd=ROOT,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "ALL"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    in_float32, in_bfloat16 = done.stdout.split()
+    if torch.backends.mkldnn.is_available():
+        assert in_float32 == "True"
+    if "amx_bf16" in cpu.instructions():
+        assert in_bfloat16 == "True"
+
+
+def test_a_weight_stays_as_it_is_where_it_cannot_be_packed(monkeypatch):
+    weight = torch.randn(5, 4)
+    for error in (AttributeError, RuntimeError):
+
+        def fail(*_, error=error):
+            raise error("none here")
+
+        monkeypatch.setattr(bfloat16, "_reorder", fail)
+        assert bfloat16.packed(weight) is weight
+
+
+def test_opts_weights_are_packed_once_and_for_many_rows(monkeypatch):
+    packed = []
+    monkeypatch.setattr(bfloat16, "packed", lambda weight: packed.append(weight) or weight)
+    linear = Bfloat16Linear.pack(torch.randn(8, 16).half(), None, None)
+    counts = []
+    for rows in (1, 64, 65, 5, 300):
+        linear(torch.randn(rows, 16))
+        counts.append(len(packed))
+    assert counts == [0, 0, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")

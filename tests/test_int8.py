@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import run_program
 
+from blip2 import cpu
+from blip2.engines import open_vision_session
 from blip2.vision import int8
 from blip2.vision.export import write_graph
 from blip2.vision.int8 import quantize_linears
+from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.onnx_runtime import open_graph, run_graph
 
 IN, OUT = 96, 40
@@ -66,7 +69,7 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tmp_path):
     assert torch.equal(together[:1], run_linear(linear, x[:1], tmp_path))
 
 
-def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path):
+def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path, monkeypatch):
     """The ViT in 8 bits, near transformers' own, and answers from it."""
     # Weights as large as tests usually take make every rounding grow from layer to layer.
     vision = {"initializer_range": 0.05}
@@ -90,6 +93,21 @@ def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path):
     with torch.inference_mode():
         theirs = model.vision_model(pixel_values).last_hidden_state.numpy()
     assert np.linalg.norm(embeds - theirs) < 0.05 * np.linalg.norm(theirs)
+
+    # In bfloat16 the weights keep their 8 bits, and inputs are not rounded to as many.
+    monkeypatch.setattr(cpu, "is_fast_in_bfloat16", lambda: True)
+    places = tmp_path / "onnx", tmp_path / "query_tokens.pt"
+    weights = OnnxFiles.open(*places).checkpoint()
+    for name, parameter in model.vision_model.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            steps = parameter.data.double().abs().amax(dim=1, keepdim=True) / 127
+            parameter.data = ((parameter.data / steps).round() * steps).float()
+        stored = weights.tensor(f"vision_model.{name}")
+        torch.testing.assert_close(stored, parameter.data, rtol=1e-6, atol=1e-8)
+    with torch.inference_mode():
+        rounded = model.vision_model(pixel_values).last_hidden_state
+    in_bfloat16 = open_vision_session(*places).vit(pixel_values)
+    assert 1e-3 < (in_bfloat16 - rounded).norm() / rounded.norm() < 0.01
 
     pixel_values[1, 0, 5, 5] = torch.nan
     [spoiled] = session.run(None, {"input": pixel_values.numpy()})

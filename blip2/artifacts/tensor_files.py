@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -86,13 +86,38 @@ class StoredTensor:
         return content.view(self.shape[::-1]).T if self.transposed else content.view(self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledTensor:
+    """A weight in integers, out x in, and what those of each channel are to be multiplied with, out."""
+
+    values: StoredTensor
+    scales: StoredTensor
+    dtype: ClassVar = torch.float32  # of what they stand for
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def file(self) -> Path:
+        return self.values.file
+
+    def mapped(self) -> torch.Tensor:
+        """What they stand for, in memory of its own.
+
+        Raises:
+            OSError, ValueError: as of a `StoredTensor`.
+        """
+        return self.values.mapped().float() * self.scales.mapped()[:, None]
+
+
 # What a checkpoint has by a name: pickled tensors are mapped when their file is opened.
-Stored = StoredTensor | torch.Tensor
+Stored = StoredTensor | ScaledTensor | torch.Tensor
 
 
 def mapped(stored: Stored) -> torch.Tensor:
     """A stored tensor in memory, backed by its file where it has one; see `StoredTensor.mapped`."""
-    return stored.mapped() if isinstance(stored, StoredTensor) else stored
+    return stored if isinstance(stored, torch.Tensor) else stored.mapped()
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -139,7 +164,8 @@ class Loader:
             OSError: the file cannot be read.
             ValueError: it ends before the tensor does.
         """
-        if isinstance(stored, torch.Tensor) or self.device.type != "cuda" or not stored.nbytes:
+        in_one_piece = isinstance(stored, StoredTensor) and stored.nbytes
+        if self.device.type != "cuda" or not in_one_piece:
             return mapped(stored).to(self.device)
         return stored._shaped(self._read(stored))
 

@@ -7,8 +7,9 @@ normalise, keeps float32's digits: it costs nothing, and halves the error.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from blip2 import bfloat16
 
 
 class Bfloat16Linear(nn.Linear):
@@ -24,7 +25,7 @@ class Bfloat16Linear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return bfloat16.linear(x.bfloat16(), self.weight, self.bias)
 
 
 def use_bfloat16(module: nn.Module) -> None:
@@ -34,3 +35,10 @@ def use_bfloat16(module: nn.Module) -> None:
             setattr(module, name, Bfloat16Linear(child))
         else:
             use_bfloat16(child)
+
+
+def pack(module: nn.Module) -> None:
+    """Have the weights of every Bfloat16Linear in `module` as they are multiplied; they stay so."""
+    for child in module.modules():
+        if isinstance(child, Bfloat16Linear):
+            child.weight = nn.Parameter(bfloat16.packed(child.weight), requires_grad=False)

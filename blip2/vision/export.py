@@ -102,8 +102,7 @@ def export_vit(
     narrow(module, dtype_between(dtype) if dtype == FLOAT8 else dtype)
     write_graph(module, cases[1], "output", path, opset)
     differences = check_graph(path, cases, expected, TOLERANCE[dtype], dtype == torch.int8)
-    if dtype != torch.int8:  # whose weights are no longer those of the configuration's layers
-        facts["weights"] = locate_weights(module, path)
+    facts["weights"] = locate_weights(module, path)
     return Exported(expected, differences, facts)
 
 

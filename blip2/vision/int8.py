@@ -4,6 +4,9 @@ Weights are rounded once, each output channel with its own scale; inputs as they
 with its own, so that a picture's result does not depend on the others of its batch. All of it is
 standard ONNX (QuantizeLinear, MatMulInteger), which ONNX Runtime fuses.
 
+Where bfloat16 is fast PyTorch takes the weights instead, in that type: it has all the digits of 8
+bits, and inputs then need not be rounded to them.
+
 The files' weights have 8 bits. x86 without VNNI adds two products in 16 bits, which saturate, and
 ONNX Runtime says nothing about it: what opens the files there brings weights to 7 bits first.
 """
@@ -36,7 +39,13 @@ def quantize_linears(module: nn.Module) -> None:
 
 
 class Int8Linear(nn.Module):
-    """x (… x in, float32) → x · weightᵀ + bias (… x out, float32). To be exported, not to be run."""
+    """x (… x in, float32) → x · weightᵀ + bias (… x out, float32). To be exported, not to be run.
+
+    Attributes:
+        values: in x out, int8.
+        scales: out, float32: a channel's weights are its values times this.
+        bias: out, float32, or None.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -47,8 +56,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("values", values.round().to(torch.int8).t().contiguous())
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
-        self.register_buffer("step", torch.tensor(1 / LARGEST_INPUT))
-        self.register_buffer("zero", torch.tensor(ZERO, dtype=torch.uint8))
+        step, zero = torch.tensor(1 / LARGEST_INPUT), torch.tensor(ZERO, dtype=torch.uint8)
+        self.register_buffer("step", step, persistent=False)
+        self.register_buffer("zero", zero, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
@@ -64,7 +74,7 @@ class Int8Linear(nn.Module):
             dtype=torch.int32,
             shape=(*x.shape[:-1], self.values.shape[1]),
         )
-        y = product.float() * (self.step * self.scales) * largest
+        y = product.float() * self.scales * (largest * self.step)
         return y if self.bias is None else y + self.bias
 
 

@@ -15,9 +15,10 @@ from torch import nn
 
 from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
+from blip2.bfloat16 import rounded
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
-from blip2.vision.bf16 import use_bfloat16
+from blip2.vision import bf16
 from blip2.vision.float8 import Float8Linear, quantise_linears
 
 
@@ -277,12 +278,13 @@ def _filled(
     load, checks = Loader(device), FiniteChecks(dtype)
     own = {name: buffer.dtype for name, buffer in module.named_buffers()}  # of layers in FP8
     if dtype == torch.bfloat16:
-        use_bfloat16(module)
+        bf16.use_bfloat16(module)
         own |= {name: tensor.dtype for name, tensor in module.named_parameters()}
 
     def parameter(name: str) -> torch.Tensor:
         stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
-        return stored.to(own.get(name, dtype)).contiguous()
+        wanted = own.get(name, dtype)
+        return rounded(stored) if wanted == torch.bfloat16 else stored.to(wanted).contiguous()
 
     names = list(module.state_dict())
     with ThreadPoolExecutor(load.threads) as pool:
@@ -293,4 +295,5 @@ def _filled(
             f"{checkpoint.mend}, or use --dtype float32",
         )
     module.load_state_dict(state, assign=True)
+    bf16.pack(module)
     return module.eval().requires_grad_(False)

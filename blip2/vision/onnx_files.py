@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from blip2 import artifacts
-from blip2.artifacts.tensor_files import Stored, StoredTensor
+from blip2.artifacts.tensor_files import ScaledTensor, Stored, StoredTensor
 from blip2.checkpoints import Checkpoint
 from blip2.devices import best_device, describe, half_dtype, has_float8
 from blip2.errors import Blip2Error
@@ -30,7 +30,7 @@ from blip2.vision.session import VisionSession
 # What checkpoints put before the names of the networks' own parameters.
 VIT_PREFIX, QFORMER_PREFIX = "vision_model.", ""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_WEIGHT_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
+_WEIGHT_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class OnnxFiles:
         )
 
 
-def _stored_weights(path: Path, weights: dict[str, Any], prefix: str) -> dict[str, StoredTensor]:
+def _stored_weights(path: Path, weights: dict[str, Any], prefix: str) -> dict[str, Stored]:
     """Where a sidecar says that a graph's weights lie.
 
     Raises:
@@ -122,7 +122,21 @@ def _stored_weights(path: Path, weights: dict[str, Any], prefix: str) -> dict[st
     for (file, start, end), (other, next_start, _) in itertools.pairwise([*places, ("", 0, 0)]):
         if start < 0 or end > sizes[Path(file)] or (file == other and next_start < end):
             raise ValueError(f"no weight lies at bytes {start} to {end} of {file}")
-    return stored
+    return _with_scales(stored)
+
+
+def _with_scales(stored: dict[str, StoredTensor]) -> dict[str, Stored]:
+    """Integers of linear layers, which lie in x out, and their scales as the weights out x in."""
+    result: dict[str, Stored] = {**stored}
+    for name, values in stored.items():
+        if name.endswith(".values"):
+            layer = name.removesuffix("values")
+            turned = dataclasses.replace(
+                values, shape=values.shape[::-1], transposed=not values.transposed
+            )
+            del result[name]
+            result[f"{layer}weight"] = ScaledTensor(turned, result.pop(f"{layer}scales"))
+    return result
 
 
 def read_graph_sidecar(path: Path) -> dict[str, Any]:
@@ -139,8 +153,8 @@ def read_graph_sidecar(path: Path) -> dict[str, Any]:
 def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
     """Open an export with what runs it best here.
 
-    On a GPU kernels of our own; on a CPU ONNX Runtime, but for float16 files where bfloat16 is
-    faster. A ViT in INT8 is made for CPUs, and runs there on every machine.
+    On a GPU kernels of our own; on a CPU ONNX Runtime, but where bfloat16 is faster PyTorch in that,
+    on files in float16 or INT8. A ViT in INT8 is made for CPUs, and runs there on every machine.
 
     Raises:
         Blip2Error: a file is missing, damaged, or does not fit the others; or the ViT is in FP8,
@@ -153,9 +167,13 @@ def open_onnx_session(engine_dir: Path, query_tokens: Path) -> VisionSession:
             " compute capability 8.9 on",
             f"export again with: {EXPORT} --dtype float16",
         )
-    dtype = half_dtype(device) if files.dtype == torch.float16 else files.dtype
-    is_faster = device.type == "cuda" or (dtype == torch.bfloat16 and files.has_weights)
-    if is_faster and files.compute_dtype != "int8":
+    is_narrow = files.dtype == torch.float16 or files.compute_dtype == "int8"
+    dtype = half_dtype(device) if is_narrow else files.dtype
+    if device.type == "cuda":
+        is_torchs = files.compute_dtype != "int8"
+    else:
+        is_torchs = dtype == torch.bfloat16 and files.has_weights
+    if is_torchs:
         from blip2.vision.torch_session import TorchSession
 
         return TorchSession(files.checkpoint(), files.preprocessing, dtype, device)
