@@ -167,7 +167,9 @@ class CheckpointTensors:
         """As the protocol says; scales only once their weight was read."""
         if name in self._scales:
             return self._scales.pop(name)
-        weight = torch.cat(self._source.parts(name, load)).to(self.config.torch_dtype)
+        parts = self._source.parts(name, load)
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)  # of one it would be a copy
+        weight = weight.to(self.config.torch_dtype)
         if self._specs[name].dtype != FLOAT8:
             return weight
         values, scales = quantise(weight)
