@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import types
 import weakref
 
 import pytest
@@ -88,6 +90,33 @@ def test_another_error_of_a_capture_is_raised(monkeypatch):
     graph(lambda: None)
     with pytest.raises(RuntimeError, match="not permitted"):
         graph(lambda: None)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch, collects):
+    """Garbage may hold another graph, whose end a capture does not survive."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    seen = []
+
+    def launch() -> None:
+        seen.append(gc.isenabled())
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error")
+
+    try:
+        if not collects:
+            gc.disable()
+        cuda_graphs.capture(launch)
+        seen.append(gc.isenabled())
+        with pytest.raises(RuntimeError):
+            cuda_graphs.capture(fail)
+        cuda_graphs.capture(launch)
+        seen.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert seen == [False, collects, False, collects]
 
 
 def test_sizes_are_few_and_hold_every_batch():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from blip2 import memory
 from blip2.gpu.kernel_launch import is_ahead
+
+_capturing = threading.Lock()  # PyTorch captures one graph at a time
 
 
 class Graph:
@@ -61,6 +66,27 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     # Of this thread alone: others may be pinning memory for the next batch, which CUDA forbids
     # while a thread captures for all.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    mode = "thread_local"
+    with (
+        _capturing,
+        _nothing_collected(),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
+    ):
         launch()
     return graph.replay
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within, Python collects no garbage, of which an older graph may be part.
+
+    Destroying a graph ends in an error what its thread is capturing, and PyTorch, which then takes the
+    capture for unfinished, gives no memory back for as long as the process lives.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

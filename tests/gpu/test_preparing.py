@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import models
@@ -48,6 +49,28 @@ def test_memory_is_pinned_while_another_thread_captures():
     replay()
     replay()
     assert buffer.tolist() == [4.0] * 8
+
+
+def test_graphs_that_are_garbage_end_no_capture(device):
+    """Python would collect them amid the next one, whose launches make objects enough for that."""
+    buffer = torch.zeros(8, device=device)
+
+    def launch() -> None:
+        buffer.add_(1)
+        kept = [[] for _ in range(5000)]
+        buffer.add_(len(kept) // 5000)
+
+    launch()
+    gc.collect()
+    buffer.zero_()
+    for replays in range(1, 4):
+        replay = capture(launch)
+        garbage = [replay]
+        garbage.append(garbage)
+        replay()
+        del replay, garbage
+        torch.randn(1, device=device)  # which a capture that was ended so makes impossible
+        assert buffer.tolist() == [2.0 * replays] * 8
 
 
 def test_tensors_reach_the_gpu_as_they_are_stored(tmp_path):
