@@ -6,7 +6,9 @@ Against the float32 model. That the kernels in CUDA C++ are right, tests/gpu say
 from __future__ import annotations
 
 import dataclasses
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -114,6 +116,24 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
         beams = torch.randint(0, num_beams, (rows,), generator=generator)
         for cache in caches:
             cache.reorder(first_rows + beams)
+
+
+def test_a_model_goes_with_its_last_reference():
+    """And with it its caches and graphs, which may be gigabytes: nobody waits for the collector."""
+    _, model = random_models(None)
+    lengths = torch.tensor([5])
+    table = torch.zeros(1, 0, CONFIG.hidden_size)
+    cache = model.new_cache(lengths, 1, 8)
+    for _ in range(3):  # as it is, captured, replayed
+        model.prefill(torch.zeros(1, 5, dtype=torch.int64), lengths, table, cache)
+        model.step(torch.zeros(1, dtype=torch.int64), cache)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ class CudaModel(OPTModel):
         prompts = self._prepared[cache.rows, cache.max_len].prompts
         prompt = prompts.get(shape)
         if prompt is None:
-            prompt = Prompt(self.config, self.weights, cache, self.embed, shape)
+            prompt = Prompt(self.config, self.weights, cache, shape)
             if is_captured(shape):
                 while len(prompts) >= _MOST_PROMPTS:
                     _forget_oldest(prompts)

@@ -97,7 +97,7 @@ class CudaPool:
         if (kept := self._prompts.get(shape)) is not None:
             return kept
         model = self._model
-        prompt = Prompt(model.config, model.weights, cache, model.embed, shape)
+        prompt = Prompt(model.config, model.weights, cache, shape)
         if is_captured(shape) and shape[0] <= _STAGED:
             if len(self._prompts) >= _MOST_PROMPTS:
                 del self._prompts[next(iter(self._prompts))]

@@ -147,7 +147,8 @@ class OPTModel:
             # Padding stands behind what counts, so causality already hides it.
             return functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
 
-        x = self.embed(input_ids, prompt_table) + self.weights.positions[: input_ids.shape[1]]
+        x = embed(self.config, self.weights, input_ids, prompt_table)
+        x = x + self.weights.positions[: input_ids.shape[1]]
         x = self._layers(x, attend)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self._logits(last)
@@ -162,25 +163,10 @@ class OPTModel:
             keys, values = cache.append(layer, keys[:, :, 0], values[:, :, 0])
             return functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
 
-        x = self._words(tokens) + self.weights.positions[cache.lengths]
+        x = _words(self.weights, tokens) + self.weights.positions[cache.lengths]
         x = self._layers(x[:, None], attend)[:, 0]
         cache.advance()
         return self._logits(x)
-
-    def embed(self, input_ids: torch.Tensor, prompt_table: torch.Tensor) -> torch.Tensor:
-        """B x T x hidden_size, words and image rows, without positions."""
-        image_rows = input_ids - self.config.vocab_size
-        is_image = (image_rows >= 0)[:, :, None]
-        text = self._words(input_ids.clamp(max=self.config.vocab_size - 1))
-        if not prompt_table.shape[1]:
-            return text
-        requests = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-        images = prompt_table.to(text)[requests, image_rows.clamp(min=0)]
-        return torch.where(is_image, images, text)
-
-    def _words(self, tokens: torch.Tensor) -> torch.Tensor:
-        # The embedding may be in the checkpoint's type; positions are in the one computed in.
-        return self.weights.embedding[tokens].to(self.weights.positions.dtype)
 
     def _layers(self, x: torch.Tensor, attend: Attention) -> torch.Tensor:
         """Rows x T x hidden_size through all layers; `attend` knows where keys are kept."""
@@ -207,6 +193,28 @@ class OPTModel:
         if self.weights.final_norm is not None:
             x = _norm(x, self.weights.final_norm)
         return self.weights.head(x)
+
+
+def embed(
+    config: OPTCheckpointConfig,
+    weights: OPTWeights,
+    input_ids: torch.Tensor,
+    prompt_table: torch.Tensor,
+) -> torch.Tensor:
+    """B x T x hidden_size, words and image rows, without positions; see `OPTModel.prefill`."""
+    image_rows = input_ids - config.vocab_size
+    is_image = (image_rows >= 0)[:, :, None]
+    text = _words(weights, input_ids.clamp(max=config.vocab_size - 1))
+    if not prompt_table.shape[1]:
+        return text
+    requests = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+    images = prompt_table.to(text)[requests, image_rows.clamp(min=0)]
+    return torch.where(is_image, images, text)
+
+
+def _words(weights: OPTWeights, tokens: torch.Tensor) -> torch.Tensor:
+    # The embedding may be in the checkpoint's type; positions are in the one computed in.
+    return weights.embedding[tokens].to(weights.positions.dtype)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import triton
@@ -14,9 +13,8 @@ from blip2.language.native import kernels
 from blip2.language.native.checkpoint import OPTWeights
 from blip2.language.native.cuda_cache import CudaCache
 from blip2.language.native.float8_layers import layers_for
+from blip2.language.native.model import embed
 from blip2.language.trtllm_format import OPTCheckpointConfig
-
-Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _CAPTURED_TOKENS = 1024  # at most: the GPU is busy with more for longer than their launches take
 _CAPTURED_MULTIPLE = 16  # of a captured prompt's tokens, so that there are few
@@ -45,16 +43,12 @@ class Prompt:
         config: OPTCheckpointConfig,
         weights: OPTWeights,
         cache: CudaCache,
-        embed: Embed,
         shape: tuple[int, int, int],
     ) -> None:
-        """Make buffers for `shape` (B, T, n), of a graph where it pays.
-
-        `embed(input_ids, prompt_table)` yields B x T x hidden_size, without positions.
-        """
+        """Make buffers for `shape` (B, T, n), of a graph where it pays."""
         requests, length, image_rows = shape
         device, width = cache.keys.device, config.hidden_size
-        self._config, self._weights, self._cache, self._embed = config, weights, cache, embed
+        self._config, self._weights, self._cache = config, weights, cache
         self._input_ids = torch.zeros((requests, length), dtype=torch.int64, device=device)
         self._last = torch.zeros(requests, dtype=torch.int64, device=device)
         self._table = torch.zeros(
@@ -80,7 +74,7 @@ class Prompt:
         return self._logits
 
     def _launch(self) -> None:
-        x = self._embed(self._input_ids, self._table)
+        x = embed(self._config, self._weights, self._input_ids, self._table)
         x = x + self._weights.positions[: self._input_ids.shape[1]]
         self._layers.x.copy_(x.flatten(0, 1))
         self._layers.run_prompts(self._attend, self._last, self._last_layers)
