@@ -3,7 +3,7 @@
     python -m bench.gpu                        # random weights of the real shapes: no download
     python -m bench.gpu --chart docs/gpu.png   # and a chart (needs matplotlib)
 
-Needs 40 GB of GPU memory and 30 GB in --directory. First it says how right the answers are: against
+Needs 60 GB of GPU memory and 30 GB in --directory. First it says how right the answers are: against
 transformers in float32 on the same weights. Then it times each stage and the whole, with the rate at
 which weights are read or products computed, its share of what a plain copy or product of large
 matrices reaches in the same run, and the ratio to transformers.
@@ -38,7 +38,7 @@ from bench.random_blip2 import (
     random_model,
     weight_bytes,
 )
-from blip2 import artifacts, cli
+from blip2 import artifacts, cli, memory
 from blip2.errors import Blip2Error
 from blip2.language.native.model import OPTModel
 from blip2.language.native.session import NativeSession
@@ -299,6 +299,7 @@ class Bench:
                 ms = median_ms(opt.prefill, ids, lengths, table, cache)
                 flops = 2 * parameters(opt) * batch * length
                 report.add(f"prompt, {precision}, batch {batch}", ms, theirs, flops=flops)
+                let_go(session)
         for rows in STEP_ROWS:
             lengths = torch.full((rows,), 45, device=DEVICE)
             token = torch.randint(4, self.image_id, (rows,), device=DEVICE)
@@ -309,7 +310,7 @@ class Bench:
                 ms = median_ms(opt.step, token, cache, inner=4)
                 read = weight_bytes(opt) + rows * cache_bytes(opt, 60)
                 report.add(f"step, {precision}, rows {rows}", ms, theirs, read=read)
-
+                let_go(session)
         self.choices()
 
     def choices(self) -> None:
@@ -330,6 +331,7 @@ class Bench:
 
                     ms = median_ms(choose, inner=4)
                     self.report.add(f"step to {name}, {precision}, rows {rows}", ms)
+            let_go(session)
 
     def their_step(self, prompts: torch.Tensor) -> float:
         """Milliseconds that `generate` takes for one more token of each prompt."""
@@ -404,6 +406,7 @@ class Bench:
             first = answering.block_of(pipeline, options) - 1  # all is captured and running
             ms = (done[-1] - done[first]) / (len(done) - 1 - first) * 1e3
             self.captions(f"windows of {size}, one after another, {precision}", ms, size)
+            let_go(language)
 
     def compiled(self) -> None:
         """transformers with a static cache and compilation."""
@@ -415,15 +418,20 @@ class Bench:
 
 @contextlib.contextmanager
 def at_once(session: NativeSession, batch: int) -> Iterator[None]:
-    """Have so many requests answered in one batch, and all that is kept for it let go afterwards."""
+    """Have so many requests answered in one batch, and what is kept for it let go afterwards."""
     limits = session.limits
     session.limits = dataclasses.replace(limits, max_batch_size=max(batch, limits.max_batch_size))
     try:
         yield
     finally:
         session.limits = limits
-        if batch > limits.max_batch_size:
-            session._model.release()
+        let_go(session)
+
+
+def let_go(session: NativeSession) -> None:
+    """Forget a session's caches: those of 256 rows take 11 GB, and all precisions share the GPU."""
+    session._model.release()
+    memory.release()
 
 
 class NoTokenizer:
