@@ -153,10 +153,12 @@ class Bench:
         vision: TorchSession | None = None,
     ) -> list[list[int]]:
         """Token ids of each picture's best answer; `vision` is the float16 one by default."""
+        rows = torch.arange(self.num_query_tokens) + self.vocab_size
+        input_ids = [
+            torch.cat([rows, ids]) for ids in text_ids.cpu()
+        ]  # where tokenizers leave them
         vision = vision or self.vision
         table = vision.qformer(vision.vit(pictures))
-        rows = torch.arange(self.num_query_tokens, device=text_ids.device) + self.vocab_size
-        input_ids = [torch.cat([rows, ids]) for ids in text_ids]
         options = GenerationOptions(end_id=END_ID, max_output_len=tokens, num_beams=num_beams)
         generations = self.languages[precision].generate(input_ids, table, options)
         return [generation.beams[0].token_ids for generation in generations]

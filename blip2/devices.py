@@ -47,6 +47,13 @@ def half_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu.is_fast_in_bfloat16() else torch.float32
 
 
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on a device. From the host's pageable memory a copy would wait for all queued there."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def describe(device: torch.device) -> str:
     """The device as messages call it."""
     return "a CPU" if device.type == "cpu" else f"an {torch.cuda.get_device_name(device)}"

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
+from blip2.devices import sent
 from blip2.language.sampling import draw_tokens, sampling_settings, uniforms
 from blip2.language.session import Beam, Generation, GenerationOptions
 
@@ -172,9 +173,9 @@ class Sampling(Greedy):
             for index in requests
             for sequence in range(options.rows)
         ]
-        self._uniforms = torch.stack(drawn).to(device)
+        self._uniforms = sent(torch.stack(drawn), device)
         settings = torch.tensor([sampling_settings(options, vocab_size)], dtype=torch.float64)
-        self._settings = settings.repeat(self.rows, 1).to(device)
+        self._settings = sent(settings.repeat(self.rows, 1), device)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         drawn = self._uniforms.index_select(1, self._step).squeeze(1)
@@ -212,7 +213,7 @@ class BeamSearch(Strategy):
         self._is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
         self._can_improve = torch.ones((self.requests, 1), dtype=torch.bool, device=device)
         lengths = torch.arange(1, options.max_output_len + 1, dtype=torch.float64)
-        self._norms = (lengths**options.length_penalty).float().to(device)
+        self._norms = sent((lengths**options.length_penalty).float(), device)
         # Twice the beams are kept, as each beam can end in one way: that many always go on.
         self._may_finish = torch.arange(2 * options.num_beams, device=device) < options.num_beams
 
@@ -319,7 +320,7 @@ class RepetitionPenalty:
             seen = torch.zeros(len(input_ids), vocab_size, dtype=torch.bool)
             for row, ids in zip(seen, input_ids, strict=True):
                 row[ids[ids < vocab_size].long().cpu()] = True
-            self._seen = seen.repeat_interleave(options.rows, dim=0).to(device)
+            self._seen = sent(seen.repeat_interleave(options.rows, dim=0), device)
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores, rows x vocab_size, with those of seen tokens lowered."""
@@ -364,7 +365,7 @@ class StopStates:
     def __init__(self, options: GenerationOptions, rows: int, device: torch.device | str) -> None:
         self._stop = options.stop
         if self._stop is not None:
-            self._table = self._stop.table.to(device)
+            self._table = sent(self._stop.table, device)
             self._states = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def would_end(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from blip2.devices import sent
 from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.decoding import RULED_OUT, Strategy
 from blip2.language.sampling import sampling_settings, uniforms
@@ -161,7 +162,7 @@ class Rows:
         with torch.inference_mode(), self._model.computing():
             lengths = torch.tensor([len(a.input_ids) for a in admissions])
             ids = pad_sequence([a.input_ids for a in admissions], batch_first=True).long()
-            lengths_and_ids = self._copied(torch.cat([lengths[:, None], ids], dim=1))
+            lengths_and_ids = sent(torch.cat([lengths[:, None], ids], dim=1), self._device)
             lengths, ids = lengths_and_ids[:, 0], lengths_and_ids[:, 1:]
             tables = torch.stack([a.table for a in admissions]).to(self._device)
             rows = slice(self.used, self.used + sum(a.options.rows for a in admissions))
@@ -214,7 +215,7 @@ class Rows:
         """Let those behind the end, of one row each, lie in the holes before it."""
         if not behind:
             return
-        pairs = self._copied(torch.tensor([[request.first for request in behind], holes]))
+        pairs = sent(torch.tensor([[request.first for request in behind], holes]), self._device)
         sources, targets = pairs
         for state in self._states:
             state[targets] = state[sources]
@@ -244,9 +245,9 @@ class Rows:
         settings = [
             s for r in begun for s in [sampling_settings(r.options, self._vocab_size)] * r.count
         ]
-        self._settings[rows] = self._copied(torch.tensor(settings, dtype=torch.float64))
+        self._settings[rows] = sent(torch.tensor(settings, dtype=torch.float64), self._device)
         holds = [h for r in begun for h in [_holds(r.options)] * r.count]
-        self._holds[rows] = self._copied(torch.tensor(holds))
+        self._holds[rows] = sent(torch.tensor(holds), self._device)
         self._steps[rows] = 0
         if any(request.samples for request in begun):
             drawn = torch.zeros(len(settings), self.max_new, dtype=torch.float64)
@@ -256,7 +257,7 @@ class Rows:
                     for sequence, row in enumerate(request.rows):
                         numbers = uniforms(seed, admission.number, length, sequence)
                         drawn[row - rows.start, :length] = numbers
-            self._uniforms[rows] = self._copied(drawn)
+            self._uniforms[rows] = sent(drawn, self._device)
         for request, admission in zip(begun, admissions, strict=True):
             if request.is_penalised:
                 if self._seen is None:
@@ -266,7 +267,7 @@ class Rows:
                 words = admission.input_ids[admission.input_ids < self._vocab_size].long()
                 for row in request.rows:
                     self._seen[row] = False
-                    self._seen[row, self._copied(words)] = True
+                    self._seen[row, sent(words, self._device)] = True
 
     def _move(self, request: _Request, first: int) -> None:
         for offset in range(request.count):  # upwards: of overlapping rows none is lost
@@ -334,13 +335,7 @@ class Rows:
         )
 
     def _index(self, numbers: Iterable[int]) -> torch.Tensor:
-        return self._copied(torch.tensor(list(numbers)))
-
-    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The host's tensor on the device. From pageable memory a copy waits for all queued there."""
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+        return sent(torch.tensor(list(numbers)), self._device)
 
     def _sample(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         drawn = self._uniforms[rows].gather(1, self._steps[rows, None]).squeeze(1)

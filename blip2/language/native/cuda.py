@@ -93,9 +93,18 @@ class CudaModel(OPTModel):
         """Forget the caches, and with each its step and prompts: the next ones are made anew."""
         self._prepared.clear()
 
-    def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> CudaCache:
-        """The cache for so many rows and tokens, emptied; the one before it becomes invalid."""
-        longest = int(lengths.max())
+    def new_cache(
+        self,
+        lengths: torch.Tensor,
+        num_beams: int,
+        max_new_tokens: int,
+        longest: int | None = None,
+    ) -> CudaCache:
+        """The cache for so many rows and tokens, emptied; the one before it becomes invalid.
+
+        The host has to know the longest prompt: if it does not, it waits for all that is queued.
+        """
+        longest = int(lengths.max()) if longest is None else longest
         needed = max(longest + max_new_tokens, padded_length(len(lengths), longest))
         max_len = math.ceil(needed / _CACHE_MULTIPLE) * _CACHE_MULTIPLE
         max_len = min(max_len, self.config.max_position_embeddings)

@@ -79,8 +79,14 @@ class OPTModel:
         shares_cores = isinstance(self.weights.head, NBitsLinear)
         return torch_on_one_thread() if shares_cores else contextlib.nullcontext()
 
-    def new_cache(self, lengths: torch.Tensor, num_beams: int, max_new_tokens: int) -> KVCache:
-        """A cache for prompts of these lengths."""
+    def new_cache(
+        self,
+        lengths: torch.Tensor,
+        num_beams: int,
+        max_new_tokens: int,
+        longest: int | None = None,  # noqa: ARG002 - of a CPU it can be asked at once
+    ) -> KVCache:
+        """A cache for prompts of these lengths, of which the host may know the longest."""
         heads = self.config.num_attention_heads
         head_size = self.config.hidden_size // heads
         layers = self.config.num_hidden_layers

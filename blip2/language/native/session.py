@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from blip2 import memory
 from blip2.activations import ACTIVATIONS
-from blip2.devices import best_device, describe, has_float8
+from blip2.devices import best_device, describe, has_float8, sent
 from blip2.errors import Blip2Error
 from blip2.gpu.kernel_launch import compile_ahead
 from blip2.language.native.checkpoint import open_tensors
@@ -163,9 +163,12 @@ class _Requests:
         first_request: int,
     ) -> None:
         self._model, self._device, self._rows_each = model, device, options.rows
-        self._lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
-        self._input_ids = pad_sequence(list(input_ids), batch_first=True).long().to(device)
-        self._cache = model.new_cache(self._lengths, options.rows, options.max_output_len)
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        self._lengths = sent(lengths, device)
+        self._input_ids = sent(pad_sequence(list(input_ids), batch_first=True).long(), device)
+        self._cache = model.new_cache(
+            self._lengths, options.rows, options.max_output_len, int(lengths.max())
+        )
         self.strategy = model.new_strategy(options, input_ids, first_request, device)
 
     def read_prompts(self, prompt_table: torch.Tensor) -> torch.Tensor:
