@@ -54,6 +54,14 @@ def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def fetched(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of one device on the host. Waits for the device once, not for each of them."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies
+
+
 def describe(device: torch.device) -> str:
     """The device as messages call it."""
     return "a CPU" if device.type == "cpu" else f"an {torch.cuda.get_device_name(device)}"

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from blip2.devices import sent
+from blip2.devices import fetched, sent
 from blip2.language.sampling import draw_tokens, sampling_settings, uniforms
 from blip2.language.session import Beam, Generation, GenerationOptions
 
@@ -139,11 +139,11 @@ class Greedy(Strategy):
         return self._ended
 
     def results(self) -> list[Generation]:
-        steps = int(self._step)
-        rows, log_probs = self._tokens[:, :steps].tolist(), self._log_probs.tolist()
+        steps, tokens, log_probs = fetched(self._step, self._tokens, self._log_probs)
+        rows = tokens[:, : int(steps)].tolist()
         beams = [
             Beam.cut(ids, self.options, log_prob)
-            for ids, log_prob in zip(rows, log_probs, strict=True)
+            for ids, log_prob in zip(rows, log_probs.tolist(), strict=True)
         ]
         count = self.options.rows
         return [Generation(tuple(beams[at : at + count])) for at in range(0, len(beams), count)]
@@ -284,7 +284,8 @@ class BeamSearch(Strategy):
         return hopeless | self._is_finished.all() if self.options.early_stopping else hopeless
 
     def results(self) -> list[Generation]:
-        tokens, parents = self._tokens.tolist(), self._parents.tolist()
+        own = (self._tokens, self._parents, self._scores, self._endings)
+        tokens, parents, scores, endings = (copy.tolist() for copy in fetched(*own))
         kept = self.options.sequences
 
         def beam(score: float, ending: list[int]) -> Beam:
@@ -296,8 +297,8 @@ class BeamSearch(Strategy):
             return Beam.cut(ids[::-1], self.options).ranked(score, self.options)
 
         return [
-            Generation(tuple(map(beam, scores[:kept], endings[:kept])))
-            for scores, endings in zip(self._scores.tolist(), self._endings.tolist(), strict=True)
+            Generation(tuple(map(beam, of_request[:kept], ends[:kept])))
+            for of_request, ends in zip(scores, endings, strict=True)
         ]
 
 
