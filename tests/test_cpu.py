@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -193,15 +194,21 @@ def test_a_weight_stays_as_it_is_where_it_cannot_be_packed(monkeypatch):
         assert bfloat16.packed(weight) is weight
 
 
-def test_opts_weights_are_packed_once_and_for_many_rows(monkeypatch):
-    packed = []
-    monkeypatch.setattr(bfloat16, "packed", lambda weight: packed.append(weight) or weight)
-    linear = Bfloat16Linear.pack(torch.randn(8, 16).half(), None, None)
-    counts = []
-    for rows in (1, 64, 65, 5, 300):
-        linear(torch.randn(rows, 16))
-        counts.append(len(packed))
-    assert counts == [0, 0, 1, 1, 1]
+@pytest.mark.parametrize("can_pack", [True, False])
+def test_a_packers_weights_do_not_share_memory(monkeypatch, can_pack):
+    """Though it rounds them in one place: here oneDNN packs the same numbers in float32."""
+    pack = (
+        (lambda weight: bfloat16._reorder(weight.float())) if can_pack else (lambda weight: weight)
+    )
+    monkeypatch.setattr(bfloat16, "packed", pack)
+    packer = bfloat16.Packer()
+    given = [torch.randn(size, 16).half() for size in (8, 40, 8)]
+    given += [torch.randn(16, 8).half().T, torch.randn(8, 16), torch.randn(8, 16).bfloat16()]
+    with ThreadPoolExecutor(2) as pool:
+        weights = [*map(packer, given), *pool.map(packer, given)]
+    for weight, packed in zip(given * 2, weights, strict=True):
+        plain = packed.to_dense() if packed.is_mkldnn else packed
+        assert torch.equal(plain.float(), weight.bfloat16().float())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from blip2 import cpu
+from blip2 import bfloat16, cpu
 from blip2.activations import ACTIVATIONS
 from blip2.language.decoding import Strategy, log_probs, make_strategy
 from blip2.language.native.bf16 import Bfloat16Linear
@@ -227,12 +227,13 @@ def _words(weights: OPTWeights, tokens: torch.Tensor) -> torch.Tensor:
 def packing(config: OPTCheckpointConfig, device: torch.device) -> Iterator[Packer]:
     """Within, what packs the linears of an OPT for a device; leaving it makes them ready for use."""
     nbits = NBitsPacker(4 * config.num_hidden_layers + 1)  # a layer's, and the head
+    in_bfloat16 = bfloat16.Packer()
 
     def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
         if device.type == "cpu" and bits is not None:
             return nbits.pack(weight, bias, bits)
         if device.type == "cpu" and weight.dtype in _HALVES and cpu.is_fast_in_bfloat16():
-            return Bfloat16Linear.pack(weight, bias, bits)
+            return Bfloat16Linear.pack(weight, bias, bits, in_bfloat16)
         if device.type == "cpu" and Float16Linear.takes(weight.dtype):
             return Float16Linear.pack(weight, bias, bits)
         return FloatLinear.pack(weight, bias, bits)
