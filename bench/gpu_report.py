@@ -70,7 +70,7 @@ def median_ms(run: Callable, *arguments, repeats: int = 7, inner: int = 1, **opt
 
 
 def median_wall_ms(run: Callable, *arguments, repeats: int = 5, **options) -> float:
-    """Milliseconds of one call by the host's clock, after two to warm up: the second captures graphs."""
+    """Milliseconds of a call by the host's clock, after two to warm up: the second captures graphs."""
     for _ in range(2):
         run(*arguments, **options)
     times = []

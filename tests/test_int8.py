@@ -18,6 +18,7 @@ from blip2.vision.export import write_graph
 from blip2.vision.int8 import quantize_linears
 from blip2.vision.onnx_files import OnnxFiles
 from blip2.vision.onnx_runtime import open_graph, run_graph
+from blip2.vision.torch_session import TorchSession
 
 IN, OUT = 96, 40
 
@@ -88,8 +89,8 @@ def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path, monkeypatch):
 
     pixel_values = torch.randn(3, 3, 28, 28)
     # Not opened by ONNX Runtime alone, whose sums of 8 bits saturate on x86 without VNNI.
-    session = open_graph(path, is_int8=True)
-    [embeds] = session.run(None, {"input": pixel_values.numpy()})
+    graph = open_graph(path, is_int8=True)
+    [embeds] = graph.run(None, {"input": pixel_values.numpy()})
     with torch.inference_mode():
         theirs = model.vision_model(pixel_values).last_hidden_state.numpy()
     assert np.linalg.norm(embeds - theirs) < 0.05 * np.linalg.norm(theirs)
@@ -106,11 +107,13 @@ def test_export_and_run(tiny_checkpoint, tiny_opt, tmp_path, monkeypatch):
         torch.testing.assert_close(stored, parameter.data, rtol=1e-6, atol=1e-8)
     with torch.inference_mode():
         rounded = model.vision_model(pixel_values).last_hidden_state
-    in_bfloat16 = open_vision_session(*places).vit(pixel_values)
+    session = open_vision_session(*places)
+    assert isinstance(session, TorchSession)
+    in_bfloat16 = session.vit(pixel_values)
     assert 1e-3 < (in_bfloat16 - rounded).norm() / rounded.norm() < 0.01
 
     pixel_values[1, 0, 5, 5] = torch.nan
-    [spoiled] = session.run(None, {"input": pixel_values.numpy()})
+    [spoiled] = graph.run(None, {"input": pixel_values.numpy()})
     assert np.isfinite(spoiled).all(axis=(1, 2)).tolist() == [True, False, True]
 
     asked = run_program(
