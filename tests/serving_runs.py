@@ -77,9 +77,11 @@ class Server:
         return self.directory / "slow"
 
     @contextlib.contextmanager
-    def slowly(self) -> Iterator[None]:
-        """Within, a step takes 50 ms."""
-        self.slow.touch()
+    def slowly(self, step: float = 0.05) -> Iterator[None]:
+        """Within, a step takes so many seconds."""
+        written = self.slow.with_suffix(".new")
+        written.write_text(str(step))
+        written.replace(self.slow)  # whoever reads it finds all of it
         try:
             yield
         finally:

@@ -323,7 +323,7 @@ def used(server: Server) -> float:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_rows(server, stream):
     """Half way through an answer; others go on."""
-    with server.slowly():
+    with server.slowly(0.15):
         connection = server.connect()
         body = json.dumps(question("", stream=stream, num_beams=1, n=4))
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_frees_its_rows(server, stream):
         assert wait_for(lambda: used(server) == 5, 5)
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
-        assert wait_for(lambda: used(server) == 1, 0.6)  # an answer takes 1.15 s
+        assert wait_for(lambda: used(server) == 1, 1.8)  # an answer takes 3.45 s
         asking.join()
     assert other[0].text == CAPTION
     left = [line for line in server.log() if line["status"] == 499]
@@ -343,12 +343,12 @@ def test_a_client_that_leaves_frees_its_rows(server, stream):
 
 
 def test_a_stream_that_is_closed_ends_its_request(server, client):
-    with server.slowly():
+    with server.slowly(0.15):
         stream = client.chat.completions.create(model="blip2", messages=messages(""), stream=True)
         next(iter(stream))
         assert used(server) == 1
         stream.close()
-        assert wait_for(lambda: used(server) == 0, 0.6)
+        assert wait_for(lambda: used(server) == 0, 1.8)
 
 
 def test_more_than_may_wait_get_429(server):
