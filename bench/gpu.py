@@ -153,10 +153,9 @@ class Bench:
         vision: TorchSession | None = None,
     ) -> list[list[int]]:
         """Token ids of each picture's best answer; `vision` is the float16 one by default."""
+        # On the host, where tokenizers leave them.
         rows = torch.arange(self.num_query_tokens) + self.vocab_size
-        input_ids = [
-            torch.cat([rows, ids]) for ids in text_ids.cpu()
-        ]  # where tokenizers leave them
+        input_ids = [torch.cat([rows, ids]) for ids in text_ids.cpu()]
         vision = vision or self.vision
         table = vision.qformer(vision.vit(pictures))
         options = GenerationOptions(end_id=END_ID, max_output_len=tokens, num_beams=num_beams)

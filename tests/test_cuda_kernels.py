@@ -141,18 +141,17 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return values.float() * scales
 
 
-# Where a number half way between two of E4M3 is rounded the other way; all in 16 bits are 2e-2 off.
-FLIPPED = 3e-3
-
-
 @pytest.mark.parametrize("rows", [9, 200])
 def test_a_layer_in_float8_rounds_the_inputs_of_each_linear(rows, monkeypatch):
-    """Each linear alone, on what was computed before it: by Hopper's kernel, and by cuBLAS."""
+    """Each linear alone, on what was computed before it: by Hopper's kernel, and by cuBLAS.
+
+    With these numbers nothing lies so near to half way between two of E4M3 that it may go either way.
+    """
     monkeypatch.setattr("blip2.gpu.float8.product_dtype", lambda _device: torch.float32)
     reference, packed = random_models("float8")
     truth, layer, width = reference.weights.layers[0], packed.weights.layers[0], CONFIG.hidden_size
     layers = Float8Layers(CONFIG, packed.weights, rows, torch.device("cpu"))
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     layers.x.copy_(x)
     found = {}
 
@@ -164,18 +163,16 @@ def test_a_layer_in_float8_rounds_the_inputs_of_each_linear(rows, monkeypatch):
         return functional.layer_norm(x, (width,), norm.weight, norm.bias, 1e-5)
 
     layers._attend(0, attention)
-    assert relative_error(found["qkv"], truth.qkv(rounded(norm(x, truth.input_norm)))) < FLIPPED
+    assert relative_error(found["qkv"], truth.qkv(rounded(norm(x, truth.input_norm)))) < 1e-3
     attended = layers._attended.float()
     layers._add(layers._attended, layer.dense)
     stream = layers._residual.summed().clone()
-    assert relative_error(stream - x, truth.dense(rounded(attended))) < FLIPPED
+    assert relative_error(stream - x, truth.dense(rounded(attended))) < 1e-3
     hidden = layers._multiply(layers._norms[0][1](layers._residual), layer.fc, layers._hidden)
-    assert (
-        relative_error(hidden.float(), truth.fc(rounded(norm(stream, truth.post_norm)))) < FLIPPED
-    )
+    assert relative_error(hidden.float(), truth.fc(rounded(norm(stream, truth.post_norm)))) < 1e-3
     layers._add(hidden, layer.proj, "relu")
     added = layers._residual.summed() - stream
-    assert relative_error(added, truth.proj(rounded(hidden.float().relu()))) < FLIPPED
+    assert relative_error(added, truth.proj(rounded(hidden.float().relu()))) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 9])
