@@ -24,6 +24,7 @@ from torch.nn import functional
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from blip2.gpu.boxes import Boxes
 from blip2.language import sampling
 
 # An H100, as far as the product asks.
@@ -207,10 +208,12 @@ def step(
     max_len: int,
     shared_bytes: int,
     together: bool,
+    dependent: bool,
 ) -> None:
     """step.cu; the model is read where its table of addresses says."""
     _rule(grid == (macros["BLOCKS"], 1) and threads == 32 * (macros["WARPS"] + 1), "blocks")
     _rule(shared_bytes == macros["SHARED"] and together, "blocks that do not wait for one another")
+    _rule(not dependent, "it does not wait for the kernel before")
     _rule(keys.shape[3] == max_len, "the cache's shape")
     width, ffn, vocab = macros["WIDTH"], macros["FFN"], macros["VOCAB"]
     buffers = (qkv, attended, hidden, slots)
@@ -275,6 +278,59 @@ def step(
     first_mark ^= macros["LAYERS"] % 2
 
 
+def span(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    attended: Boxes,
+    normed: Boxes,
+    hidden: Boxes,
+    *arguments: Any,
+    shared_bytes: int,
+    together: bool,
+) -> None:
+    """span.cu."""
+    linears, (*norms, x, parts, normed_to, hidden_to, qkv, counters, rows, eps) = (
+        arguments[:12],
+        arguments[12:],
+    )
+    width, ffn, bits = macros["WIDTH"], macros["FFN"], macros["BITS"]
+    _rule(grid == (macros["BLOCKS"], 1) and threads == 192 + 576 * (bits < 16), "blocks")
+    _rule(shared_bytes == macros["SHARED"] and together, "blocks that do not wait for one another")
+    _rule(rows <= 64 and x.shape == (rows, width) and x.dtype == torch.float32, "rows")
+    _rule(parts.shape == (macros["SPLIT"], 64, width), "parts")
+    _rule(counters.shape == (4,) and counters.dtype == torch.int64, "counters")
+    for boxes, columns in ((attended, width), (normed, width), (hidden, ffn)):
+        _rule(boxes.matrix.shape == (rows, columns) and boxes.rows == 64, "inputs")
+    _rule(normed.matrix is normed_to and hidden.matrix is hidden_to, "what is written is read")
+    shapes = {"DENSE": (width, width), "FC": (ffn, width), "PROJ": (width, ffn)}
+    shapes["QKV"] = (3 * width, width)
+
+    def products(index: int, name: str, channels: int, inputs: int) -> Callable[..., torch.Tensor]:
+        weight, scales, bias = linears[index], linears[4 + index], linears[8 + index]
+        if bits == 16:
+            _rule(weight.rows == macros[f"{name}_TILE"], "a tile's boxes")
+            exact = weight.matrix.float()
+        else:
+            exact = unpacked(weight, bits, (channels, inputs)).float() * scales.float()[:, None]
+        _rule(exact.shape == (channels, inputs), "a weight's shape")
+        return lambda y: functional.linear(y.half().float(), exact, bias.float())
+
+    dense, fc, proj, next_qkv = (
+        products(index, name, *shape) for index, (name, shape) in enumerate(shapes.items())
+    )
+
+    def norm(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(x, (width,), weight.float(), bias.float(), eps)
+
+    x += dense(attended.matrix)
+    normed_to.copy_(norm(*norms[:2]))
+    hidden_to.copy_(fc(normed_to).relu())
+    x += proj(hidden_to)
+    normed_to.copy_(norm(*norms[2:]))
+    qkv.copy_(next_qkv(normed_to))
+
+
 def marks(words: torch.Tensor) -> torch.Tensor:
     """step.cu's marks: the lowest bit of a float32, the sign of a float16."""
     if words.dtype == torch.float32:
@@ -332,6 +388,7 @@ DOUBLES = {
     "linear.cu": linear,
     "linear_hopper.cu": linear,
     "linear_hopper_packed.cu": linear,
+    "span.cu": span,
     "step.cu": step,
     "unpack.cu": unpack_weight,
 }

@@ -5,11 +5,14 @@ Against the float32 model. That the kernels in CUDA C++ are right, tests/gpu say
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
 import types
 import weakref
+from pathlib import Path
 
+import gpu_double
 import pytest
 import torch
 from conftest import compiled_launches
@@ -19,7 +22,7 @@ pytest.importorskip("triton")
 
 from blip2.float8 import quantise
 from blip2.language.decoding import BeamSearch, Greedy
-from blip2.language.native import cuda_decoding, fused_step, layers, prompt
+from blip2.language.native import cuda_decoding, fused_step, layers, prompt, span
 from blip2.language.native.cache import KVCache
 from blip2.language.native.checkpoint import Layer, Norm, OPTWeights
 from blip2.language.native.cuda import CudaModel
@@ -116,6 +119,38 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
         beams = torch.randint(0, num_beams, (rows,), generator=generator)
         for cache in caches:
             cache.reorder(first_rows + beams)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_what_lies_between_attentions_is_one_kernel(bits, monkeypatch):
+    """Of a prompt of 40 tokens, and of steps of 40 rows."""
+    launched = collections.Counter()
+
+    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
+        launched[path.name] += 1
+        return gpu_double.load_kernel(path, name, macros)
+
+    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+    config = dataclasses.replace(CONFIG, hidden_size=256, num_hidden_layers=3)
+    reference, packed = random_models(bits, config=config)
+    tokens = torch.randint(0, 90, (40,), generator=torch.Generator().manual_seed(7))
+    for lengths, rows in ((torch.tensor([40]), 1), (torch.full((40,), 3), 40)):
+        input_ids = tokens[None] if rows == 1 else tokens.repeat(3, 1).T
+        table = torch.zeros(rows, 0, config.hidden_size)
+        caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
+        expected, got = (
+            model.prefill(input_ids, lengths, table, cache)
+            for model, cache in zip((reference, packed), caches, strict=True)
+        )
+        assert relative_error(got, expected) < 3e-3
+        for _ in range(3):
+            expected, got = (
+                model.step(tokens[:rows], cache)
+                for model, cache in zip((reference, packed), caches, strict=True)
+            )
+            assert relative_error(got, expected) < 3e-3
+    # The prompt of 40, not those of 120 tokens; three steps of 40 rows.
+    assert launched["span.cu"] == 2 * (1 + 3)
 
 
 def test_a_model_goes_with_its_last_reference():
@@ -414,10 +449,12 @@ def test_blocks_that_wait_for_one_another_are_launched_together(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(compiled.CompiledKernel, "_function", None)
     kernel = compiled.CompiledKernel(fused_step.SOURCE, "step", ())
+    kernel((132, 1), 32, 0, together=True, dependent=False)
     kernel((132, 1), 32, 0, together=True)
     kernel((132, 1), 32, 0)
-    together, alone = ({attribute.id for attribute in config.attrs} for config in configs)
+    together, both, alone = ({attribute.id for attribute in config.attrs} for config in configs)
     assert together == {kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE}
+    assert both == together | alone
     assert configs[0].attrs[0].value.cooperative == 1
     assert alone == {kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION}
 
@@ -485,6 +522,25 @@ def test_hoppers_kernels_compile(shape, bits, float8, rows):
     assert 8 * macros["TILES"] * (128 + 4) * 4 <= shared_bytes <= (228 << 10) // 2 - (2 << 10)
     macros |= {"WIDTH": shape[1], "RELU": 1, "RESIDUAL": 0, "OUT_FLOAT": 0, "HAS_BIAS": 1}
     assert compiled.compile_source(source, tuple(macros.items()), "sm_90a")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("width", [768, 2560, 4096])
+def test_the_span_compiles(bits, width):
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    config = dataclasses.replace(CONFIG, hidden_size=width)
+    macros = span.macros_for(config, bits, 132, 227 << 10)
+    assert compiled.compile_source(span.SOURCE, tuple(macros.items()), "sm_90a")
+
+
+def test_the_span_shares_out_every_linear():
+    """OPT-2.7B's, to an H100's 132 blocks: one tile for each, all as large but qkv's."""
+    config = dataclasses.replace(CONFIG, hidden_size=2560)
+    macros = span.macros_for(config, 4, 132, 227 << 10)
+    tiles = {name: macros[f"{name}_TILE"] for name in ("DENSE", "FC", "PROJ", "QKV")}
+    assert tiles == {"DENSE": 80, "FC": 80, "PROJ": 80, "QKV": 64}
+    assert macros["SPLIT"] * 2560 / 80 == 10240 / 80 == 128
+    assert 7680 / 64 == 120
 
 
 def test_greedy_search_as_one_kernel():

@@ -17,9 +17,14 @@ from cuda.bindings import driver, nvrtc
 
 from blip2 import cache
 from blip2.devices import launches_dependently
+from blip2.gpu.boxes import ROW_BYTES, Boxes
 from blip2.gpu.kernel_launch import is_ahead, submit
 
 _POINTER = ctypes.c_void_p
+_ELEMENTS = {  # by their bytes: what they mean does not matter
+    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+}
 
 
 class CompiledKernel:
@@ -56,13 +61,16 @@ class CompiledKernel:
         shared_bytes: int = 0,
         cluster: int = 1,
         together: bool = False,
+        dependent: bool = True,
     ) -> None:
         """Launch, dependent on the kernel before where the GPU can (PDL, Hopper and later).
 
-        Tensors go as their addresses, None as a null pointer, int and float as 32 bits. A `cluster`
+        Tensors go as their addresses, None as a null pointer, int and float as 32 bits, Boxes as the
+        driver's description of them (`const __grid_constant__ TensorMap`). A `cluster`
         of so many blocks, side by side in x, sees one another's shared memory (Hopper and later).
-        Blocks that wait for one another have to run `together` (a cooperative launch), and such a
-        launch waits for the kernel before as usual. Within `compile_ahead` it is compiled only.
+        Blocks that wait for one another have to run `together` (a cooperative launch). A kernel that
+        does not wait for the one before itself is not `dependent`. Within `compile_ahead` it is
+        compiled only.
         """
         if is_ahead():
             if self._compiling is None:
@@ -74,7 +82,7 @@ class CompiledKernel:
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs = attributes = self._attributes(cluster, together)
+        config.attrs = attributes = self._attributes(cluster, together, dependent)
         config.numAttrs = len(attributes)
         if shared_bytes > self._shared_bytes:
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -83,7 +91,9 @@ class CompiledKernel:
         values, types = zip(*map(_as_argument, arguments), strict=True)
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
-    def _attributes(self, cluster: int, together: bool) -> list[driver.CUlaunchAttribute]:
+    def _attributes(
+        self, cluster: int, together: bool, dependent: bool
+    ) -> list[driver.CUlaunchAttribute]:
         kinds, attributes = driver.CUlaunchAttributeID, []
 
         def attribute(kind: driver.CUlaunchAttributeID) -> Any:
@@ -93,7 +103,7 @@ class CompiledKernel:
 
         if together:
             attribute(kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE).cooperative = 1
-        elif self._dependent:
+        if self._dependent and dependent:
             value = attribute(kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
             value.programmaticStreamSerializationAllowed = 1
         if cluster > 1:
@@ -107,7 +117,30 @@ def _as_argument(argument: Any) -> tuple[Any, Any]:
         return 0, _POINTER
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr(), _POINTER
+    if isinstance(argument, Boxes):
+        return _tensor_map(argument), None
     return argument, ctypes.c_float if isinstance(argument, float) else ctypes.c_int
+
+
+def _tensor_map(boxes: Boxes) -> driver.CUtensorMap:
+    matrix = boxes.matrix
+    rows, columns = matrix.shape
+    size = matrix.element_size()
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            _ELEMENTS[size],
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(columns * size)],
+            [driver.cuuint32_t(ROW_BYTES // size), driver.cuuint32_t(boxes.rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
 
 
 def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:

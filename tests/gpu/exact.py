@@ -132,22 +132,22 @@ class ExactOPT:
         hidden_slots = slots > slots[past:, None]
         all_keys, all_values = [], []
         for layer, old_keys, old_values in zip(self.weights.layers, keys, values, strict=True):
-            qkv = layer.qkv(_norm(x, layer.input_norm)).unflatten(-1, (3, heads, -1))
+            qkv = layer.qkv(exact_norm(x, layer.input_norm)).unflatten(-1, (3, heads, -1))
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
             all_keys.append(torch.cat((old_keys, key), 2))
             all_values.append(torch.cat((old_values, value), 2))
             scores = query @ all_keys[-1].transpose(2, 3) * query.shape[3] ** -0.5
             weights = scores.masked_fill(hidden_slots, -math.inf).softmax(-1)
             x = x + layer.dense((weights @ all_values[-1]).transpose(1, 2).flatten(2))
-            x = x + layer.proj(layer.fc(_norm(x, layer.post_norm)).relu())
+            x = x + layer.proj(layer.fc(exact_norm(x, layer.post_norm)).relu())
         return x, torch.stack(all_keys), torch.stack(all_values)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """... x hidden_size behind the last layer → ... x vocab_size."""
-        return self.weights.head(_norm(x, self.weights.final_norm))
+        return self.weights.head(exact_norm(x, self.weights.final_norm))
 
 
-def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+def exact_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     centred = x - x.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     return centred * scale * norm.weight + norm.bias

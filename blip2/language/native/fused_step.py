@@ -77,6 +77,7 @@ class FusedStep:
             cache.max_len,
             shared_bytes=macros["SHARED"],
             together=True,
+            dependent=False,
         )
         return self._logits
 

@@ -12,9 +12,7 @@
 // Compiled by NVRTC with BITS, TILES (of 8 rows), WARPS, SPLIT, DEPTH, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS
 // and WIDTH, the number of inputs, a multiple of 64, defined; FLOAT8 where weights and inputs are E4M3.
 
-#include "fragments.cuh"
-
-typedef unsigned long long u64;
+#include "wgmma.cuh"
 
 #define THREADS (32 * WARPS)
 #define BLOCK_CHANNELS (CHANNELS * WARPS)
@@ -36,12 +34,8 @@ __device__ inline void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Where the tensor cores look for 16 bytes of a row: rows have 128 bytes, whose pieces are swapped
-// about by row. A whole such block begins at a multiple of 1024 bytes.
+// Where the tensor cores look for 16 bytes of a row, as `descriptor` says.
 __device__ inline u32 swapped(int row, int piece) { return row * STEP_BYTES + (piece ^ row % 8) * 16; }
-
-// The descriptor that says so: swapped thus (1 << 62), eight rows 1024 bytes; in units of 16 bytes.
-__device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
 // A product of 64 channels and all rows, 32 bytes of inputs of each, added to sums c. FOR_TILES gives `text` the
 // columns, the sums and the numbers that its operands have behind those; PRODUCT makes an instruction
@@ -72,10 +66,6 @@ __device__ inline u64 descriptor(u32 block) { return block >> 4 | 1ull << 16 | 6
 #define PRODUCT(columns, sums, weights, inputs, one, modes) \
   "{\n.reg .pred add;\nsetp.ne.b32 add, " one ", 0;\nwgmma.mma_async.sync.aligned.m64" columns TYPES \
   " {" sums "}, " weights ", " inputs ", add, 1, 1" modes ";\n}"
-
-__device__ inline void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ inline void finish() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // Between the blocks that share channels: their shared memory is written, `last` read.
 __device__ inline void meet(bool last) {

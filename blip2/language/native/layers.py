@@ -14,6 +14,7 @@ from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
 from blip2.language.native.packing import CHANNELS, PackedLinear
+from blip2.language.native.span import Span
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
@@ -22,6 +23,7 @@ HOPPER_PACKED_SOURCE = Path(__file__).with_name("linear_hopper_packed.cu")
 _TILES = (1, 2, 3, 5, 8)  # tiles of 8 rows that linear.cu is compiled for
 _HOPPER_TILES = (2, 4, 6, 8)  # and the linears of hopper.cuh, which are faster where they run
 _MOST_ROWS = 64  # with more cuBLAS is faster, though packed weights are unpacked for it first
+_SEPARATE_ROWS = 32  # up to here they are faster than what `Span` joins
 FEW_ROWS = 8  # up to here linear.cu is faster than they are
 _HOPPER_STEP = 128  # bytes of a row of inputs, at a time
 _HOPPER_WARPS = 8  # of a block of theirs, each with CHANNELS
@@ -55,29 +57,43 @@ class Layers:
         properties = torch.cuda.get_device_properties(device)
         self._hopper = properties.major == 9
         self._multiprocessors = properties.multi_processor_count
+        self._span: Span | None = None
+        if (
+            self._hopper
+            and tokens > _SEPARATE_ROWS
+            and weights
+            and Span.runs(config, weights, tokens)
+        ):
+            buffers = (self.x, self._normed, self._attended, self._hidden, self._qkv)
+            self._span = Span(config, weights, *buffers)
 
     def run(self, attention: Attention) -> None:
         """Queue all layers.
 
         `attention(layer, qkv, attended)` fills `attended`, tokens x width, from tokens x 3 x width.
         """
-        for index in range(len(self._weights.layers)):
-            self._attend(index, attention)
-            self._mlp(index)
+        self._to_last_attention(attention)
+        self._mlp(len(self._weights.layers) - 1)
 
     def run_prompts(self, attention: Attention, last: torch.Tensor, rest: Layers) -> None:
         """The same, but of the tokens `last` (int64) alone what follows the last attention.
 
         That goes on in `rest`, which has as many tokens.
         """
-        *first, final = range(len(self._weights.layers))
-        for index in first:
-            self._attend(index, attention)
-            self._mlp(index)
-        self._attend(final, attention)
+        self._to_last_attention(attention)
         torch.index_select(self.x, 0, last, out=rest.x)
         torch.index_select(self._attended, 0, last, out=rest._attended)
-        rest._mlp(final)
+        rest._mlp(len(self._weights.layers) - 1)
+
+    def _to_last_attention(self, attention: Attention) -> None:
+        self._attend(0, attention)
+        for index in range(len(self._weights.layers) - 1):
+            if self._span:
+                self._span(index)
+                attention(index + 1, self._qkv, self._attended)
+            else:
+                self._mlp(index)
+                self._attend(index + 1, attention)
 
     def _attend(self, index: int, attention: Attention) -> None:
         layer = self._weights.layers[index]

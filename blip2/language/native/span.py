@@ -1,0 +1,147 @@
+"""What lies between two attentions, for some tens of rows on a Hopper, as one kernel: span.cu."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from blip2.gpu.boxes import Boxes
+from blip2.language.native.checkpoint import OPTWeights
+from blip2.language.native.model import NORM_EPS
+from blip2.language.native.packing import PackedLinear
+from blip2.language.trtllm_format import OPTCheckpointConfig
+
+SOURCE = Path(__file__).with_name("span.cu")
+ROWS = 64  # at most
+
+_SPLIT = 4  # blocks that share out the inputs of dense's and proj's channels
+_CHANNELS = 16  # a tile's are a multiple
+_MOST_CHANNELS = 128  # of a tile
+_STEP = 128  # inputs that are copied and multiplied at a time
+_INPUTS_DEPTH = 4  # steps of inputs that are copied ahead
+_UNPACKED_DEPTH = 8  # halves of steps of weights that are unpacked ahead
+# Teams of warps that unpack. Products of more channels need more registers than the most teams leave.
+_MOST_TEAMS, _MOST_CHANNELS_OF_THEM, _TEAMS = 3, 80, 2
+_WARPS = {0: 6, 2: 16, 3: 24}  # of span.cu, by teams
+# Weights under way in each block: enough to keep the memory busy. With more, what blocks write for one
+# another waits behind them.
+_BYTES_UNDER_WAY = 44 << 10
+
+
+class Span:
+    """Runs span.cu for each layer but the last, over the buffers of `Layers`."""
+
+    def __init__(
+        self,
+        config: OPTCheckpointConfig,
+        weights: OPTWeights,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        attended: torch.Tensor,
+        hidden: torch.Tensor,
+        qkv: torch.Tensor,
+    ) -> None:
+        """`x`, rows x hidden_size in float32, is the residual stream; the others are `Layers`'."""
+        properties = torch.cuda.get_device_properties(x.device)
+        self._macros = macros_for(
+            config,
+            weights.layers[0].qkv.bits,
+            properties.multi_processor_count,
+            properties.shared_memory_per_block_optin,
+        )
+        self._weights, self._x, self._qkv = weights, x, qkv
+        self._normed, self._attended, self._hidden = normed, attended, hidden
+        parts = (self._macros["SPLIT"], ROWS, config.hidden_size)
+        self._parts = torch.empty(parts, device=x.device)
+        self._counters = torch.zeros(4, dtype=torch.int64, device=x.device)
+
+    @staticmethod
+    def runs(config: OPTCheckpointConfig, weights: OPTWeights, rows: int) -> bool:
+        """Whether it is for these weights and so many rows, on a Hopper."""
+        if config.hidden_size % _STEP or config.ffn_size % _STEP or rows > ROWS:
+            return False
+        linears = [
+            linear
+            for layer in weights.layers
+            for linear in (layer.qkv, layer.dense, layer.fc, layer.proj)
+        ]
+        same = len({linear.bits for linear in linears}) == 1
+        return same and not any(linear.is_float8 for linear in linears)
+
+    def __call__(self, index: int) -> None:
+        """Queue what follows the attention of a layer, up to what the next one's needs."""
+        from blip2.gpu.compiled import load_kernel
+
+        layer, following, macros = *self._weights.layers[index : index + 2], self._macros
+        linears = (layer.dense, layer.fc, layer.proj, following.qkv)
+        tiles = (macros[f"{name}_TILE"] for name in ("DENSE", "FC", "PROJ", "QKV"))
+        kernel = load_kernel(SOURCE, "span", tuple(macros.items()))
+        kernel(
+            (macros["BLOCKS"], 1),
+            32 * _WARPS[macros["TEAMS"]],
+            *(Boxes(x, ROWS) for x in (self._attended, self._normed, self._hidden)),
+            *map(_weight, linears, tiles),
+            *(linear.scales for linear in linears),
+            *(linear.bias for linear in linears),
+            layer.post_norm.weight,
+            layer.post_norm.bias,
+            following.input_norm.weight,
+            following.input_norm.bias,
+            self._x,
+            self._parts,
+            self._normed,
+            self._hidden,
+            self._qkv,
+            self._counters,
+            len(self._x),
+            NORM_EPS,
+            shared_bytes=macros["SHARED"],
+            together=True,
+        )
+
+
+def macros_for(
+    config: OPTCheckpointConfig, bits: int, multiprocessors: int, shared: int
+) -> dict[str, int]:
+    """How span.cu is compiled for a GPU of so many multiprocessors and bytes of shared memory each."""
+    width, ffn = config.hidden_size, config.ffn_size
+    split = min(_SPLIT, width // _STEP)
+
+    def tile(channels: int) -> int:
+        """So that every block has one tile."""
+        return min(_CHANNELS * math.ceil(channels / (_CHANNELS * multiprocessors)), _MOST_CHANNELS)
+
+    tiles = {
+        "DENSE_TILE": tile(width * split),
+        "FC_TILE": tile(ffn),
+        "PROJ_TILE": tile(width * split),
+        "QKV_TILE": tile(3 * width),
+    }
+    # As span.cu lays them out, each place with two barriers of 8 bytes.
+    stage = _STEP * max(tiles.values())
+    unpacked_depth, teams = 0, 0
+    if bits < 16:
+        unpacked_depth = _UNPACKED_DEPTH
+        teams = _MOST_TEAMS if max(tiles.values()) <= _MOST_CHANNELS_OF_THEM else _TEAMS
+    rest = _INPUTS_DEPTH * (2 * _STEP * ROWS + 16) + unpacked_depth * (stage + 16) + 16
+    depth = (shared - rest) // (stage + 16)
+    return {
+        "BITS": bits,
+        "WIDTH": width,
+        "FFN": ffn,
+        "BLOCKS": multiprocessors,
+        "SPLIT": split,
+        **tiles,
+        "TEAMS": teams,
+        "WEIGHTS_DEPTH": depth,
+        "INPUTS_DEPTH": _INPUTS_DEPTH,
+        "UNPACKED_DEPTH": unpacked_depth,
+        "UNDER_WAY": max(1, min(depth, _BYTES_UNDER_WAY // stage)),
+        "SHARED": shared,
+    }
+
+
+def _weight(linear: PackedLinear, tile: int) -> torch.Tensor | Boxes:
+    return Boxes(linear.weight, tile) if linear.bits == 16 else linear.weight
