@@ -12,7 +12,7 @@ import torch
 from bench.cpu_limits import Run
 from bench.cpu_opt import WIDTH
 from bench.cpu_work import Work, filled
-from blip2 import cpu
+from blip2 import bfloat16, cpu
 from blip2.checkpoints import QFormerConfig, VisionConfig
 
 EXPORTS = {  # name: onnx_export.py's --dtype, and --opset
@@ -150,7 +150,9 @@ def _module_work(module: torch.nn.Module, stage: VitStage | QFormerStage) -> Wor
     from blip2.vision import bf16
 
     bf16.use_bfloat16(module)
-    bf16.pack(module)
+    weights, packs = module.state_dict(), bf16.packed_weights(module)
+    packed = {name: bfloat16.packed(weights[name]) for name in packs}
+    module.load_state_dict(packed, strict=False, assign=True)
 
     def start(pictures: int) -> Run:
         given = stage.inputs(pictures).values()

@@ -37,8 +37,10 @@ def use_bfloat16(module: nn.Module) -> None:
             use_bfloat16(child)
 
 
-def pack(module: nn.Module) -> None:
-    """Have the weights of every Bfloat16Linear in `module` as they are multiplied; they stay so."""
-    for child in module.modules():
-        if isinstance(child, Bfloat16Linear):
-            child.weight = nn.Parameter(bfloat16.packed(child.weight), requires_grad=False)
+def packed_weights(module: nn.Module) -> set[str]:
+    """The names of the weights in `module` that may be in oneDNN's own order: see `bfloat16.linear`."""
+    return {
+        f"{name}.weight" if name else "weight"
+        for name, child in module.named_modules()
+        if isinstance(child, Bfloat16Linear)
+    }

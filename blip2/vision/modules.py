@@ -15,7 +15,7 @@ from torch import nn
 
 from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
-from blip2.bfloat16 import rounded
+from blip2.bfloat16 import Packer, rounded
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
 from blip2.vision import bf16
@@ -280,9 +280,12 @@ def _filled(
     if dtype == torch.bfloat16:
         bf16.use_bfloat16(module)
         own |= {name: tensor.dtype for name, tensor in module.named_parameters()}
+    packs, packer = bf16.packed_weights(module), Packer()
 
     def parameter(name: str) -> torch.Tensor:
         stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
+        if name in packs:
+            return packer(stored)
         wanted = own.get(name, dtype)
         return rounded(stored) if wanted == torch.bfloat16 else stored.to(wanted).contiguous()
 
@@ -295,5 +298,4 @@ def _filled(
             f"{checkpoint.mend}, or use --dtype float32",
         )
     module.load_state_dict(state, assign=True)
-    bf16.pack(module)
     return module.eval().requires_grad_(False)
