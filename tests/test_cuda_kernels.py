@@ -123,7 +123,7 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_what_lies_between_attentions_is_one_kernel(bits, monkeypatch):
-    """Of a prompt of 40 tokens, and of steps of 40 rows."""
+    """Of a prompt of 40 tokens, and of steps of 33 rows."""
     launched = collections.Counter()
 
     def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
@@ -131,26 +131,25 @@ def test_what_lies_between_attentions_is_one_kernel(bits, monkeypatch):
         return gpu_double.load_kernel(path, name, macros)
 
     monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
-    config = dataclasses.replace(CONFIG, hidden_size=256, num_hidden_layers=3)
-    reference, packed = random_models(bits, config=config)
+    config = dataclasses.replace(CONFIG, hidden_size=128)
+    models = random_models(bits, config=config)
     tokens = torch.randint(0, 90, (40,), generator=torch.Generator().manual_seed(7))
-    for lengths, rows in ((torch.tensor([40]), 1), (torch.full((40,), 3), 40)):
-        input_ids = tokens[None] if rows == 1 else tokens.repeat(3, 1).T
-        table = torch.zeros(rows, 0, config.hidden_size)
-        caches = [model.new_cache(lengths, 1, 8) for model in (reference, packed)]
+    table = torch.zeros(1, 0, config.hidden_size)
+    for length, num_beams, steps in ((40, 1, 0), (5, 33, 2)):
+        lengths = torch.tensor([length])
+        caches = [model.new_cache(lengths, num_beams, 8) for model in models]
         expected, got = (
-            model.prefill(input_ids, lengths, table, cache)
-            for model, cache in zip((reference, packed), caches, strict=True)
+            model.prefill(tokens[None, :length], lengths, table, cache)
+            for model, cache in zip(models, caches, strict=True)
         )
         assert relative_error(got, expected) < 3e-3
-        for _ in range(3):
+        for _ in range(steps):
             expected, got = (
-                model.step(tokens[:rows], cache)
-                for model, cache in zip((reference, packed), caches, strict=True)
+                model.step(tokens[:num_beams], cache)
+                for model, cache in zip(models, caches, strict=True)
             )
             assert relative_error(got, expected) < 3e-3
-    # The prompt of 40, not those of 120 tokens; three steps of 40 rows.
-    assert launched["span.cu"] == 2 * (1 + 3)
+    assert launched["span.cu"] == 1 + 2  # of two layers one
 
 
 def test_a_model_goes_with_its_last_reference():
