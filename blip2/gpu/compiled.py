@@ -21,10 +21,6 @@ from blip2.gpu.boxes import ROW_BYTES, Boxes
 from blip2.gpu.kernel_launch import is_ahead, submit
 
 _POINTER = ctypes.c_void_p
-_ELEMENTS = {  # by their bytes: what they mean does not matter
-    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-}
 
 
 class CompiledKernel:
@@ -128,7 +124,8 @@ def _tensor_map(boxes: Boxes) -> driver.CUtensorMap:
     size = matrix.element_size()
     return _check(
         driver.cuTensorMapEncodeTiled(
-            _ELEMENTS[size],
+            # Its bytes are copied: which numbers they are does not matter.
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
             2,
             matrix.data_ptr(),
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
