@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_program
+from torch import nn
 
 from blip2 import bfloat16, cpu
+from blip2.checkpoints.reader import open_checkpoint
 from blip2.engines import open_language_session, open_vision_session
 from blip2.language.native.bf16 import Bfloat16Linear
+from blip2.vision.modules import load_vision_transformer
 
 
 @pytest.fixture
@@ -248,6 +251,27 @@ def test_stages_in_bfloat16_are_near_transformers(tiny_checkpoint, float16_expor
         assert ours.dtype == torch.float32
         off = (ours - theirs).norm() / theirs.norm()
         assert 1e-3 < off < 3e-2  # float16 would be off by less
+
+
+def test_every_weight_of_a_vit_in_bfloat16_is_packed(tiny_checkpoint, monkeypatch):
+    packed = {}
+
+    def reorder(weight: torch.Tensor) -> torch.Tensor:
+        result = weight.clone()
+        packed[result.data_ptr()] = result
+        return result
+
+    monkeypatch.setattr(bfloat16, "_reorder", reorder)
+    checkpoint = open_checkpoint(tiny_checkpoint.checkpoint)
+    vit = load_vision_transformer(checkpoint, torch.bfloat16, torch.device("cpu"))
+    linears = [name for name, child in vit.named_modules() if isinstance(child, nn.Linear)]
+    assert linears
+    for name in linears:
+        weight = vit.get_parameter(f"{name}.weight")
+        assert packed.pop(weight.data_ptr()).dtype == torch.bfloat16
+        stored = checkpoint.tensor(f"vision_model.{name}.weight")
+        assert torch.equal(weight, stored.bfloat16())
+    assert not packed
 
 
 @pytest.mark.usefixtures("fast_in_bfloat16")

@@ -523,23 +523,47 @@ def test_hoppers_kernels_compile(shape, bits, float8, rows):
     assert compiled.compile_source(source, tuple(macros.items()), "sm_90a")
 
 
+def span_macros(width: int, bits: int) -> dict[str, int] | None:
+    config = dataclasses.replace(CONFIG, hidden_size=width)
+    return span.shape_macros(config, bits, 132, 227 << 10)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("width", [768, 2560, 4096])
+@pytest.mark.parametrize("width", [768, 2560])
 def test_the_span_compiles(bits, width):
     compiled = pytest.importorskip("blip2.gpu.compiled")
-    config = dataclasses.replace(CONFIG, hidden_size=width)
-    macros = span.macros_for(config, bits, 132, 227 << 10)
+    macros = span_macros(width, bits)
     assert compiled.compile_source(span.SOURCE, tuple(macros.items()), "sm_90a")
 
 
 def test_the_span_shares_out_every_linear():
     """OPT-2.7B's, to an H100's 132 blocks: one tile for each, all as large but qkv's."""
-    config = dataclasses.replace(CONFIG, hidden_size=2560)
-    macros = span.macros_for(config, 4, 132, 227 << 10)
+    macros = span_macros(2560, 4)
     tiles = {name: macros[f"{name}_TILE"] for name in ("DENSE", "FC", "PROJ", "QKV")}
     assert tiles == {"DENSE": 80, "FC": 80, "PROJ": 80, "QKV": 64}
     assert macros["SPLIT"] * 2560 / 80 == 10240 / 80 == 128
     assert 7680 / 64 == 120
+    assert span_macros(4096, 4) is None  # tiles of more channels than it was timed with
+    assert span_macros(192, 4) is None  # inputs that are no whole steps
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"SHARED": 200 << 10}, "shared memory is too small"),
+        ({"UNDER_WAY": 9}, "more copies are to be under way"),
+        ({"WIDTH": 2496}, "a linear's shape"),
+        ({"FC_TILE": 72}, "a linear's shape"),
+        ({"SPLIT": 5}, "registers do not suffice"),
+    ],
+)
+def test_the_span_does_not_compile_with_what_would_break_it(changes, what):
+    """docs/span.md: what its argument rests on."""
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    macros = span_macros(2560, 4)
+    assert macros["WEIGHTS_DEPTH"] == 8
+    with pytest.raises(RuntimeError, match=what):
+        compiled.compile_source(span.SOURCE, tuple((macros | changes).items()), "sm_90a")
 
 
 def test_greedy_search_as_one_kernel():

@@ -14,7 +14,7 @@ from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
 from blip2.language.native.model import NORM_EPS
 from blip2.language.native.packing import CHANNELS, PackedLinear
-from blip2.language.native.span import Span
+from blip2.language.native.span import Span, macros_for
 from blip2.language.trtllm_format import OPTCheckpointConfig
 
 SOURCE = Path(__file__).with_name("linear.cu")
@@ -58,14 +58,11 @@ class Layers:
         self._hopper = properties.major == 9
         self._multiprocessors = properties.multi_processor_count
         self._span: Span | None = None
-        if (
-            self._hopper
-            and tokens > _SEPARATE_ROWS
-            and weights
-            and Span.runs(config, weights, tokens)
-        ):
-            buffers = (self.x, self._normed, self._attended, self._hidden, self._qkv)
-            self._span = Span(config, weights, *buffers)
+        if tokens > _SEPARATE_ROWS and weights:
+            macros = macros_for(config, weights, tokens, device)
+            if macros:
+                buffers = (self.x, self._normed, self._attended, self._hidden, self._qkv)
+                self._span = Span(weights, macros, *buffers)
 
     def run(self, attention: Attention) -> None:
         """Queue all layers.

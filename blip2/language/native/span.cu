@@ -21,7 +21,7 @@
 // docs/span.md argues why blocks may wait for one another so.
 //
 // Compiled by NVRTC with BITS, WIDTH, FFN, BLOCKS, SPLIT, the TILEs (DENSE_TILE, FC_TILE, PROJ_TILE, QKV_TILE),
-// TEAMS, WEIGHTS_DEPTH, INPUTS_DEPTH, UNPACKED_DEPTH, UNDER_WAY and SHARED defined; span.py says how they are chosen.
+// WEIGHTS_DEPTH, INPUTS_DEPTH, UNPACKED_DEPTH, UNDER_WAY and SHARED defined; span.py says how they are chosen.
 
 #include "span_copies.cuh"
 #include "span_linears.cuh"
@@ -32,7 +32,7 @@ __device__ inline void store_halves(u16* at, float first, float second) {
 }
 
 // Registers go from the warps that unpack and copy to those that multiply, no more than the former had.
-constexpr int GIVERS_KEEP = TEAMS == 3 ? 56 : 88, MULTIPLIERS_HAVE = TEAMS == 3 ? 200 : 224;
+constexpr int GIVERS_KEEP = 56, MULTIPLIERS_HAVE = 200;
 constexpr int AT_FIRST = 65536 / (32 * WARPS) / 8 * 8;
 static_assert(!TEAMS || (WARPS - MULTIPLIERS) * (AT_FIRST - GIVERS_KEEP) >= MULTIPLIERS * (MULTIPLIERS_HAVE - AT_FIRST),
               "a block would wait for registers for ever");

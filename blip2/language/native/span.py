@@ -18,13 +18,11 @@ ROWS = 64  # at most
 
 _SPLIT = 4  # blocks that share out the inputs of dense's and proj's channels
 _CHANNELS = 16  # a tile's are a multiple
-_MOST_CHANNELS = 128  # of a tile
+_MOST_CHANNELS = 80  # of a tile, OPT-2.7B's on an H100: with more it was never timed
 _STEP = 128  # inputs that are copied and multiplied at a time
 _INPUTS_DEPTH = 4  # steps of inputs that are copied ahead
 _UNPACKED_DEPTH = 8  # halves of steps of weights that are unpacked ahead
-# Teams of warps that unpack. Products of more channels need more registers than the most teams leave.
-_MOST_TEAMS, _MOST_CHANNELS_OF_THEM, _TEAMS = 3, 80, 2
-_WARPS = {0: 6, 2: 16, 3: 24}  # of span.cu, by teams
+_WARPS, _PACKED_WARPS = 6, 24  # of span.cu
 # Weights under way in each block: enough to keep the memory busy. With more, what blocks write for one
 # another waits behind them.
 _BYTES_UNDER_WAY = 44 << 10
@@ -35,40 +33,21 @@ class Span:
 
     def __init__(
         self,
-        config: OPTCheckpointConfig,
         weights: OPTWeights,
+        macros: dict[str, int],
         x: torch.Tensor,
         normed: torch.Tensor,
         attended: torch.Tensor,
         hidden: torch.Tensor,
         qkv: torch.Tensor,
     ) -> None:
-        """`x`, rows x hidden_size in float32, is the residual stream; the others are `Layers`'."""
-        properties = torch.cuda.get_device_properties(x.device)
-        self._macros = macros_for(
-            config,
-            weights.layers[0].qkv.bits,
-            properties.multi_processor_count,
-            properties.shared_memory_per_block_optin,
-        )
+        """`macros` are from `macros_for`; `x` is the residual stream, rows x hidden_size in float32."""
+        self._macros = macros
         self._weights, self._x, self._qkv = weights, x, qkv
         self._normed, self._attended, self._hidden = normed, attended, hidden
-        parts = (self._macros["SPLIT"], ROWS, config.hidden_size)
+        parts = (macros["SPLIT"], ROWS, x.shape[1])
         self._parts = torch.empty(parts, device=x.device)
         self._counters = torch.zeros(4, dtype=torch.int64, device=x.device)
-
-    @staticmethod
-    def runs(config: OPTCheckpointConfig, weights: OPTWeights, rows: int) -> bool:
-        """Whether it is for these weights and so many rows, on a Hopper."""
-        if config.hidden_size % _STEP or config.ffn_size % _STEP or rows > ROWS:
-            return False
-        linears = [
-            linear
-            for layer in weights.layers
-            for linear in (layer.qkv, layer.dense, layer.fc, layer.proj)
-        ]
-        same = len({linear.bits for linear in linears}) == 1
-        return same and not any(linear.is_float8 for linear in linears)
 
     def __call__(self, index: int) -> None:
         """Queue what follows the attention of a layer, up to what the next one's needs."""
@@ -80,7 +59,7 @@ class Span:
         kernel = load_kernel(SOURCE, "span", tuple(macros.items()))
         kernel(
             (macros["BLOCKS"], 1),
-            32 * _WARPS[macros["TEAMS"]],
+            32 * (_WARPS if macros["BITS"] == 16 else _PACKED_WARPS),
             *(Boxes(x, ROWS) for x in (self._attended, self._normed, self._hidden)),
             *map(_weight, linears, tiles),
             *(linear.scales for linear in linears),
@@ -103,15 +82,42 @@ class Span:
 
 
 def macros_for(
+    config: OPTCheckpointConfig, weights: OPTWeights, rows: int, device: torch.device
+) -> dict[str, int] | None:
+    """How span.cu is to be compiled for these weights and rows, or None where it does not pay."""
+    properties = torch.cuda.get_device_properties(device)
+    linears = [
+        linear
+        for layer in weights.layers
+        for linear in (layer.qkv, layer.dense, layer.fc, layer.proj)
+    ]
+    bits = {linear.bits for linear in linears}
+    is_float8 = any(linear.is_float8 for linear in linears)
+    if rows > ROWS or properties.major != 9 or len(bits) > 1 or is_float8:
+        return None
+    return shape_macros(
+        config,
+        bits.pop(),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def shape_macros(
     config: OPTCheckpointConfig, bits: int, multiprocessors: int, shared: int
-) -> dict[str, int]:
-    """How span.cu is compiled for a GPU of so many multiprocessors and bytes of shared memory each."""
+) -> dict[str, int] | None:
+    """The macros for a GPU of so many multiprocessors, with so much shared memory for a block.
+
+    None where the model does not fit.
+    """
     width, ffn = config.hidden_size, config.ffn_size
+    if width % _STEP or ffn % _STEP:
+        return None
     split = min(_SPLIT, width // _STEP)
 
     def tile(channels: int) -> int:
         """So that every block has one tile."""
-        return min(_CHANNELS * math.ceil(channels / (_CHANNELS * multiprocessors)), _MOST_CHANNELS)
+        return _CHANNELS * math.ceil(channels / (_CHANNELS * multiprocessors))
 
     tiles = {
         "DENSE_TILE": tile(width * split),
@@ -119,12 +125,12 @@ def macros_for(
         "PROJ_TILE": tile(width * split),
         "QKV_TILE": tile(3 * width),
     }
+    most_channels = max(tiles.values())
+    if most_channels > _MOST_CHANNELS:
+        return None
     # As span.cu lays them out, each place with two barriers of 8 bytes.
-    stage = _STEP * max(tiles.values())
-    unpacked_depth, teams = 0, 0
-    if bits < 16:
-        unpacked_depth = _UNPACKED_DEPTH
-        teams = _MOST_TEAMS if max(tiles.values()) <= _MOST_CHANNELS_OF_THEM else _TEAMS
+    stage = _STEP * most_channels
+    unpacked_depth = 0 if bits == 16 else _UNPACKED_DEPTH
     rest = _INPUTS_DEPTH * (2 * _STEP * ROWS + 16) + unpacked_depth * (stage + 16) + 16
     depth = (shared - rest) // (stage + 16)
     return {
@@ -134,7 +140,6 @@ def macros_for(
         "BLOCKS": multiprocessors,
         "SPLIT": split,
         **tiles,
-        "TEAMS": teams,
         "WEIGHTS_DEPTH": depth,
         "INPUTS_DEPTH": _INPUTS_DEPTH,
         "UNPACKED_DEPTH": unpacked_depth,

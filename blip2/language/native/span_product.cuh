@@ -14,9 +14,6 @@ struct Product;
 #define SUMS_24 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SUMS_32 SUMS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define SUMS_40 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define SUMS_48 SUMS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define SUMS_56 SUMS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define SUMS_64 SUMS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 
 // `x` and `w` are descriptors; with `more` the product is added to the sums c, or these begin with it. The numbers
 // of the last three operands follow those of the sums.
@@ -37,8 +34,5 @@ PRODUCT(32, SUMS_16, "%16", "%17", "%18", EIGHT(0), EIGHT(8))
 PRODUCT(48, SUMS_24, "%24", "%25", "%26", EIGHT(0), EIGHT(8), EIGHT(16))
 PRODUCT(64, SUMS_32, "%32", "%33", "%34", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24))
 PRODUCT(80, SUMS_40, "%40", "%41", "%42", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32))
-PRODUCT(96, SUMS_48, "%48", "%49", "%50", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40))
-PRODUCT(112, SUMS_56, "%56", "%57", "%58", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48))
-PRODUCT(128, SUMS_64, "%64", "%65", "%66", EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56))
 
 #undef PRODUCT

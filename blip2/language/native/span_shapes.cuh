@@ -8,7 +8,8 @@
 #define ROWS 64
 #define STEP 128                                     // inputs, in two halves of 128 bytes
 #define MULTIPLIERS 4                                // warps
-#define TEAM 5                                       // unpacking warps; TEAMS of them take steps by turns
+#define TEAM 5                                       // unpacking warps
+#define TEAMS (BITS == 16 ? 0 : 3)                   // that take halves of steps by turns
 #define WARPS (TEAMS ? (MULTIPLIERS + TEAMS * TEAM + 2 + 3) / 4 * 4 : MULTIPLIERS + 2)  // two copy; setmaxnreg asks for fours
 #define STAGE_INPUTS (1024 / BITS)                    // of a stage of weights
 
@@ -24,6 +25,7 @@ constexpr int WEIGHTS = 0, INPUTS = WEIGHTS_DEPTH * STAGE_BYTES, UNPACKED = INPU
 constexpr int BARRIERS = UNPACKED + UNPACKED_DEPTH * HALF_BYTES;  // of each place, when it is filled and when emptied
 constexpr int SCRATCH = BARRIERS + 16 * (WEIGHTS_DEPTH + INPUTS_DEPTH + UNPACKED_DEPTH);
 static_assert(SCRATCH + 16 <= SHARED, "shared memory is too small");
+static_assert(0 < UNDER_WAY && UNDER_WAY <= WEIGHTS_DEPTH, "more copies are to be under way than there are stages");
 
 #if BITS == 16
 typedef TensorMap Weights;  // boxes of a tile's rows

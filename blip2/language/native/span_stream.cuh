@@ -8,8 +8,7 @@
 struct Stream {
   static constexpr int THREADS = 32 * MULTIPLIERS;
   static constexpr int OWN = rounded_up(WIDTH, 4 * THREADS);  // four columns, of a thread
-
-  static constexpr int TOGETHER = larger(smaller(SPLIT, 20 / OWN), 1);  // parts that registers suffice to read at a time
+  static_assert(OWN * SPLIT <= 20, "registers do not suffice for a row's parts");
 
   float* x;
   const float* parts;  // SPLIT x ROWS x WIDTH
@@ -76,24 +75,20 @@ struct Stream {
   }
 
   __device__ void add_parts(float (*values)[4], int row) const {
+    float4 read[SPLIT][OWN];
 #pragma unroll
-    for (int first = 0; first < SPLIT; first += TOGETHER) {
-      float4 read[TOGETHER][OWN];
+    for (int part = 0; part < SPLIT; ++part)
 #pragma unroll
-      for (int part = 0; part < TOGETHER; ++part)
+      for (int i = 0; i < OWN; ++i)
+        if (column(i) < WIDTH) read[part][i] = load(parts + (part * ROWS + row) * WIDTH + column(i));
 #pragma unroll
-        for (int i = 0; i < OWN; ++i)
-          if (first + part < SPLIT && column(i) < WIDTH)
-            read[part][i] = load(parts + ((first + part) * ROWS + row) * WIDTH + column(i));
+    for (int part = 0; part < SPLIT; ++part)
 #pragma unroll
-      for (int part = 0; part < TOGETHER; ++part)
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-          if (first + part >= SPLIT || column(i) >= WIDTH) continue;
-          const float4& y = read[part][i];
-          values[i][0] += y.x, values[i][1] += y.y, values[i][2] += y.z, values[i][3] += y.w;
-        }
-    }
+      for (int i = 0; i < OWN; ++i) {
+        if (column(i) >= WIDTH) continue;
+        const float4& y = read[part][i];
+        values[i][0] += y.x, values[i][1] += y.y, values[i][2] += y.z, values[i][3] += y.w;
+      }
   }
 
   static __device__ float4 load(const float* at) {  // from the L2 cache, where other blocks' writes are
