@@ -561,7 +561,7 @@ def test_the_span_does_not_compile_with_what_would_break_it(changes, what):
     """docs/span.md: what its argument rests on."""
     compiled = pytest.importorskip("blip2.gpu.compiled")
     macros = span_macros(2560, 4)
-    assert macros["WEIGHTS_DEPTH"] == 8
+    assert macros["WEIGHTS_DEPTH"] == 7
     with pytest.raises(RuntimeError, match=what):
         compiled.compile_source(span.SOURCE, tuple((macros | changes).items()), "sm_90a")
 

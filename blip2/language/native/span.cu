@@ -62,7 +62,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
          u16* hidden, u16* next_qkv, Counters* counters, int rows, float eps) {
   extern __shared__ __align__(1024) char memory[];
   u32 shared = (u32)__cvta_generic_to_shared(memory);
+  volatile u32* exchanging = (u32*)(memory + EXCHANGING);  // from a linear's sums to the next one's inputs
   if (threadIdx.x == 0) {
+    *exchanging = false;
     WeightsRing{shared}.init(1, BITS == 16 ? MULTIPLIERS : TEAMS * TEAM);
     InputsRing{shared}.init(1, MULTIPLIERS);
     UnpackedRing{shared}.init(TEAM, MULTIPLIERS);
@@ -75,15 +77,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   if (warp >= MULTIPLIERS) {
     give_registers();
     if (warp == MULTIPLIERS + TEAMS * TEAM) {
-      WeightCopies copies{{shared}, {shared}};
+      WeightCopies copies{{shared}, {shared}, exchanging};
       copies.run<Dense>(dense), copies.run<Fc>(fc), copies.run<Proj>(proj), copies.run<Qkv>(qkv);
     } else if (warp == MULTIPLIERS + TEAMS * TEAM + 1) {
       if (threadIdx.x % 32 == 0) {
         prefetch(attended), prefetch(normed_boxes), prefetch(hidden_boxes);
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        u32 turn = counters->turn();
-        InputCopies copies{{shared}};
+        InputCopies copies{{shared}, exchanging};
         copies.run<Dense>(attended, nullptr, 0);
+        u32 turn = counters->turn();
         copies.run<Fc>(normed_boxes, &counters->post, turn * rows);
         copies.run<Proj>(hidden_boxes, &counters->hidden, turn * Fc::SHARERS);
         copies.run<Qkv>(normed_boxes, &counters->next, turn * rows);
@@ -101,21 +103,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
   Stream::prefetch(dense_bias), Stream::prefetch(post_weight), Stream::prefetch(post_shift);
   Stream::prefetch(proj_bias), Stream::prefetch(next_weight), Stream::prefetch(next_shift);
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  u32 turn = counters->turn();
   Products products{{shared}, {shared}, rows};
   Stream stream{x, parts, normed, rows, eps, (float*)(memory + SCRATCH)};
   auto to_parts = [=](int row, int channel, int split, float2 y) {
     *(float2*)(parts + (split * ROWS + row) * WIDTH + channel) = y;
   };
+  auto pass_on = [=](u32* counter) {
+    if (threadIdx.x == 0) *exchanging = true;
+    tell(counter);
+  };
   products.run<Dense, false>(dense_scales, nullptr, to_parts);
-  if (blockIdx.x < Dense::SHARERS) tell(&counters->dense);
+  if (blockIdx.x < Dense::SHARERS) pass_on(&counters->dense);
+  u32 turn = counters->turn();
   stream.run(dense_bias, post_weight, post_shift, &counters->dense, turn * Dense::SHARERS, &counters->post);
   products.run<Fc, true>(fc_scales, fc_bias, [=](int row, int channel, int, float2 y) {
     store_halves(hidden + row * FFN + channel, fmaxf(y.x, 0.0f), fmaxf(y.y, 0.0f));
   });
-  if (blockIdx.x < Fc::SHARERS) tell(&counters->hidden);
+  if (blockIdx.x < Fc::SHARERS) pass_on(&counters->hidden);
   products.run<Proj, false>(proj_scales, nullptr, to_parts);
-  if (blockIdx.x < Proj::SHARERS) tell(&counters->proj);
+  if (blockIdx.x < Proj::SHARERS) pass_on(&counters->proj);
   stream.run(proj_bias, next_weight, next_shift, &counters->proj, turn * Proj::SHARERS, &counters->next);
   products.run<Qkv, true>(qkv_scales, qkv_bias, [=](int row, int channel, int, float2 y) {
     store_halves(next_qkv + row * (3 * WIDTH) + channel, y.x, y.y);

@@ -20,8 +20,8 @@ _SPLIT = 4  # blocks that share out the inputs of dense's and proj's channels
 _CHANNELS = 16  # a tile's are a multiple
 _MOST_CHANNELS = 80  # of a tile, OPT-2.7B's on an H100: with more it was never timed
 _STEP = 128  # inputs that are copied and multiplied at a time
-_INPUTS_DEPTH = 4  # steps of inputs that are copied ahead
-_UNPACKED_DEPTH = 8  # halves of steps of weights that are unpacked ahead
+_INPUTS_DEPTH = 3  # steps of inputs that are copied ahead
+_UNPACKED_DEPTH = 10  # halves of steps of weights that are unpacked ahead
 _WARPS, _PACKED_WARPS = 6, 24  # of span.cu
 # Weights under way in each block: enough to keep the memory busy. With more, what blocks write for one
 # another waits behind them.
@@ -131,7 +131,7 @@ def shape_macros(
     # As span.cu lays them out, each place with two barriers of 8 bytes.
     stage = _STEP * most_channels
     unpacked_depth = 0 if bits == 16 else _UNPACKED_DEPTH
-    rest = _INPUTS_DEPTH * (2 * _STEP * ROWS + 16) + unpacked_depth * (stage + 16) + 16
+    rest = _INPUTS_DEPTH * (2 * _STEP * ROWS + 16) + unpacked_depth * (stage + 16) + 32
     depth = (shared - rest) // (stage + 16)
     return {
         "BITS": bits,

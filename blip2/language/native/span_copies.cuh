@@ -5,9 +5,10 @@
 #include "span_shapes.cuh"
 
 // By a warp: a linear's weights, of which UNDER_WAY stages are on their way at most. With more, what the blocks write
-// for one another would wait behind them.
+// for one another would wait behind them. Packed ones, of which there is time for, are held back altogether meanwhile.
 struct WeightCopies {
   WeightsRing ring, before;
+  const volatile u32* exchanging;
   int begun = 0;
 
   template <typename S>
@@ -17,6 +18,8 @@ struct WeightCopies {
       for (int input = first; input < last; input += STAGE_INPUTS) {
         if (begun++ >= UNDER_WAY) before.wait_filled(), before.next();
         ring.wait_emptied();
+        while (BITS < 16 && *exchanging) {
+        }
         copy_stage<S>(weights, tile, input, last);
         ring.next();
       }
@@ -44,11 +47,16 @@ struct WeightCopies {
 // By a thread: a linear's inputs, all of which are there when `counter`, if any, has counted so far.
 struct InputCopies {
   InputsRing ring;
+  volatile u32* exchanging;
 
   template <typename S>
   __device__ void run(const TensorMap& x, const u32* counter, u32 times) {
     S::for_own([&](int, int, int first, int last) {
-      if (counter) wait_until_told(counter, times);
+      if (counter) {
+        wait_until_told(counter, times);
+        asm volatile("fence.proxy.async.global;" ::: "memory");  // copies do not follow an acquire by themselves
+        *exchanging = false;
+      }
 #pragma unroll 1
       for (int input = first; input < last; input += STEP) {
         ring.wait_emptied();

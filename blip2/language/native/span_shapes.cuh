@@ -24,7 +24,8 @@ constexpr int HALF_BYTES = MOST_CHANNELS * 128, INPUT_HALF_BYTES = ROWS * 128;
 constexpr int WEIGHTS = 0, INPUTS = WEIGHTS_DEPTH * STAGE_BYTES, UNPACKED = INPUTS + INPUTS_DEPTH * 2 * INPUT_HALF_BYTES;
 constexpr int BARRIERS = UNPACKED + UNPACKED_DEPTH * HALF_BYTES;  // of each place, when it is filled and when emptied
 constexpr int SCRATCH = BARRIERS + 16 * (WEIGHTS_DEPTH + INPUTS_DEPTH + UNPACKED_DEPTH);
-static_assert(SCRATCH + 16 <= SHARED, "shared memory is too small");
+constexpr int EXCHANGING = SCRATCH + 16;
+static_assert(EXCHANGING + 16 <= SHARED, "shared memory is too small");
 static_assert(0 < UNDER_WAY && UNDER_WAY <= WEIGHTS_DEPTH, "more copies are to be under way than there are stages");
 
 #if BITS == 16
@@ -88,15 +89,13 @@ __device__ inline void sync_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"
 
 // By the multiplying warps, which have written something for others.
 __device__ inline void tell(u32* counter) {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
   sync_multipliers();
   if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// By one thread, before it reads or copies what others have written.
+// By one thread, before it reads what others have written.
 __device__ inline void wait_until_told(const u32* counter, u32 times) {
   u32 count;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   while ((int)(count - times) < 0);
-  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
