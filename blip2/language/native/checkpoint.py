@@ -287,7 +287,7 @@ def _build(
 
     embedding, head = read("transformer.vocab_embedding.weight"), read("lm_head.weight")
     # The format stores the tied head twice; memory need not.
-    tied = torch.equal(embedding, head)
+    tied = _are_same(embedding, head)
     embedding = place_embedding(embedding)
     # Before the layers, while there is room for what packing the largest weight takes besides.
     head_bits = None if bits is None or config.is_float8 else _HEAD_BITS
@@ -301,6 +301,14 @@ def _build(
         final_norm=norm("transformer.ln_f") if config.do_layer_norm_before else None,
         head=head,
     )
+
+
+def _are_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Bit by bit, which of half precision on a CPU takes a quarter of the time."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    first, second = (tensor.contiguous().view(torch.int16) for tensor in (first, second))
+    return torch.equal(first, second)
 
 
 def _kind(dtype: torch.dtype) -> str:
