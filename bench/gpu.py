@@ -139,7 +139,8 @@ class Bench:
         return torch.randn(batch, 3, self.image_size, self.image_size, device=DEVICE)
 
     def text_ids(self, batch: int) -> torch.Tensor:
-        ids = torch.randint(4, self.image_id, (batch, TEXT_TOKENS), device=DEVICE)
+        """On the host, where tokenizers leave them."""
+        ids = torch.randint(4, self.image_id, (batch, TEXT_TOKENS))
         ids[:, 0] = BEGIN_ID
         return ids
 
@@ -153,11 +154,10 @@ class Bench:
         vision: TorchSession | None = None,
     ) -> list[list[int]]:
         """Token ids of each picture's best answer; `vision` is the float16 one by default."""
-        # On the host, where tokenizers leave them.
-        rows = torch.arange(self.num_query_tokens) + self.vocab_size
-        input_ids = [torch.cat([rows, ids]) for ids in text_ids.cpu()]
         vision = vision or self.vision
         table = vision.qformer(vision.vit(pictures))
+        rows = torch.arange(self.num_query_tokens) + self.vocab_size
+        input_ids = [torch.cat([rows, ids]) for ids in text_ids]
         options = GenerationOptions(end_id=END_ID, max_output_len=tokens, num_beams=num_beams)
         generations = self.languages[precision].generate(input_ids, table, options)
         return [generation.beams[0].token_ids for generation in generations]
@@ -167,7 +167,7 @@ class Bench:
     ) -> torch.Tensor:
         """New token ids, B x tokens."""
         image_ids = text_ids.new_full((len(text_ids), self.num_query_tokens), self.image_id)
-        input_ids = torch.cat([image_ids, text_ids], 1)
+        input_ids = torch.cat([image_ids, text_ids], 1).to(DEVICE)
         return model.generate(
             pixel_values=pictures.to(_dtype(model)),
             input_ids=input_ids,
@@ -257,10 +257,11 @@ class Bench:
         """Logits after the prompt and after a step, against float32 on the dequantized weights."""
         model = session._model
         exact = OPTModel(model.config, float_weights(model.weights))
-        rows = torch.arange(self.num_query_tokens, device=text_ids.device) + self.vocab_size
+        text_ids = text_ids.to(DEVICE)
+        rows = torch.arange(self.num_query_tokens, device=DEVICE) + self.vocab_size
         for batch in (1, len(text_ids)):
             prompt = torch.cat([rows.expand(batch, -1), text_ids[:batch]], 1)
-            lengths = torch.full((batch,), prompt.shape[1], device=text_ids.device)
+            lengths = torch.full((batch,), prompt.shape[1], device=DEVICE)
             token = text_ids[:batch, -1].contiguous()
             outputs = []
             for each in (model, exact):

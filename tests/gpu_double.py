@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import types
 from collections.abc import Callable
@@ -331,6 +332,42 @@ def span(
     qkv.copy_(next_qkv(normed_to))
 
 
+def picture_linear(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    x: Boxes,
+    weight: Boxes,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    rows: int,
+    shared_bytes: int,
+    cluster: int,
+) -> None:
+    """picture_linear.cu."""
+    inputs, channels, split = macros["INPUTS"], macros["CHANNELS"], macros["SPLIT"]
+    tile, row_tiles, parts = 64 * macros["WARPGROUPS"], macros["ROW_TILES"], macros["PARTS"]
+    _rule(grid == (channels // tile * row_tiles, split), "blocks")
+    _rule(threads == 2 * tile + 32 and cluster == row_tiles, "threads")
+    _rule(channels % tile == 0 and inputs % 64 == 0 and split <= inputs // 64, "a linear's shape")
+    _rule(row_tiles * 136 >= rows, "rows are left out")
+    _rule(macros["DEPTH"] * ((tile + 136) * 128 + 16) <= shared_bytes, "shared memory")
+    _rule(shared_bytes == macros["SHARED"] <= PROPERTIES.shared_memory_per_block_optin, "SHARED")
+    _rule(x.matrix.shape == (rows, inputs) and x.rows == 136, "inputs")
+    _rule(weight.matrix.shape == (channels, inputs) and weight.rows == tile // row_tiles, "weights")
+    _rule(bool(parts) == (bias is None) and (parts or split == 1), "a bias, or parts")
+    _rule(out.dtype == (torch.float32 if parts else torch.float16), "the outputs' type")
+    _rule(out.shape == ((split, rows, channels) if parts else (rows, channels)), "outputs")
+    values, factors = x.matrix.float(), weight.matrix.float()
+    if parts:
+        ends = [64 * (number * (inputs // 64) // split) for number in range(split + 1)]
+        for number, (first, end) in enumerate(itertools.pairwise(ends)):
+            out[number] = values[:, first:end] @ factors[:, first:end].T
+        return
+    y = functional.linear(values, factors, bias.float())
+    out.copy_(functional.gelu(y, approximate="tanh") if macros["GELU"] else y)
+
+
 def marks(words: torch.Tensor) -> torch.Tensor:
     """step.cu's marks: the lowest bit of a float32, the sign of a float16."""
     if words.dtype == torch.float32:
@@ -388,6 +425,7 @@ DOUBLES = {
     "linear.cu": linear,
     "linear_hopper.cu": linear,
     "linear_hopper_packed.cu": linear,
+    "picture_linear.cu": picture_linear,
     "span.cu": span,
     "step.cu": step,
     "unpack.cu": unpack_weight,

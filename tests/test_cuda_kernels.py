@@ -586,8 +586,8 @@ def test_greedy_search_as_one_kernel():
     log_probs = [beam.log_prob for beam in expected]
     assert [beam.log_prob for beam in got] == pytest.approx(log_probs, abs=1e-5)
     assert all(-8 < log_prob < -0.3 for log_prob in log_probs)
-    assert one_kernel.finite()
-    assert plain.finite()
+    assert one_kernel.finite_rows().all()
+    assert plain.finite_rows().all()
 
 
 def assert_same_beams(
@@ -606,8 +606,8 @@ def assert_same_beams(
             assert torch.equal(got[0], expected[0])
             assert torch.equal(got[1], expected[1])
         assert torch.equal(fast.ended(), plain.ended())
-    assert fast.finite()
-    assert plain.finite()
+    assert fast.finite_rows().all()
+    assert plain.finite_rows().all()
     got, expected = (
         [beam for generation in search.results() for beam in generation.beams]
         for search in (fast, plain)
@@ -709,12 +709,14 @@ def test_nan_and_inf_of_an_early_step_are_remembered(search, value):
     strategy = search(options, [torch.tensor([3])] * 2, 50, torch.device("cpu"))
     logits = torch.randn(strategy.rows, 50)
     strategy.advance(logits)
-    assert strategy.finite()
+    assert strategy.finite_rows().all()
     broken = logits.clone()
     broken[1, 30] = value
     strategy.advance(broken)
     strategy.advance(logits)
-    assert not strategy.finite()
+    assert not strategy.finite_rows().all()
+    with pytest.raises(FloatingPointError):
+        strategy.results()
 
 
 def test_a_penalty_takes_the_plain_greedy_search():

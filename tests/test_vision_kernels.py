@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
+import gpu_double
 import pytest
 import torch
 from conftest import compiled_launches
@@ -12,7 +16,7 @@ pytest.importorskip("triton")
 from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.gpu import float8_kernels
 from blip2.gpu.float8 import Float8
-from blip2.vision import kernels, modules
+from blip2.vision import cuda_picture, kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
 from blip2.vision.float8 import quantise_linears
 
@@ -48,6 +52,84 @@ def test_vit_equals_the_modules(head_size, patches, changes):
     spoiled = CudaVisionTransformer(module)(pixel_values)
     assert torch.equal(spoiled[0], output[0])
     assert spoiled[1].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize(
+    "patches, changes, launches",
+    [
+        (3, {}, 8),  # four of each layer
+        pytest.param(12, {"intermediate_size": 192}, 8, marks=pytest.mark.slow),
+        (3, {"intermediate_size": 72}, 0),
+        (3, {"hidden_act": "quick_gelu"}, 0),
+        (3, {"qkv_bias": False}, 0),
+    ],
+)
+def test_one_picture_has_products_of_its_own(patches, changes, launches, monkeypatch):
+    """On a Hopper, and of ViTs that these take; beside several pictures it has not."""
+    launched = []
+
+    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
+        launched.append(path.name)
+        return gpu_double.load_kernel(path, name, macros)
+
+    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+    config = VisionConfig(
+        **{"hidden_size": 128, "intermediate_size": 128} | changes,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=6 * patches,
+        patch_size=6,
+    )
+    module = with_random_weights(modules.VisionTransformer(config)).half()
+    fast = CudaVisionTransformer(copy.deepcopy(module))
+    pixel_values = torch.randn(2, 3, config.image_size, config.image_size).half()
+    expected = module.double()(pixel_values.double())
+    assert relative_error(fast(pixel_values[:1]), expected[:1]) < 2e-3
+    assert launched == ["picture_linear.cu"] * launches
+    assert relative_error(fast(pixel_values), expected) < 2e-3
+    assert len(launched) == launches
+
+
+def test_the_products_of_one_picture_are_shared_out():
+    """ViT-g's 257 tokens, on the 132 multiprocessors of an H100: to as many blocks as can be."""
+    shapes = {
+        "qkv": (4224, 1408),
+        "projection": (1408, 1408),
+        "fc1": (6144, 1408),
+        "fc2": (1408, 6144),
+    }
+    found = {}
+    for name, shape in shapes.items():
+        weight = torch.empty(shape, device="meta")
+        macros = cuda_picture.macros_for(weight, 264, has_parts=shape[0] == 1408)
+        blocks = shape[0] // (64 * macros["WARPGROUPS"]) * macros["ROW_TILES"] * macros["SPLIT"]
+        found[name] = macros["WARPGROUPS"], macros["SPLIT"], macros["DEPTH"], blocks
+    assert found == {
+        "qkv": (1, 1, 9, 132),
+        "projection": (1, 3, 9, 132),
+        "fc1": (2, 1, 6, 96),
+        "fc2": (1, 3, 9, 132),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"SHARED": 200 << 10}, "shared memory is too small"),
+        ({"CHANNELS": 4256}, "a linear's shape"),
+        ({"INPUTS": 1440}, "a linear's shape"),
+        ({"SPLIT": 2}, "whose sums nobody adds up"),
+        ({"SPLIT": 23, "PARTS": 1}, "blocks without inputs"),
+    ],
+)
+def test_a_linear_of_one_picture_does_not_compile_with_what_would_break_it(changes, what):
+    compiled = pytest.importorskip("blip2.gpu.compiled")
+    weight = torch.empty(4224, 1408, device="meta")
+    macros = cuda_picture.macros_for(weight, 264, has_parts=False) | {"GELU": 0}
+    compiled.compile_source(cuda_picture.SOURCE, tuple(macros.items()), "sm_90a")
+    with pytest.raises(RuntimeError, match=what):
+        compiled.compile_source(cuda_picture.SOURCE, tuple((macros | changes).items()), "sm_90a")
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")

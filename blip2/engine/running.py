@@ -270,10 +270,18 @@ class Running:
             elif news.tokens == [BEAMS]:
                 if news.has_ended or news.key in chosen.last:
                     self._end_rows(request)
-                    self.finish(request, chosen.result(news.key))
+                    self._finish_beams(request, chosen)
             elif request.hear(news.tokens, news.log_probs):
                 self._end_rows(request)
                 request.finish()
+
+    def _finish_beams(self, request: Request, chosen: Chosen) -> None:
+        try:
+            generation = chosen.result(request.key)
+        except FloatingPointError:  # of a step behind the one that was asked about
+            request.fail(self.not_finite(request))
+        else:
+            self.finish(request, generation)
 
     def _end_rows(self, request: Request) -> None:
         self._active.pop(request.key, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from blip2.devices import launches_dependently
 from blip2.gpu.boxes import ROW_BYTES, Boxes
 from blip2.gpu.kernel_launch import is_ahead, submit
 
+_HEADERS = Path(__file__).parent  # what kernels of several packages include
 _POINTER = ctypes.c_void_p
 
 
@@ -143,7 +145,7 @@ def _tensor_map(boxes: Boxes) -> driver.CUtensorMap:
 def compile_source(path: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """Compile a .cu file for an architecture such as sm_90; the result is a cubin.
 
-    It may include the .cuh files beside it.
+    It may include the .cuh files beside it, and those beside this module.
 
     Raises:
         RuntimeError: the source does not compile; holds the compiler's log.
@@ -184,7 +186,8 @@ def kept_cubin(path: Path, macros: tuple[tuple[str, int], ...], architecture: st
 
 def _files(path: Path) -> dict[str, bytes]:
     """A source, then the headers that it may include, by name."""
-    return {file.name: file.read_bytes() for file in (path, *sorted(path.parent.glob("*.cuh")))}
+    headers = (sorted(place.glob("*.cuh")) for place in (path.parent, _HEADERS))
+    return {file.name: file.read_bytes() for file in (path, *itertools.chain(*headers))}
 
 
 def _options(macros: tuple[tuple[str, int], ...], architecture: str) -> list[str]:

@@ -8,6 +8,7 @@ before it as it reads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import triton
@@ -32,6 +33,10 @@ class Residual:
             self.hidden += self.product
             self.product = None
         return self.hidden
+
+    def normed(self, norm: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """A LayerNorm of the stream itself."""
+        return norm(self.summed())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@
         if strategy.ended().all():               # waits for the device, as what follows the loop does
             break
         logits = logits after next_tokens, on top of the cache rows source_rows
-    if strategy.finite():
-        generations = strategy.results()
+    generations = strategy.results()
 
 `advance` has no step argument and no branch that depends on data: its state, the step included,
 lies in tensors of fixed shape that are updated in place, so a GPU can run it inside a captured
@@ -99,13 +98,20 @@ class Strategy(abc.ABC):
         """Flags on the device: of each row, whether no logits were NaN or Inf."""
         return torch.isfinite(self._sums)
 
-    def finite(self) -> bool:
-        """Whether that holds of all. Waits for the device."""
-        return bool(self.finite_rows().all())
-
     @abc.abstractmethod
     def results(self) -> list[Generation]:
-        """One generation a request, cut before the end token."""
+        """One generation a request, cut before the end token. Waits for the device.
+
+        Raises:
+            FloatingPointError: logits were NaN or Inf.
+        """
+
+    def _fetched(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors on the host, in one wait with what says whether all logits were numbers."""
+        sums, *copies = fetched(self._sums, *tensors)
+        if not torch.isfinite(sums).all():
+            raise FloatingPointError("logits are NaN or Inf")
+        return copies
 
 
 class Greedy(Strategy):
@@ -139,7 +145,7 @@ class Greedy(Strategy):
         return self._ended
 
     def results(self) -> list[Generation]:
-        steps, tokens, log_probs = fetched(self._step, self._tokens, self._log_probs)
+        steps, tokens, log_probs = self._fetched(self._step, self._tokens, self._log_probs)
         rows = tokens[:, : int(steps)].tolist()
         beams = [
             Beam.cut(ids, self.options, log_prob)
@@ -285,7 +291,7 @@ class BeamSearch(Strategy):
 
     def results(self) -> list[Generation]:
         own = (self._tokens, self._parents, self._scores, self._endings)
-        tokens, parents, scores, endings = (copy.tolist() for copy in fetched(*own))
+        tokens, parents, scores, endings = (copy.tolist() for copy in self._fetched(*own))
         kept = self.options.sequences
 
         def beam(score: float, ending: list[int]) -> Beam:

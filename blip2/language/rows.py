@@ -407,6 +407,10 @@ class Chosen:
                 yield News(key, tokens[rows], log_probs[rows], False)
 
     def result(self, key: Hashable) -> Generation:
-        """What a request with beams has found so far, or at its end; waits for the device."""
+        """What a request with beams has found so far, or at its end; waits for the device.
+
+        Raises:
+            FloatingPointError: its logits were NaN or Inf, maybe in a step begun since.
+        """
         [generation] = self._strategies[key].results()
         return generation

@@ -1,8 +1,8 @@
 """The ViT and the Q-Former on an NVIDIA GPU: what `modules.py` computes, in fewer and faster kernels.
 
-Built from the loaded modules. cuBLAS multiplies; the Triton kernels of `kernels.py` do the rest and
-the Q-Former's products of few rows. Biases and all else that is known when the weights are is folded
-in there and then.
+Built from the loaded modules. cuBLAS multiplies, but for one picture on a Hopper (`cuda_picture.py`);
+the Triton kernels of `kernels.py` do the rest and the Q-Former's products of few rows. Biases and all
+else that is known when the weights are is folded in there and then.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from blip2.gpu.float8 import Residual
 from blip2.gpu.kernel_launch import launch
 from blip2.vision import kernels, modules
 from blip2.vision.cuda_float8 import Attend, Float8VisionLayer
+from blip2.vision.cuda_picture import MOST_ROWS, PartsResidual, PictureLayer
 
 _LOG2_E = math.log2(math.e)
 _ALIGNMENT = 8  # rows and columns: cuBLAS is slower where these are no multiple of it
@@ -41,8 +42,10 @@ class _Norm:
     def of(cls, norm: nn.LayerNorm, shift: torch.Tensor) -> _Norm:
         return cls(norm.weight, norm.bias, norm.eps, shift)
 
-    def __call__(self, x: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
-        """x: rows x width; parts: n x rows x width, float32, to add to it."""
+    def __call__(
+        self, x: torch.Tensor, parts: torch.Tensor | None = None, *, keeps_sum: bool = False
+    ) -> torch.Tensor:
+        """x: rows x width; parts: n x rows x width, float32, to add to it, in place if `keeps_sum`."""
         rows, width = x.shape
         out = torch.empty_like(x)
         rows_each = 1 if rows < _MANY_ROWS else 4
@@ -61,6 +64,7 @@ class _Norm:
             ROWS=rows_each,
             BLOCK=triton.next_power_of_2(width),
             PARTS=0 if parts is None else len(parts),
+            KEEP=keeps_sum,
             device=x.device,
         )
         return out
@@ -131,27 +135,34 @@ class CudaVisionTransformer:
         self._start = start.to(weight.dtype)
         self._heads = layers[0].num_heads
         shift = torch.zeros(width, device=weight.device)
-        self._layers = []
+        # Of one picture and of several, where there are two kinds.
+        self._picture_layers, self._layers = [], []
         for layer in layers:
             shift2 = shift + layer.self_attn.projection.bias.float()
             kind = Float8VisionLayer if layer.is_float8 else _VisionLayer
             self._layers.append(kind.of(layer, shift, shift2))
+            if PictureLayer.takes(layer):
+                norms = _Norm.of(layer.layer_norm1, shift), _Norm.of(layer.layer_norm2, shift2)
+                self._picture_layers.append(PictureLayer.of(layer, *norms))
             shift = shift2 + layer.mlp.fc2.bias.float()
         self._norm = _Norm.of(module.post_layernorm, shift)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         images, tokens = len(pixel_values), len(self._start)
-        residual = Residual(self._embed(pixel_values))
-        mixed = torch.zeros_like(residual.hidden)  # the rows of no token stay so
+        hidden = self._embed(pixel_values)
+        mixed = torch.zeros_like(hidden)  # the rows of no token stay so
+        layers, residual = self._layers, Residual(hidden)
+        if images == 1 and len(hidden) <= MOST_ROWS and len(self._picture_layers) == len(layers):
+            layers, residual = self._picture_layers, PartsResidual(hidden)
 
         def attend(qkv: torch.Tensor) -> torch.Tensor:
             self._attend(qkv, images, mixed)
             return mixed
 
-        for layer in self._layers:
+        for layer in layers:
             layer(residual, attend)
-        out = self._norm(residual.summed())
+        out = residual.normed(self._norm)
         return out[: images * tokens].unflatten(0, (images, tokens))
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -206,7 +217,7 @@ class CudaVisionTransformer:
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             EVEN=(tokens - 1) % block_n == 0,
-            num_warps=4,
+            num_warps=8 if images == 1 else 4,
             num_stages=3 if many else 2,
             device=qkv.device,
         )

@@ -41,6 +41,7 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    KEEP: tl.constexpr,  # whether x becomes x + parts
     PDL: tl.constexpr,
 ):
     """LayerNorm of each row of x + parts + shift, in float32."""
@@ -55,9 +56,12 @@ def norm_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = row[:, None].to(tl.int64) * width + columns[None, :]
     valid = (row < rows)[:, None] & inside[None, :]
-    values = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) + moved[None, :]
+    values = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         values += tl.load(parts + part * rows * width + at, mask=valid, other=0.0)
+    if KEEP:
+        tl.store(x + at, values, mask=valid)
+    values += moved[None, :]
     normed = layer_norm(values, inside, width, eps) * scale[None, :] + offset[None, :]
     tl.store(out + at, normed, mask=valid)
 

@@ -131,7 +131,7 @@ def test_greedy_search(device):
         [found], [wanted] = found.beams, wanted.beams
         assert (found.token_ids, found.finished) == (wanted.token_ids, wanted.finished)
         assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-4)
-    assert one_kernel.finite()
+    assert one_kernel.finite_rows().all()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_beam_search(device, requests, num_beams, length_penalty, early_stopping
             assert torch.equal(got[0].cpu(), expected[0])
             assert torch.equal(got[1].cpu(), expected[1])
         assert torch.equal(fast.ended().cpu(), plain.ended())
-    assert fast.finite()
+    assert fast.finite_rows().all()
     for found, wanted in zip(fast.results(), plain.results(), strict=True):
         assert [b.token_ids for b in found.beams] == [b.token_ids for b in wanted.beams]
         scores = [[b.score for b in side.beams] for side in (found, wanted)]
@@ -189,13 +189,15 @@ def test_nan_and_inf_of_an_early_step_are_remembered(device, search, value):
         strategy = search(options, [torch.tensor([3])] * 8, 50272, device)
         logits = drawing(device)(strategy.rows, 50272).float()
         strategy.advance(logits)
-        assert strategy.finite()
+        assert strategy.finite_rows().all()
         broken = logits.clone()
         broken[strategy.rows // 2, column] = value
         tokens, _ = strategy.advance(broken)
         assert ((tokens >= 0) & (tokens < 50272)).all()
         strategy.advance(logits)
-        assert not strategy.finite()
+        assert not strategy.finite_rows().all()
+        with pytest.raises(FloatingPointError):
+            strategy.results()
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])

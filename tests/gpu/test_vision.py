@@ -17,6 +17,7 @@ from blip2.checkpoints import QFormerConfig, VisionConfig
 from blip2.gpu.kernel_launch import launch
 from blip2.vision import cuda, kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
+from blip2.vision.cuda_picture import MOST_ROWS, PictureLinear
 
 TF32 = 4e-4  # the error of a product in it: both factors are rounded to 11 bits
 IMAGES = pytest.mark.parametrize("images", [1, 3, 8, 64])
@@ -84,6 +85,57 @@ def test_vit_of_other_sizes(device, patches, act):
             assert_close(fast(pixel_values), exact(pixel_values.double()), 5 * HALF)
 
 
+@pytest.mark.parametrize("rows", [1, 136, 137, 264, MOST_ROWS])
+@pytest.mark.parametrize(
+    "kind, channels, inputs",
+    [
+        ("", 4224, 1408),
+        ("gelu", 6144, 1408),
+        ("parts", 1408, 1408),
+        ("parts", 1408, 6144),
+        ("", 192, 64),  # fewer steps than are copied ahead
+        ("gelu", 16960, 192),  # of more blocks than there are multiprocessors, of one group each
+        ("parts", 64, 128),
+    ],
+)
+def test_products_of_one_picture_equal_float64(device, rows, kind, channels, inputs):
+    draw = drawing(device)
+    weight, x, bias = draw(channels, inputs, spread=0.05), draw(rows, inputs), draw(channels)
+    linear = PictureLinear(weight, None if kind == "parts" else bias, gelu=kind == "gelu")
+    truth = x.double() @ weight.double().T
+    fill_free_memory_with_nan(device)
+    found = linear(x)
+    if kind == "parts":
+        assert found.dtype == torch.float32
+        assert relative_error(found.double().sum(0), truth) < 1e-5
+    else:
+        truth += bias.double()
+        truth = F.gelu(truth, approximate="tanh") if kind == "gelu" else truth
+        assert found.dtype == torch.float16
+        assert relative_error(found, truth) < HALF
+    for _ in range(20):
+        assert torch.equal(linear(x), found)
+
+
+def test_gelu_of_one_picture_keeps_its_digits(device):
+    """Also of large numbers, and of negative ones, of which little is left."""
+    x = torch.linspace(-12, 12, 64 * 64, device=device).half().view(64, 64)
+    one = torch.eye(64, device=device).half()
+    found = PictureLinear(one, torch.zeros(64, device=device).half(), gelu=True)(x)
+    truth = F.gelu(x.double(), approximate="tanh")
+    assert ((found - truth).abs() <= 2**-11 * truth.abs() + 2**-24).all()
+
+
+@pytest.mark.parametrize("images, picture", [(1, True), (2, False)])
+def test_one_picture_alone_has_products_of_its_own(vit, device, images, picture, monkeypatch):
+    _, fast = vit
+    used = []
+    multiply = PictureLinear.__call__
+    monkeypatch.setattr(PictureLinear, "__call__", lambda *call: used.append(0) or multiply(*call))
+    fast(drawing(device)(images, 3, 224, 224))
+    assert len(used) == (8 if picture and torch.cuda.get_device_capability(device)[0] == 9 else 0)
+
+
 @IMAGES
 def test_vits_attention_equals_float64(vit, device, images):
     _, fast = vit
@@ -100,7 +152,7 @@ def test_vits_attention_equals_float64(vit, device, images):
 
 
 @pytest.mark.parametrize(
-    "dtype, parts", [(torch.float16, 0), (torch.float32, 0), (torch.float32, 3)]
+    "dtype, parts", [(torch.float16, 0), (torch.float16, 3), (torch.float32, 0), (torch.float32, 3)]
 )
 @pytest.mark.parametrize("rows, width", [(33, 768), (257, 1408), (4097, 1408)])
 def test_norm_equals_float64(device, rows, width, dtype, parts):
@@ -116,6 +168,12 @@ def test_norm_equals_float64(device, rows, width, dtype, parts):
     summed = x.double() + shift.double() + added.double().sum(0)
     truth = F.layer_norm(summed, (width,), norm.weight.double(), norm.bias.double(), 1e-6)
     assert relative_error(found, truth) < (HALF if dtype == torch.float16 else 1e-6)
+    kept = x.clone()
+    if parts:
+        assert torch.equal(fast(kept, added, keeps_sum=True), found)
+        sum_error = relative_error(kept, x.double() + added.double().sum(0))
+        assert sum_error < (HALF if dtype == torch.float16 else 1e-6)
+    assert torch.equal(fast(x, added) if parts else fast(x), found)  # x is as it was
 
 
 @pytest.fixture(scope="module")

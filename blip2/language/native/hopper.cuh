@@ -12,6 +12,7 @@
 // Compiled by NVRTC with BITS, TILES (of 8 rows), WARPS, SPLIT, DEPTH, RELU, RESIDUAL, OUT_FLOAT, HAS_BIAS
 // and WIDTH, the number of inputs, a multiple of 64, defined; FLOAT8 where weights and inputs are E4M3.
 
+#include "fragments.cuh"
 #include "wgmma.cuh"
 
 #define THREADS (32 * WARPS)

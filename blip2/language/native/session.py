@@ -146,9 +146,10 @@ class NativeSession(LanguageSession):
             if len(ends) > self._model.steps_ahead and ends.popleft().wait().all():
                 break
             logits = requests.append(*chosen)
-        if not strategy.finite():
-            raise _not_finite()
-        return strategy.results()
+        try:
+            return strategy.results()
+        except FloatingPointError:
+            raise _not_finite() from None
 
 
 class _Requests:

@@ -15,7 +15,6 @@
 //   span_shapes.cuh   which block has which part of a linear; shared memory, and how blocks wait for one another
 //   span_copies.cuh   weights and inputs on their way, and packed weights to float16
 //   span_linears.cuh  the products
-//   span_product.cuh  one of them
 //   span_stream.cuh   the residual stream and its LayerNorm
 //
 // docs/span.md argues why blocks may wait for one another so.

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "fragments.cuh"
 #include "span_shapes.cuh"
 
 // By a warp: a linear's weights, of which UNDER_WAY stages are on their way at most. With more, what the blocks write

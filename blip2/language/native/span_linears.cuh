@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "span_product.cuh"
 #include "span_shapes.cuh"
+#include "wgmma_shared.cuh"
 
 // By the multiplying warps.
 struct Products {

@@ -2,9 +2,7 @@
 
 #pragma once
 
-#include "fragments.cuh"
-
-typedef unsigned long long u64;
+#include "halves.cuh"
 
 // Where the tensor cores find a block of rows of 128 bytes in shared memory, at a multiple of 1024: pieces of 16
 // bytes are swapped about by row (1 << 62), piece p of row r lies where p ^ r % 8 would; eight rows have 1024 bytes. In

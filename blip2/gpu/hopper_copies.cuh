@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "fragments.cuh"
+#include "halves.cuh"
 
 struct alignas(64) TensorMap {  // a matrix for copies of its boxes (Boxes in boxes.py); the driver knows what is in it
   unsigned long long opaque[16];
@@ -21,6 +21,28 @@ __device__ inline void arrive_once(u32 barrier) {
   asm volatile("{\n.reg .pred first;\nsetp.eq.u32 first, %1, 0;\n@first mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
                "r"(threadIdx.x % 32)
                : "memory");
+}
+
+// The same, at the barrier in that place of a block of the cluster. What a warp has read through the tensor cores
+// needs no order; with it a step would wait for all that the thread has under way.
+__device__ inline void arrive_once_at(u32 barrier, int block) {
+  asm volatile(
+      "{\n.reg .pred first;\n.reg .b32 there;\nsetp.eq.u32 first, %1, 0;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "@first mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(threadIdx.x % 32), "r"(block)
+      : "memory");
+}
+
+__device__ inline int block_of_cluster() {
+  int block;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
+  return block;
+}
+
+// By all threads of a cluster: waits for them. It orders no reads and writes but those of published barriers.
+__device__ inline void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Arrives, and has the barrier wait for so many bytes of copies, too.
@@ -51,6 +73,16 @@ __device__ inline void copy_box(u32 to, const TensorMap& matrix, int row, int co
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
       "[%4];" ::"r"(to),
       "l"(&matrix), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same, to the same place of each of the first TARGETS blocks of a cluster, whose own barriers say that it is there.
+template <int TARGETS>
+__device__ inline void copy_box_to_all(u32 to, const TensorMap& matrix, int row, int column, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&matrix), "r"(column), "r"(row), "r"(barrier), "h"((u16)((1 << TARGETS) - 1))
       : "memory");
 }
 
