@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -82,6 +86,39 @@ def limit_threads() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
         torch.set_num_threads(cores())
+
+
+_of_thread = threading.local()
+
+
+def threads() -> int:
+    """How many threads PyTorch computes on, also for a thread that has a share of them only."""
+    import torch
+
+    return getattr(_of_thread, "shared", None) or torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def sharing_pool(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, each of which has its share of those that PyTorch computes on.
+
+    By default what it computes in one of them would take all cores again, and they would wait for one
+    another.
+    """
+    import torch
+
+    shared, all_run = torch.get_num_threads(), threading.Barrier(count)
+
+    def take_share(_: int) -> None:
+        _of_thread.shared = shared
+        torch.get_num_threads()  # from now on this thread's number is its own
+        torch.set_num_threads(max(1, shared // count))
+        all_run.wait()
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(take_share, range(count)))
+        torch.set_num_threads(shared)  # that has set what threads begin with, too
+        yield pool
 
 
 def instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:

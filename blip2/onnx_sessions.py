@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import torch
+from blip2 import cpu
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,7 +31,7 @@ def share_threads() -> bool:
 
     if not _process_is_ours or not hasattr(onnxruntime, "set_global_thread_pool_sizes"):
         return False
-    onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    onnxruntime.set_global_thread_pool_sizes(cpu.threads(), 1)
     return True
 
 
@@ -50,7 +50,7 @@ def session_options(between_runs: str) -> onnxruntime.SessionOptions:
         options.use_per_session_threads = False
     else:
         # Its own number would be that of the machine's cores, whatever this process may use.
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = cpu.threads()
     if between_runs == "wait":
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     else:

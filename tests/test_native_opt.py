@@ -209,7 +209,18 @@ def test_logits_are_those_of_transformers(pair):
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch):
+@pytest.fixture
+def pretend_threads(monkeypatch):
+    """A function that lets PyTorch say that it computes on so many threads; it goes on as it did."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
+
+    return pretend
+
+
+def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch, pretend_threads):
     """Each of the four waits for the other three to be read, the first longest."""
     read, others = reading.TRTLLMTensors.read, threading.Barrier(4)
 
@@ -220,7 +231,7 @@ def test_layers_are_packed_side_by_side_and_stay_in_order(tmp_path, monkeypatch)
         return read(tensors, name, load)
 
     monkeypatch.setattr(reading.TRTLLMTensors, "read", read_with_others)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    pretend_threads(4)
     model = opt_models.opt(num_hidden_layers=4)
     actual, expected = logits_of_both(model, convert(model, tmp_path))
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
@@ -410,11 +421,11 @@ def test_weight_only_logits_are_those_of_rounded_weights_and_inputs(tmp_path, qu
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
 @pytest.mark.parametrize("quant_algo", ["W8A16", "W4A16"])
-def test_threads_do_not_grow_with_the_layers(tmp_path, monkeypatch, quant_algo):
+def test_threads_do_not_grow_with_the_layers(tmp_path, pretend_threads, quant_algo):
     """As on 16 cores, where 15 threads for each of its 49 linears would be 735."""
     model = opt_models.opt(num_hidden_layers=12)
     session = convert(model, tmp_path, dtype="float16", quant_algo=quant_algo)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    pretend_threads(16)
     before = len(list(Path("/proc/self/task").iterdir()))
     session.load()
     started = len(list(Path("/proc/self/task").iterdir())) - before

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from blip2 import cpu
 from blip2.artifacts.tensor_files import (
     FiniteChecks,
     Loader,
@@ -78,3 +81,32 @@ def test_what_another_type_cannot_hold_is_not_finite_in_it():
     assert checks.first_not_finite() is None
     checks.add("too large", torch.tensor([1.0, 70000.0]))
     assert checks.first_not_finite() == "too large"
+
+
+@pytest.mark.parametrize("cores, threads, share", [(1, 1, 1), (2, 2, 1), (6, 4, 1), (16, 4, 4)])
+def test_threads_that_load_share_out_the_cores(cores, threads, share):
+    """And take none from whoever computes meanwhile, or afterwards."""
+    before, seen = torch.get_num_threads(), []
+    all_run = threading.Barrier(threads)
+
+    def see(_: int) -> tuple[int, int]:
+        all_run.wait()
+        torch.zeros(9).sum()  # what PyTorch does before it first computes in a thread is done
+        return torch.get_num_threads(), cpu.threads()
+
+    def other() -> None:
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    torch.set_num_threads(cores)
+    try:
+        with Loader(CPU).pool() as pool:
+            assert list(pool.map(see, range(threads))) == [(share, cores)] * threads
+            other()
+            seen.append(torch.get_num_threads())
+        other()
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [cores] * 4

@@ -12,12 +12,16 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from safetensors import safe_open
+
+from blip2 import cpu
 
 # Pinned memory that a thread reads through. Copies from pageable memory reach 7 GB/s on an H100
 # however many threads make them; eight threads with two such buffers each reach 25.
@@ -151,11 +155,10 @@ class Loader:
         self.device = device
         self._buffers = threading.local()
 
-    @property
-    def threads(self) -> int:
-        """How many threads are best to load side by side."""
+    def pool(self) -> AbstractContextManager[ThreadPoolExecutor]:
+        """Threads to load in side by side, as many as are best."""
         on_gpu = self.device.type == "cuda"
-        return _GPU_THREADS if on_gpu else min(_CPU_THREADS, torch.get_num_threads())
+        return cpu.sharing_pool(_GPU_THREADS if on_gpu else min(_CPU_THREADS, cpu.threads()))
 
     def __call__(self, stored: Stored) -> torch.Tensor:
         """The tensor on the device; on a CPU it is backed by the file.

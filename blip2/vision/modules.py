@@ -7,8 +7,6 @@ operation, and the Q-Former may compute in another precision than its inputs and
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -290,7 +288,7 @@ def _filled(
         return rounded(stored) if wanted == torch.bfloat16 else stored.to(wanted).contiguous()
 
     names = list(module.state_dict())
-    with ThreadPoolExecutor(load.threads) as pool:
+    with load.pool() as pool:
         state = dict(zip(names, pool.map(parameter, names), strict=True))
     if (name := checks.first_not_finite()) is not None:
         raise Blip2Error(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -248,7 +247,7 @@ def load_weights(
     def read(name: str) -> torch.Tensor:
         return checks.add(name, tensors.read(name, load))
 
-    weights = _build(tensors.config, read, place, pack, place_embedding or place, load.threads)
+    weights = _build(tensors.config, read, place, pack, place_embedding or place, load)
     if (name := checks.first_not_finite()) is not None:
         kind = "" if dtype is None else f" in {_kind(dtype)}"
         raise Blip2Error(f"{tensors.where} has NaN or Inf in {name}{kind}", f"{tensors.mend}")
@@ -261,7 +260,7 @@ def _build(
     place: Placer,
     pack: Packer,
     place_embedding: Placer,
-    at_once: int,
+    load: Loader,
 ) -> OPTWeights:
     bits = QUANT_BITS[config.quant_algo]
 
@@ -292,7 +291,7 @@ def _build(
     # Before the layers, while there is room for what packing the largest weight takes besides.
     head_bits = None if bits is None or config.is_float8 else _HEAD_BITS
     head = pack(embedding if tied else head, None, head_bits)
-    with ThreadPoolExecutor(at_once) as pool:
+    with load.pool() as pool:
         layers = tuple(pool.map(layer, range(config.num_hidden_layers)))
     return OPTWeights(
         embedding=embedding,
