@@ -34,6 +34,7 @@ from blip2.engine import engine as engine_module
 from blip2.engine.lull import Lull
 from blip2.errors import Blip2Error
 from blip2.language import Beam, Generation
+from blip2.language.decoding import BeamSearch
 from blip2.language.native.session import NativeSession
 from blip2.language.rows import BEAMS, News, Rows
 from demo import scenes
@@ -187,6 +188,27 @@ def test_what_opt_makes_nan_of_ends_that_request(pipeline, values, alone):
     assert same(told(asked[0]), alone[0, 0, 0])
     with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
         told(asked[1])
+
+
+def test_beams_that_turn_out_not_to_be_finite_end_that_request(
+    pipeline, values, alone, monkeypatch
+):
+    """In a step that was begun before their end was heard of."""
+
+    def results(_strategy: BeamSearch) -> list[Generation]:
+        raise FloatingPointError("logits are NaN or Inf")
+
+    monkeypatch.setattr(BeamSearch, "results", results)
+    engine = stepped(pipeline, 8)
+    picture = engine.picture(values[0])
+    asked = [
+        submit(engine, pipeline, [picture], (0, 0, how)) for how in (0, 6)
+    ]  # 6 has three beams
+    finish(engine)
+    assert same(told(asked[0]), alone[0, 0, 0])
+    with pytest.raises(Blip2Error, match="the OPT yields NaN or Inf"):
+        told(asked[1])
+    assert engine._running.used == 0
 
 
 def test_what_an_engine_cannot_take_is_refused_at_once(pipeline, values):

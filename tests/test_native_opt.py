@@ -209,6 +209,19 @@ def test_logits_are_those_of_transformers(pair):
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_the_embedding_is_held_once(tied, tmp_path):
+    """The format stores it twice."""
+    model = opt_models.opt(tie_word_embeddings=tied)
+    if not tied:  # by a single digit
+        model.lm_head.weight = torch.nn.Parameter(model.model.decoder.embed_tokens.weight.clone())
+        model.lm_head.weight.data[3, 5] *= 1 + 2**-20
+    session = convert(model, tmp_path)
+    session.load()
+    weights = session._model.weights
+    assert (weights.head.weight.data_ptr() == weights.embedding.data_ptr()) == tied
+
+
 @pytest.fixture
 def pretend_threads(monkeypatch):
     """A function that lets PyTorch say that it computes on so many threads; it goes on as it did."""
