@@ -18,6 +18,7 @@ from blip2.gpu import float8_kernels
 from blip2.gpu.float8 import Float8
 from blip2.vision import cuda_picture, kernels, modules
 from blip2.vision.cuda import CudaQFormer, CudaVisionTransformer
+from blip2.vision.cuda_picture import PictureLayer
 from blip2.vision.float8 import quantise_linears
 
 pytestmark = pytest.mark.usefixtures("gpu_double")
@@ -54,26 +55,8 @@ def test_vit_equals_the_modules(head_size, patches, changes):
     assert spoiled[1].isnan().any()
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
-@pytest.mark.parametrize(
-    "patches, changes, launches",
-    [
-        (3, {}, 8),  # four of each layer
-        pytest.param(12, {"intermediate_size": 192}, 8, marks=pytest.mark.slow),
-        (3, {"intermediate_size": 72}, 0),
-        (3, {"hidden_act": "quick_gelu"}, 0),
-        (3, {"qkv_bias": False}, 0),
-    ],
-)
-def test_one_picture_has_products_of_its_own(patches, changes, launches, monkeypatch):
-    """On a Hopper, and of ViTs that these take; beside several pictures it has not."""
-    launched = []
-
-    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
-        launched.append(path.name)
-        return gpu_double.load_kernel(path, name, macros)
-
-    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+def vit_of_whole_tiles(patches: int, **changes: object) -> modules.VisionTransformer:
+    """In float16, with products that picture_linear.cu takes, unless they are changed."""
     config = VisionConfig(
         **{"hidden_size": 128, "intermediate_size": 128} | changes,
         num_hidden_layers=2,
@@ -81,14 +64,46 @@ def test_one_picture_has_products_of_its_own(patches, changes, launches, monkeyp
         image_size=6 * patches,
         patch_size=6,
     )
-    module = with_random_weights(modules.VisionTransformer(config)).half()
+    return with_random_weights(modules.VisionTransformer(config)).half()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("patches", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_one_picture_has_products_of_its_own(patches, monkeypatch):
+    """On a Hopper; beside several pictures it has not."""
+    launched = []
+
+    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
+        launched.append(path.name)
+        return gpu_double.load_kernel(path, name, macros)
+
+    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+    module = vit_of_whole_tiles(patches)
     fast = CudaVisionTransformer(copy.deepcopy(module))
-    pixel_values = torch.randn(2, 3, config.image_size, config.image_size).half()
+    pixel_values = torch.randn(2, 3, 6 * patches, 6 * patches).half()
     expected = module.double()(pixel_values.double())
     assert relative_error(fast(pixel_values[:1]), expected[:1]) < 2e-3
-    assert launched == ["picture_linear.cu"] * launches
+    assert launched == ["picture_linear.cu"] * 8  # four of each layer
     assert relative_error(fast(pixel_values), expected) < 2e-3
-    assert len(launched) == launches
+    assert len(launched) == 8
+
+
+def test_the_products_of_one_picture_are_those_that_its_kernel_takes(monkeypatch):
+    takes = PictureLayer.takes
+    assert takes(vit_of_whole_tiles(3).encoder.layers[0])
+    assert not takes(vit_of_whole_tiles(3).float().encoder.layers[0])
+    for changes in (
+        {"intermediate_size": 72},
+        {"hidden_size": 96},
+        {"hidden_act": "quick_gelu"},
+        {"qkv_bias": False},
+    ):
+        assert not takes(vit_of_whole_tiles(3, **changes).encoder.layers[0]), changes
+    in_8_bits = vit_of_whole_tiles(3)
+    quantise_linears(in_8_bits.encoder)
+    assert not takes(in_8_bits.encoder.layers[0])
+    monkeypatch.setattr(gpu_double.PROPERTIES, "major", 10)
+    assert not takes(vit_of_whole_tiles(3).encoder.layers[0])
 
 
 def test_the_products_of_one_picture_are_shared_out():
