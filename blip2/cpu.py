@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,6 +87,7 @@ def limit_threads() -> None:
 
 
 _of_thread = threading.local()
+_sharing = threading.Lock()  # while it holds, PyTorch's number may be a share
 
 
 def threads() -> int:
@@ -98,27 +97,28 @@ def threads() -> int:
     return getattr(_of_thread, "shared", None) or torch.get_num_threads()
 
 
-@contextlib.contextmanager
-def sharing_pool(count: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, each of which has its share of those that PyTorch computes on.
+def sharing_pool(most: int) -> ThreadPoolExecutor:
+    """As many threads as PyTorch computes on, `most` at most, each of which has its share of those.
 
     By default what it computes in one of them would take all cores again, and they would wait for one
     another.
     """
     import torch
 
-    shared, all_run = torch.get_num_threads(), threading.Barrier(count)
+    with _sharing:
+        shared = torch.get_num_threads()
+        count = min(most, shared)
+        pool, all_run = ThreadPoolExecutor(count), threading.Barrier(count)
 
-    def take_share(_: int) -> None:
-        _of_thread.shared = shared
-        torch.get_num_threads()  # from now on this thread's number is its own
-        torch.set_num_threads(max(1, shared // count))
-        all_run.wait()
+        def take_share(_: int) -> None:
+            _of_thread.shared = shared
+            torch.get_num_threads()  # from now on this thread's number is its own
+            torch.set_num_threads(max(1, shared // count))
+            all_run.wait()
 
-    with ThreadPoolExecutor(count) as pool:
         list(pool.map(take_share, range(count)))
         torch.set_num_threads(shared)  # that has set what threads begin with, too
-        yield pool
+    return pool
 
 
 def instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:

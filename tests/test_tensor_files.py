@@ -110,3 +110,25 @@ def test_threads_that_load_share_out_the_cores(cores, threads, share):
     finally:
         torch.set_num_threads(before)
     assert seen == [cores] * 4
+
+
+def test_pools_that_begin_at_once_do_not_take_one_anothers_share_for_all():
+    before, seen = torch.get_num_threads(), []
+
+    def load(start: threading.Barrier) -> None:
+        start.wait()
+        with Loader(CPU).pool() as pool:
+            seen.extend(pool.map(lambda _: cpu.threads(), range(4)))
+
+    torch.set_num_threads(6)
+    try:
+        for _ in range(50):
+            start = threading.Barrier(8)
+            loading = [threading.Thread(target=load, args=(start,)) for _ in range(8)]
+            for thread in loading:
+                thread.start()
+            for thread in loading:
+                thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [6] * 4 * 8 * 50

@@ -13,7 +13,6 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
@@ -155,10 +154,11 @@ class Loader:
         self.device = device
         self._buffers = threading.local()
 
-    def pool(self) -> AbstractContextManager[ThreadPoolExecutor]:
+    def pool(self) -> ThreadPoolExecutor:
         """Threads to load in side by side, as many as are best."""
-        on_gpu = self.device.type == "cuda"
-        return cpu.sharing_pool(_GPU_THREADS if on_gpu else min(_CPU_THREADS, cpu.threads()))
+        if self.device.type == "cuda":
+            return ThreadPoolExecutor(_GPU_THREADS)
+        return cpu.sharing_pool(_CPU_THREADS)
 
     def __call__(self, stored: Stored) -> torch.Tensor:
         """The tensor on the device; on a CPU it is backed by the file.

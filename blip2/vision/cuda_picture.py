@@ -116,7 +116,7 @@ class PictureLayer:
     @staticmethod
     def takes(layer: modules.VisionLayer) -> bool:
         """Whether the current GPU has the kernel, for such a layer."""
-        if layer.is_float8 or layer.activation is not F.gelu or layer.self_attn.qkv.bias is None:
+        if layer.activation is not F.gelu or layer.self_attn.qkv.bias is None:
             return False
         weight = layer.mlp.fc1.weight
         return (
