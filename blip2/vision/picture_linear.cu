@@ -13,7 +13,8 @@
 // GELU defined; cuda_picture.py says how they are chosen.
 
 #include "hopper_copies.cuh"
-#include "wgmma_shared.cuh"
+#include "wgmma_products.cuh"
+#include "wgmma_sums.cuh"
 
 #define STEP 64   // inputs: 128 bytes
 #define ROWS 136  // of a tile
@@ -61,15 +62,15 @@ __device__ inline void copy_steps(const TensorMap& x, const TensorMap& weight, u
   asm volatile("griddepcontrol.wait;" ::: "memory");
   for (int step = 0; step < ahead; ++step) copy_inputs(behind, step), behind.next();
   ring = Ring{shared};
-  for (int step = ahead; step < steps; ++step) {
+  // To the end of the last step: no block may end while another of its cluster still arrives at its barriers.
+  for (int step = ahead; step < steps + ahead; ++step) {
     wait_for(ring.emptied(), ring.phase);
-    copy_weights(ring, step), copy_inputs(ring, step);
+    if (step < steps) copy_weights(ring, step), copy_inputs(ring, step);
     ring.next();
   }
 }
 
-// By the four warps of a group: a thread's sums of its 64 channels, at 4 i + 2 k + j of channel 16 warp + lane / 4 +
-// 8 k and row 8 i + lane % 4 * 2 + j.
+// By the four warps of a group: a thread's sums of its 64 channels, as in wgmma_sums.cuh.
 __device__ inline void multiply(float* sums, u32 shared, int group, int steps) {
   Ring ring{shared}, before{shared};
   auto begin_step = [&](bool more) {
@@ -81,17 +82,21 @@ __device__ inline void multiply(float* sums, u32 shared, int group, int steps) {
     commit();
     ring.next();
   };
+  auto release = [&] {
+    if (ROW_TILES == 1) arrive_once(before.emptied());
+#pragma unroll
+    for (int block = 0; ROW_TILES > 1 && block < ROW_TILES; ++block) arrive_once_at(before.emptied(), block);
+    before.next();
+  };
   begin_step(false);
 #pragma unroll 1
   for (int step = 1; step < steps; ++step) {
     begin_step(true);
     finish<1>();
-    if (ROW_TILES == 1) arrive_once(before.emptied());
-#pragma unroll
-    for (int block = 0; ROW_TILES > 1 && block < ROW_TILES; ++block) arrive_once_at(before.emptied(), block);
-    before.next();
+    release();
   }
   finish();
+  release();
 }
 
 __device__ inline float gelu(float x) {  // its tanh approximation, as x / (1 + e^-2u)
@@ -124,30 +129,22 @@ extern "C" __global__ void __launch_bounds__(128 * WARPGROUPS + 32, 1)
     if (lane == 0) copy_steps(x, weight, shared, row_tile * ROWS, tile * TILE, first_step * STEP, steps);
     __syncwarp();
   } else {
-    int channel = tile * TILE + 16 * warp + lane / 4;
+    int channel = tile * TILE + 16 * warp + lane / 4, first_row = row_tile * ROWS;
     float offset[2] = {0, 0};
     if (!PARTS) offset[0] = half_to_float(bias[channel]), offset[1] = half_to_float(bias[channel + 8]);
     float sums[ROWS / 2];
     multiply(sums, shared, warp / 4, steps);
-#pragma unroll
-    for (int i = 0; i < ROWS / 8; ++i)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        int row = row_tile * ROWS + 8 * i + lane % 4 * 2;
-        float first = sums[4 * i + 2 * k] + offset[k], second = sums[4 * i + 2 * k + 1] + offset[k];
-        if (PARTS) {
-          float* at = (float*)out + (split * rows + row) * CHANNELS + channel + 8 * k;
-          if (row < rows) at[0] = first;
-          if (row + 1 < rows) at[CHANNELS] = second;
-          continue;
-        }
-        if (GELU) first = gelu(first), second = gelu(second);
-        // Lanes of an even channel and the odd one behind it exchange a row, so that each has both channels of one.
-        bool odd = lane & 4;
-        float other = __shfl_xor_sync(~0u, odd ? first : second, 4);
-        u32 pair = float_to_half(odd ? other : first) | (u32)float_to_half(odd ? second : other) << 16;
-        if (row + odd < rows) *(u32*)((u16*)out + (row + odd) * CHANNELS + (channel & ~1) + 8 * k) = pair;
-      }
+    if (PARTS) {
+      float* to = (float*)out + (split * rows + first_row) * CHANNELS + channel;
+      store_sums<ROWS>(sums, [=](int row, int farther, float sum) {
+        if (first_row + row < rows) to[row * CHANNELS + farther] = sum;
+      });
+    } else {
+      u16* to = (u16*)out + first_row * CHANNELS + (channel & ~1);
+      auto become = [=](float sum, int k) { return GELU ? gelu(sum + offset[k]) : sum + offset[k]; };
+      store_pairs<ROWS>(sums, become, [=](int row, int farther, u32 pair) {
+        if (first_row + row < rows) *(u32*)(to + row * CHANNELS + farther) = pair;
+      });
+    }
   }
-  if (ROW_TILES > 1) meet_cluster();  // others may still copy into this block's memory, or arrive there
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "span_shapes.cuh"
-#include "wgmma_shared.cuh"
+#include "wgmma_products.cuh"
 
 // By the multiplying warps.
 struct Products {
