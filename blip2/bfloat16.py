@@ -6,8 +6,6 @@ y = linear(x.bfloat16(), weight, bias)   # each time
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch.nn import functional
 
@@ -15,47 +13,31 @@ _PIECE = 1 << 18  # numbers that are 1 MB in float32: with both halves a core's 
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU's tensor in bfloat16, row by row in memory.
-
-    Of float16 by way of float32, a piece at a time: PyTorch's own conversion takes twice as long.
-    """
+    """A CPU's tensor in bfloat16, row by row in memory."""
     if tensor.dtype != torch.float16:
         return tensor.to(torch.bfloat16).contiguous()
+    return rounded_and_sum(tensor)[0]
+
+
+def rounded_and_sum(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of float16, and the sum of it, a float32: finite only if all of the tensor is.
+
+    By way of float32, a piece at a time: PyTorch's own conversion takes twice as long, and the tensor
+    is read from memory once for both.
+    """
     if not tensor.is_contiguous():
-        transposed = tensor.ndim == 2 and tensor.T.is_contiguous()
-        return (rounded(tensor.T).T if transposed else tensor.bfloat16()).contiguous()
-    return _rounded_into(torch.empty_like(tensor, dtype=torch.bfloat16), tensor)
-
-
-def _rounded_into(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Both row by row in memory, of one shape."""
+        if tensor.ndim == 2 and tensor.T.is_contiguous():
+            result, total = rounded_and_sum(tensor.T)
+            return result.T.contiguous(), total
+        return rounded_and_sum(tensor.contiguous())
+    result = torch.empty_like(tensor, dtype=torch.bfloat16)
     exact = torch.empty(min(_PIECE, tensor.numel()))
     pieces = tensor.view(-1).split(_PIECE), result.view(-1).split(_PIECE)
+    sums = []
     for piece, of_result in zip(*pieces, strict=True):
         of_result.copy_(exact[: len(piece)].copy_(piece))
-    return result
-
-
-class Packer:
-    """Rounds and packs weights, several threads at once.
-
-    Each thread rounds into one place, as long as the packer lives: taking memory for a gigabyte from
-    the system anew costs more than rounding it.
-    """
-
-    def __init__(self) -> None:
-        self._own = threading.local()
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """As `packed(rounded(weight))`."""
-        if weight.dtype != torch.float16 or not weight.is_contiguous():
-            return packed(rounded(weight))
-        place = getattr(self._own, "place", None)
-        if place is None or place.numel() < weight.numel():
-            place = self._own.place = torch.empty(weight.numel(), dtype=torch.bfloat16)
-        here = _rounded_into(place[: weight.numel()].view(weight.shape), weight)
-        result = packed(here)
-        return here.clone() if result is here else result
+        sums.append(exact[: len(piece)].sum())
+    return result, torch.stack(sums).sum()
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from conftest import ROOT, run_program
 from torch import nn
 
 from blip2 import bfloat16, cpu
+from blip2.artifacts.tensor_files import FiniteChecks
 from blip2.checkpoints.reader import open_checkpoint
 from blip2.engines import open_language_session, open_vision_session
 from blip2.language.native.bf16 import Bfloat16Linear
@@ -197,21 +197,21 @@ def test_a_weight_stays_as_it_is_where_it_cannot_be_packed(monkeypatch):
         assert bfloat16.packed(weight) is weight
 
 
-@pytest.mark.parametrize("can_pack", [True, False])
-def test_a_packers_weights_do_not_share_memory(monkeypatch, can_pack):
-    """Though it rounds them in one place: here oneDNN packs the same numbers in float32."""
-    pack = (
-        (lambda weight: bfloat16._reorder(weight.float())) if can_pack else (lambda weight: weight)
-    )
-    monkeypatch.setattr(bfloat16, "packed", pack)
-    packer = bfloat16.Packer()
-    given = [torch.randn(size, 16).half() for size in (8, 40, 8)]
-    given += [torch.randn(16, 8).half().T, torch.randn(8, 16), torch.randn(8, 16).bfloat16()]
-    with ThreadPoolExecutor(2) as pool:
-        weights = [*map(packer, given), *pool.map(packer, given)]
-    for weight, packed in zip(given * 2, weights, strict=True):
-        plain = packed.to_dense() if packed.is_mkldnn else packed
-        assert torch.equal(plain.float(), weight.bfloat16().float())
+@pytest.mark.parametrize("where", [0, bfloat16._PIECE, -1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_found_while_it_is_rounded(where, value):
+    """In any piece, also beside the opposite infinity; the largest numbers are no infinity."""
+    values = torch.full((bfloat16._PIECE + 3, 1), 65504).half()
+    assert bfloat16.rounded_and_sum(values)[1].isfinite()
+    values[where] = value
+    values[1] = -value
+    assert not bfloat16.rounded_and_sum(values)[1].isfinite()
+    assert not bfloat16.rounded_and_sum(values.T)[1].isfinite()
+    checks = FiniteChecks()
+    for name, tensor in (("fine", torch.ones(3).half()), ("broken", values)):
+        rounded = checks.add_rounded(name, tensor)
+        torch.testing.assert_close(rounded, tensor.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert checks.first_not_finite() == "broken"
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2 import cpu
 from blip2.checkpoints import open_checkpoint
 from blip2.engines import open_language_session
 from blip2.errors import Blip2Error
@@ -484,7 +485,9 @@ class TestBadCheckpoints:
             ),
         ],
     )
-    def test_wrong_tensors(self, bad, edit, message):
+    @pytest.mark.parametrize("in_bfloat16", [False, True])
+    def test_wrong_tensors(self, bad, monkeypatch, in_bfloat16, edit, message):
+        monkeypatch.setattr(cpu, "is_fast_in_bfloat16", lambda: in_bfloat16)
         tensors = load_file(bad / "rank0.safetensors")
         edit(tensors)
         save_file(tensors, bad / "rank0.safetensors")

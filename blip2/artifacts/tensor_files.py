@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from blip2 import cpu
+from blip2 import bfloat16, cpu
 
 # Pinned memory that a thread reads through. Copies from pageable memory reach 7 GB/s on an H100
 # however many threads make them; eight threads with two such buffers each reach 25.
@@ -244,6 +244,14 @@ class FiniteChecks:
         """Have a tensor checked; returns it."""
         self._flags.append((name, is_finite(tensor, self._dtype)))
         return tensor
+
+    def add_rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Have a CPU's tensor checked; returns it in bfloat16, and reads it once for both."""
+        if tensor.dtype != torch.float16:
+            return bfloat16.rounded(self.add(name, tensor))
+        result, total = bfloat16.rounded_and_sum(tensor)
+        self._flags.append((name, total.isfinite()))
+        return result
 
     def first_not_finite(self) -> str | None:
         """The name of the first tensor that holds NaN or Inf. Waits for the checks."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from blip2.activations import ACTIVATIONS
 from blip2.artifacts.tensor_files import FiniteChecks, Loader
-from blip2.bfloat16 import Packer, rounded
+from blip2.bfloat16 import packed
 from blip2.checkpoints import Checkpoint, QFormerConfig, VisionConfig
 from blip2.errors import Blip2Error
 from blip2.vision import bf16
@@ -278,14 +278,14 @@ def _filled(
     if dtype == torch.bfloat16:
         bf16.use_bfloat16(module)
         own |= {name: tensor.dtype for name, tensor in module.named_parameters()}
-    packs, packer = bf16.packed_weights(module), Packer()
+    packs = bf16.packed_weights(module)
 
     def parameter(name: str) -> torch.Tensor:
-        stored = checks.add(prefix + name, checkpoint.tensor(prefix + name, load))
-        if name in packs:
-            return packer(stored)
-        wanted = own.get(name, dtype)
-        return rounded(stored) if wanted == torch.bfloat16 else stored.to(wanted).contiguous()
+        stored, wanted = checkpoint.tensor(prefix + name, load), own.get(name, dtype)
+        if wanted == torch.bfloat16:
+            weight = checks.add_rounded(prefix + name, stored)
+            return packed(weight) if name in packs else weight
+        return checks.add(prefix + name, stored).to(wanted).contiguous()
 
     names = list(module.state_dict())
     with load.pool() as pool:

@@ -23,19 +23,15 @@ class Bfloat16Linear(Linear):
 
     @classmethod
     def pack(
-        cls,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        bits: int | None,
-        packer: bfloat16.Packer | None = None,
+        cls, weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None
     ) -> Bfloat16Linear:
-        """As in the base class; a `packer` is for several weights, one after the other."""
+        """As in the base class."""
         if bits is not None:
             raise ValueError(
                 f"a bfloat16 linear keeps its weight, it does not round to {bits} bits"
             )
-        packer = packer or bfloat16.Packer()
-        return cls(packer(weight), None if bias is None else bias.float())
+        weight = bfloat16.packed(bfloat16.rounded(weight))
+        return cls(weight, None if bias is None else bias.float())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = bfloat16.linear(x.bfloat16(), self.weight)

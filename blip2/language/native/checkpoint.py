@@ -223,6 +223,8 @@ def load_weights(
     pack: Packer,
     place_embedding: Placer | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    rounds: bool = False,
 ) -> OPTWeights:
     """Read the weights tensor by tensor, quantising the layers' linears as the configuration says.
 
@@ -238,6 +240,7 @@ def load_weights(
             behind them.
         place_embedding: converts the table of words, if otherwise than `place`.
         dtype: the type that all must be finite in, if not their own.
+        rounds: whether the layers' weights in float16 are rounded to bfloat16 while they are read.
 
     Raises:
         Blip2Error: a tensor cannot be read, or holds NaN or Inf.
@@ -247,7 +250,13 @@ def load_weights(
     def read(name: str) -> torch.Tensor:
         return checks.add(name, tensors.read(name, load))
 
-    weights = _build(tensors.config, read, place, pack, place_embedding or place, load)
+    def read_weight(name: str) -> torch.Tensor:
+        weight = tensors.read(name, load)
+        keep = checks.add_rounded if rounds and weight.dtype == torch.float16 else checks.add
+        return keep(name, weight)
+
+    place_embedding = place_embedding or place
+    weights = _build(tensors.config, read, read_weight, place, pack, place_embedding, load)
     if (name := checks.first_not_finite()) is not None:
         kind = "" if dtype is None else f" in {_kind(dtype)}"
         raise Blip2Error(f"{tensors.where} has NaN or Inf in {name}{kind}", f"{tensors.mend}")
@@ -257,6 +266,7 @@ def load_weights(
 def _build(
     config: OPTCheckpointConfig,
     read: Callable[[str], torch.Tensor],
+    read_weight: Callable[[str], torch.Tensor],
     place: Placer,
     pack: Packer,
     place_embedding: Placer,
@@ -265,7 +275,7 @@ def _build(
     bits = QUANT_BITS[config.quant_algo]
 
     def linear(name: str) -> Linear:
-        weight, bias = read(f"{name}.weight"), read(f"{name}.bias")
+        weight, bias = read_weight(f"{name}.weight"), read(f"{name}.bias")
         if config.is_float8:
             return pack(weight, bias, bits, read(scales_of(f"{name}.weight")))
         return pack(weight, bias, bits)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from blip2 import bfloat16, cpu
+from blip2 import cpu
 from blip2.activations import ACTIVATIONS
 from blip2.language.decoding import Strategy, log_probs, make_strategy
 from blip2.language.native.bf16 import Bfloat16Linear
@@ -68,8 +68,11 @@ class OPTModel:
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             return tensor
 
-        with packing(tensors.config, device) as pack:
-            return cls(tensors.config, load_weights(tensors, device, place, pack, keep))
+        config = tensors.config
+        is_packed = config.quant_algo is not None
+        rounds = device.type == "cpu" and not is_packed and cpu.is_fast_in_bfloat16()
+        with packing(config, device) as pack:
+            return cls(config, load_weights(tensors, device, place, pack, keep, rounds=rounds))
 
     def release(self) -> None:
         """Let go what is kept for batches of the sizes that came."""
@@ -227,13 +230,12 @@ def _words(weights: OPTWeights, tokens: torch.Tensor) -> torch.Tensor:
 def packing(config: OPTCheckpointConfig, device: torch.device) -> Iterator[Packer]:
     """Within, what packs the linears of an OPT for a device; leaving it makes them ready for use."""
     nbits = NBitsPacker(4 * config.num_hidden_layers + 1)  # a layer's, and the head
-    in_bfloat16 = bfloat16.Packer()
 
     def pack(weight: torch.Tensor, bias: torch.Tensor | None, bits: int | None) -> Linear:
         if device.type == "cpu" and bits is not None:
             return nbits.pack(weight, bias, bits)
         if device.type == "cpu" and weight.dtype in _HALVES and cpu.is_fast_in_bfloat16():
-            return Bfloat16Linear.pack(weight, bias, bits, in_bfloat16)
+            return Bfloat16Linear.pack(weight, bias, bits)
         if device.type == "cpu" and Float16Linear.takes(weight.dtype):
             return Float16Linear.pack(weight, bias, bits)
         return FloatLinear.pack(weight, bias, bits)
