@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -130,20 +130,15 @@ def float_weights(weights):
     return floats(weights)
 
 
-def linears(opt: OPTModel) -> Iterator[PackedLinear]:
-    for layer in opt.weights.layers:
-        yield from (layer.qkv, layer.dense, layer.fc, layer.proj)
-    yield opt.weights.head
-
-
 def parameters(opt: OPTModel) -> int:
     """Of the layers' linears, which every token of a prompt is multiplied with."""
-    return sum(math.prod(linear.shape) for linear in list(linears(opt))[:-1])
+    *layers, _head = opt.weights.linears()
+    return sum(math.prod(linear.shape) for linear in layers)
 
 
 def weight_bytes(opt: OPTModel) -> int:
     """Read by one step."""
-    return sum(linear.weight.nbytes for linear in linears(opt))
+    return sum(linear.weight.nbytes for linear in opt.weights.linears())
 
 
 def cache_bytes(opt: OPTModel, tokens: int) -> int:

@@ -368,6 +368,65 @@ def picture_linear(
     out.copy_(functional.gelu(y, approximate="tanh") if macros["GELU"] else y)
 
 
+def linear_many(
+    macros: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    x: Boxes,
+    weight: Boxes,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    rows: int,
+    channels: int,
+    inputs: int,
+    splits: int,
+    shared_bytes: int,
+) -> None:
+    """linear_many.cu."""
+    bits, tile_rows, groups = macros["BITS"], macros["ROWS"], macros["WARPGROUPS"]
+    pieces, parts = 4 * groups, macros["PARTS"]
+    units = -(-channels // (64 * groups)) * -(-rows // tile_rows) * splits
+    _rule(grid == (min(units, PROPERTIES.multi_processor_count), 1), "blocks")
+    _rule(threads == {1: 160, 2: 384}[groups], "threads")
+    _rule(inputs % 128 == 0 and splits <= inputs // 128, "an odd number of steps, or none")
+    stage = 128 * (tile_rows + pieces * bits // 4 * 4)
+    _rule(macros["DEPTH"] >= 2 and macros["DEPTH"] * (stage + 16) <= shared_bytes, "shared memory")
+    _rule(shared_bytes == macros["SHARED"] <= PROPERTIES.shared_memory_per_block_optin, "SHARED")
+    _rule(x.matrix.shape == (rows, inputs) and x.rows == tile_rows, "inputs")
+    _rule(weight.matrix.shape == (-(-channels // 16), inputs * bits // 2), "weights")
+    _rule(weight.rows == pieces and weight.row_bytes == 128 * bits, "boxes of weights")
+    _rule(bool(parts) == (bias is None) and (parts or splits == 1), "a bias, or parts")
+    _rule(out.dtype == (torch.float32 if parts else torch.float16), "the outputs' type")
+    _rule(out.numel() == splits * rows * channels, "outputs")
+    packed = weight.matrix.contiguous().view(torch.uint8)
+    shape = (8, 4, 2, 8) if bits == 8 else (8, 4, 2, 2, 4)
+    factors = unpacked(packed.view(len(packed), -1, *shape), bits, (channels, inputs)).float()
+    values = x.matrix.float()
+    if macros["INPUTS_ORDERED"]:
+        values[:, ordered(inputs)] = values.clone()
+    ends = [128 * (number * (inputs // 128) // splits) for number in range(splits + 1)]
+    for part, (first, end) in zip(
+        out.view(splits, rows, channels), itertools.pairwise(ends), strict=True
+    ):
+        y = values[:, first:end] @ factors[:, first:end].T * scales.float()
+        if parts:
+            part.copy_(y)
+            continue
+        y += bias.float()
+        y = y.relu() if macros["RELU"] else y
+        part.copy_(y[:, ordered(channels)] if macros["OUT_ORDERED"] else y)
+
+
+def ordered(count: int) -> torch.Tensor:
+    """Which input lies at each of so many places, in the order of packed weights.
+
+    A thread of four has eight in a row, of which the tensor cores want two and two.
+    """
+    of_thread = torch.arange(count).view(-1, 4, 2, 2, 2)  # 32s, thread, product, half of it, pair
+    return of_thread.permute(0, 2, 3, 1, 4).flatten()
+
+
 def marks(words: torch.Tensor) -> torch.Tensor:
     """step.cu's marks: the lowest bit of a float32, the sign of a float16."""
     if words.dtype == torch.float32:
@@ -426,6 +485,7 @@ DOUBLES = {
     "linear_hopper.cu": linear,
     "linear_hopper_packed.cu": linear,
     "picture_linear.cu": picture_linear,
+    "linear_many.cu": linear_many,
     "span.cu": span,
     "step.cu": step,
     "unpack.cu": unpack_weight,

@@ -6,16 +6,19 @@ import dataclasses
 
 import torch
 
-# Of a box; its 16-byte pieces are swapped about by row, as the tensor cores read them.
-ROW_BYTES = 128
+SWIZZLED_BYTES = (
+    128  # of a row, whose 16-byte pieces are swapped about by row, as the tensor cores read them
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """An argument of a kernel: boxes of so many `rows` (256 at most) of 128 bytes of a matrix.
+    """An argument of a kernel: boxes of so many `rows` (256 at most) of `row_bytes` of a matrix.
 
-    That is rows x columns in 16 bits, contiguous, its columns a multiple of 8.
+    That is rows x columns in 16 or 32 bits, contiguous, a row's bytes a multiple of 16. Boxes of
+    SWIZZLED_BYTES a row are swizzled, wider ones (256 numbers at most) lie as the matrix does.
     """
 
     matrix: torch.Tensor
     rows: int
+    row_bytes: int = SWIZZLED_BYTES

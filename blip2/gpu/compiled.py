@@ -18,7 +18,7 @@ from cuda.bindings import driver, nvrtc
 
 from blip2 import cache
 from blip2.devices import launches_dependently
-from blip2.gpu.boxes import ROW_BYTES, Boxes
+from blip2.gpu.boxes import SWIZZLED_BYTES, Boxes
 from blip2.gpu.kernel_launch import is_ahead, submit
 
 _HEADERS = Path(__file__).parent  # what kernels of several packages include
@@ -124,18 +124,26 @@ def _tensor_map(boxes: Boxes) -> driver.CUtensorMap:
     matrix = boxes.matrix
     rows, columns = matrix.shape
     size = matrix.element_size()
+    # Its bytes are copied: which numbers they are does not matter.
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    numbers = {
+        2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        4: types.CU_TENSOR_MAP_DATA_TYPE_UINT32,
+    }
+    is_swizzled = boxes.row_bytes == SWIZZLED_BYTES
     return _check(
         driver.cuTensorMapEncodeTiled(
-            # Its bytes are copied: which numbers they are does not matter.
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            numbers[size],
             2,
             matrix.data_ptr(),
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
             [driver.cuuint64_t(columns * size)],
-            [driver.cuuint32_t(ROW_BYTES // size), driver.cuuint32_t(boxes.rows)],
+            [driver.cuuint32_t(boxes.row_bytes // size), driver.cuuint32_t(boxes.rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B
+            if is_swizzled
+            else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -16,10 +16,10 @@ __device__ inline void init_barrier(u32 barrier, int arrivals) {
 // Behind the barriers that a thread has initialised, before others use them.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// By the first lane of a warp; not as a branch, at which products that are under way would be waited for.
-__device__ inline void arrive_once(u32 barrier) {
+// By the first lane of a warp, if it is to; not as a branch, at which products that are under way would be waited for.
+__device__ inline void arrive_once(u32 barrier, bool any = true) {
   asm volatile("{\n.reg .pred first;\nsetp.eq.u32 first, %1, 0;\n@first mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
-               "r"(threadIdx.x % 32)
+               "r"(any ? threadIdx.x % 32 : 32)
                : "memory");
 }
 

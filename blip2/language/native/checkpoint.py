@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +65,12 @@ class OPTWeights:
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     head: Linear
+
+    def linears(self) -> Iterator[Linear]:
+        """The layers' linears, and the head."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.dense, layer.fc, layer.proj)
+        yield self.head
 
 
 class OPTTensors(Protocol):

@@ -39,15 +39,16 @@ def embed_kernel(
 @triton.jit
 def norm_kernel(
     x,  # rows x width, float32
-    product,  # rows x width, and width: what is still to be added to x, where ADD
-    product_bias,
+    parts,  # PARTS x rows x width, and width: what is still to be added to x
+    parts_bias,
     weight,
     bias,
     out,  # rows x width
     width,
     eps,
-    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     ADD_BIAS: tl.constexpr,
+    ORDERED: tl.constexpr,  # write `out` in the order of packed weights (linear_many.cu)
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -59,17 +60,22 @@ def norm_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    at = tl.program_id(0).to(tl.int64) * width + columns
+    first = tl.program_id(0).to(tl.int64) * width
+    at = first + columns
     values = tl.load(x + at, mask=inside, other=0.0)
-    if ADD:
-        values += tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
+    if PARTS:
+        for part in tl.static_range(PARTS):
+            there = parts + part * tl.num_programs(0).to(tl.int64) * width + at
+            values += tl.load(there, mask=inside, other=0.0).to(tl.float32)
         if ADD_BIAS:
-            values += tl.load(product_bias + columns, mask=inside, other=0.0).to(tl.float32)
+            values += tl.load(parts_bias + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x + at, values, mask=inside)
     mean = tl.sum(values, axis=0) / width
     centred = tl.where(inside, values - mean, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    tl.store(out + at, normed * scale + shift, mask=inside)
+    if ORDERED:
+        columns = (columns & ~31) | ((columns & 6) << 2) | ((columns >> 2) & 6) | (columns & 1)
+    tl.store(out + first + columns, normed * scale + shift, mask=inside)
 
 
 @triton.jit

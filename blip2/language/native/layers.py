@@ -12,6 +12,7 @@ import triton
 from blip2.gpu.kernel_launch import launch
 from blip2.language.native import kernels
 from blip2.language.native.checkpoint import Norm, OPTWeights
+from blip2.language.native.many_rows import products_for
 from blip2.language.native.model import NORM_EPS
 from blip2.language.native.packing import CHANNELS, PackedLinear
 from blip2.language.native.span import Span, macros_for
@@ -50,13 +51,14 @@ class Layers:
         width = config.hidden_size
         self._weights, self._tokens = weights, tokens
         self.x = buffer(width, torch.float32)
-        self._normed, self._attended, self._added = buffer(width), buffer(width), buffer(width)
+        self._normed, self._attended = buffer(width), buffer(width)
         self._qkv, self._hidden = buffer(3 * width), buffer(config.ffn_size)
-        # What is still to be added to x: a linear's product, of which cuBLAS leaves the bias out.
+        # What is still to be added to x: a linear's product without its bias, or parts of it.
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
         properties = torch.cuda.get_device_properties(device)
         self._hopper = properties.major == 9
         self._multiprocessors = properties.multi_processor_count
+        self._many = None if self._few_rows else products_for(weights, device)
         self._span: Span | None = None
         if tokens > _SEPARATE_ROWS and weights:
             macros = macros_for(config, weights, tokens, device)
@@ -113,25 +115,26 @@ class Layers:
         if self._few_rows:
             self._launch(x, linear, self.x, residual=True)
         else:
-            torch.mm(x, linear.unpacked().T, out=self._added)
-            self._pending = (self._added, linear.bias)
+            is_ordered = self._many.is_ordered and x is self._hidden  # attention has no such order
+            self._pending = (self._many.parts(x, linear, is_ordered=is_ordered), linear.bias)
 
     def _norm(self, norm: Norm) -> torch.Tensor:
         width = self.x.shape[1]
-        product, bias = self._pending or (None, None)
+        parts, bias = self._pending or (None, None)
         launch(
             kernels.norm_kernel,
             (self._tokens,),
             self.x,
-            product,
+            parts,
             bias,
             norm.weight,
             norm.bias,
             self._normed,
             width,
             NORM_EPS,
-            ADD=product is not None,
+            PARTS=0 if parts is None else len(parts),
             ADD_BIAS=bias is not None,
+            ORDERED=self._many is not None and self._many.is_ordered,
             BLOCK=triton.next_power_of_2(width),
             device=self.x.device,
         )
@@ -144,13 +147,8 @@ class Layers:
         """out = [ReLU](x Wᵀ + b)."""
         if self._few_rows:
             self._launch(x, linear, out, relu=relu)
-        elif linear.bias is None:
-            out.copy_(linear(x))  # the head's: float16 to float32
-        elif relu:
-            # The product's own epilogue: no other function of PyTorch asks cuBLAS for it.
-            torch.ops.aten._addmm_activation.out(linear.bias, x, linear.unpacked().T, out=out)
         else:
-            torch.addmm(linear.bias, x, linear.unpacked().T, out=out)
+            self._many.linear(x, linear, out, relu=relu)
 
     @property
     def _few_rows(self) -> bool:

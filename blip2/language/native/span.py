@@ -86,11 +86,7 @@ def macros_for(
 ) -> dict[str, int] | None:
     """How span.cu is to be compiled for these weights and rows, or None where it does not pay."""
     properties = torch.cuda.get_device_properties(device)
-    linears = [
-        linear
-        for layer in weights.layers
-        for linear in (layer.qkv, layer.dense, layer.fc, layer.proj)
-    ]
+    *linears, _head = weights.linears()
     bits = {linear.bits for linear in linears}
     is_float8 = any(linear.is_float8 for linear in linears)
     if rows > ROWS or properties.major != 9 or len(bits) > 1 or is_float8:
