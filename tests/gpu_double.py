@@ -415,7 +415,7 @@ def linear_many(
             continue
         y += bias.float()
         y = y.relu() if macros["RELU"] else y
-        part.copy_(y[:, ordered(channels)] if macros["OUT_ORDERED"] else y)
+        part.copy_(y[:, ordered(channels)] if macros["RELU"] else y)
 
 
 def ordered(count: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def test_embed_adds_words_and_positions(device, rows, width):
 
 
 @WIDTHS
-@pytest.mark.parametrize("pending", [None, "product", "product and bias"])
+@pytest.mark.parametrize("pending", [None, "product", "product and bias", "parts and bias"])
 def test_norm_equals_float64(device, width, pending):
     """Of rows whose variance is a tenth, or a hundred times, what is added to it."""
     draw, rows = drawing(device), 50
@@ -53,11 +53,13 @@ def test_norm_equals_float64(device, width, pending):
     spread = torch.tensor([1e-3, 0.03], device=device).repeat(rows // 2)[:, None]
     layers.x.copy_(draw(rows, width) * spread + 0.002)
     norm = Norm(1 + draw(width, spread=0.3), draw(width, spread=0.3))
-    product, bias = draw(rows, width, spread=1e-3), draw(width, spread=1e-3)
+    parts, bias = draw(1, rows, width, spread=1e-3), draw(width, spread=1e-3)
     x = layers.x.double()
     if pending:
-        layers._pending = (product, bias if "bias" in pending else None)
-        x = x + product.double() + (bias.double() if "bias" in pending else 0)
+        if "parts" in pending:
+            parts = draw(3, rows, width, spread=1e-3).float()
+        layers._pending = (parts, bias if "bias" in pending else None)
+        x = x + parts.double().sum(0) + (bias.double() if "bias" in pending else 0)
     centred = x - x.mean(1, keepdim=True)
     normed = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt()
     settle()

@@ -6,13 +6,13 @@
 //
 // The tensor cores want other inputs of a thread than packing.py gives it. So x has its inputs in the weights' order,
 // where that costs nothing (INPUTS_ORDERED): at 16 k + 8 i + 2 t + j of each 32 lies input 8 t + 4 k + 2 i + j. Else
-// four threads exchange their weights. With OUT_ORDERED y is written in that order, for the next linear.
+// four threads exchange their weights. Behind ReLU y is written in that order, for the next linear.
 //
 // Where channels are few, `splits` blocks share out their inputs and write PARTS of the sums in float32, which whoever
 // normalises them next adds up, always in the same order: no result depends on timing.
 //
-// Compiled by NVRTC with BITS, ROWS, WARPGROUPS, DEPTH, SHARED, INPUTS_ORDERED, OUT_ORDERED, PARTS and RELU defined;
-// many_rows.py says how they are chosen.
+// Compiled by NVRTC with BITS, ROWS, WARPGROUPS, DEPTH, SHARED, INPUTS_ORDERED, PARTS and RELU defined; many_rows.py
+// says how they are chosen.
 
 #include "fragments.cuh"
 #include "hopper_copies.cuh"
@@ -212,9 +212,9 @@ struct Products {
   }
 };
 
-// Where an even channel of y goes: the next linear's input.
+// Where an even channel of y goes.
 __device__ inline int place_of(int channel) {
-  if (!OUT_ORDERED) return channel;
+  if (!RELU) return channel;
   return (channel & ~31) | (channel & 6) << 2 | (channel >> 2 & 6);
 }
 

@@ -154,7 +154,6 @@ def macros_for(
         "DEPTH": shared // (stage + 16),  # with two barriers of 8 bytes each
         "SHARED": shared,
         "INPUTS_ORDERED": int(is_ordered),
-        "OUT_ORDERED": int(relu),  # proj is all that ReLU's outputs go to
         "PARTS": int(has_parts),
         "RELU": int(relu),
     }
