@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import opt_models
 import pytest
 import torch
 from conftest import ROOT, run_program
+from safetensors.torch import load_file, save_file
+from test_native_opt import convert
 from torch import nn
 
 from blip2 import bfloat16, cpu
 from blip2.artifacts.tensor_files import FiniteChecks
 from blip2.checkpoints.reader import open_checkpoint
 from blip2.engines import open_language_session, open_vision_session
+from blip2.errors import Blip2Error
 from blip2.language.native.bf16 import Bfloat16Linear
+from blip2.language.native.linear import FloatLinear
 from blip2.vision.modules import load_vision_transformer
 
 
@@ -292,6 +298,35 @@ def test_opt_has_bfloat16_where_the_checkpoint_has_16_bits(tiny_checkpoint):
     kinds = {type(linear) for linear in vars(session._model.weights.layers[0]).values()}
     assert Bfloat16Linear in kinds
     assert isinstance(session._model.weights.head, Bfloat16Linear)
+
+
+@pytest.mark.usefixtures("fast_in_bfloat16")
+def test_opt_has_float32_where_the_checkpoint_has(tmp_path):
+    convert(opt_models.opt(num_hidden_layers=1), tmp_path)
+    session = open_language_session(tmp_path / "opt")
+    session.load()
+    layer = session._model.weights.layers[0]
+    assert {type(layer.qkv), type(layer.fc)} == {FloatLinear}
+
+
+@pytest.mark.usefixtures("fast_in_bfloat16")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_model.encoder.layers.0.self_attn.qkv.weight",
+        "vision_model.encoder.layers.0.layer_norm1.bias",
+        "qformer.encoder.layer.0.attention.attention.query.weight",
+    ],
+)
+def test_what_is_not_finite_is_refused(tiny_checkpoint, tmp_path, name):
+    """Linears' weights, which are rounded, and what stays in float32."""
+    shutil.copytree(tiny_checkpoint.checkpoint, tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[1] = torch.nan
+    save_file({key: value.half() for key, value in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(Blip2Error, match=f"{name} holds NaN or Inf"):
+        open_vision_session(tmp_path / "broken", tmp_path / "query_tokens.pt").load()
 
 
 _COUNT = """

@@ -205,8 +205,12 @@ def test_a_layer_in_float8_rounds_the_inputs_of_each_linear(rows, monkeypatch):
     hidden = layers._multiply(layers._norms[0][1](layers._residual), layer.fc, layers._hidden)
     assert relative_error(hidden.float(), truth.fc(rounded(norm(stream, truth.post_norm)))) < 1e-3
     layers._add(hidden, layer.proj, "relu")
-    added = layers._residual.summed() - stream
-    assert relative_error(added, truth.proj(rounded(hidden.float().relu()))) < 1e-3
+    end = layers._residual.summed().clone()
+    assert relative_error(end - stream, truth.proj(rounded(hidden.float().relu()))) < 1e-3
+    logits = torch.empty(rows, CONFIG.vocab_size)
+    layers.logits(logits)
+    exact = reference.weights.head(norm(end, reference.weights.final_norm))
+    assert relative_error(logits, exact) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 9])
