@@ -44,7 +44,7 @@ class Float8Layers(Layers):
     def logits(self, out: torch.Tensor) -> None:
         """As in the base class."""
         if self._residual.product is not None:
-            self._pending, self._residual.product = (self._residual.product[None], None), None
+            self._pending, self._residual.product = (self._residual.product, None), None
         super().logits(out)
 
     def _attend(self, index: int, attention: Attention) -> None:

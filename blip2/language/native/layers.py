@@ -132,7 +132,7 @@ class Layers:
             self._normed,
             width,
             NORM_EPS,
-            PARTS=0 if parts is None else len(parts),
+            PARTS=0 if parts is None else parts.numel() // self.x.numel(),
             ADD_BIAS=bias is not None,
             ORDERED=self._many is not None and self._many.is_ordered,
             BLOCK=triton.next_power_of_2(width),
