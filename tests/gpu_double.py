@@ -7,6 +7,7 @@ are right only a GPU says: tests/gpu.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import itertools
@@ -75,6 +76,18 @@ def convert_float(convert: Callable[..., Any], values: Any, source: Any, target:
 
 # One for each function: Triton's interpreter tells sums from maxima by what combines them.
 _interpreted = functools.cache(InterpretedFunction)
+
+
+def count_launches(patch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """How often a kernel of each .cu file is launched from now on, in numbers that grow."""
+    launched: collections.Counter[str] = collections.Counter()
+
+    def load_counted(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
+        launched[path.name] += 1
+        return load_kernel(path, name, macros)
+
+    patch.setattr("blip2.gpu.compiled.load_kernel", load_counted)
+    return launched
 
 
 def load_kernel(path: Path, _name: str, macros: tuple[tuple[str, int], ...]) -> Callable[..., None]:

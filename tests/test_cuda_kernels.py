@@ -5,12 +5,10 @@ Against the float32 model. That the kernels in CUDA C++ are right, tests/gpu say
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import gc
 import types
 import weakref
-from pathlib import Path
 
 import gpu_double
 import pytest
@@ -124,13 +122,7 @@ def test_steps_equal_the_reference(bits, requests, num_beams):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_what_lies_between_attentions_is_one_kernel(bits, monkeypatch):
     """Of a prompt of 40 tokens, and of steps of 33 rows."""
-    launched = collections.Counter()
-
-    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
-        launched[path.name] += 1
-        return gpu_double.load_kernel(path, name, macros)
-
-    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+    launched = gpu_double.count_launches(monkeypatch)
     config = dataclasses.replace(CONFIG, hidden_size=128)
     models = random_models(bits, config=config)
     tokens = torch.randint(0, 90, (40,), generator=torch.Generator().manual_seed(7))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from pathlib import Path
 
 import gpu_double
 import pytest
@@ -31,13 +29,7 @@ LINEARS = {
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_prompts_and_steps_of_many_rows_equal_the_reference(bits, monkeypatch):
-    launched = collections.Counter()
-
-    def load_kernel(path: Path, name: str, macros: tuple[tuple[str, int], ...]):
-        launched[path.name] += 1
-        return gpu_double.load_kernel(path, name, macros)
-
-    monkeypatch.setattr("blip2.gpu.compiled.load_kernel", load_kernel)
+    launched = gpu_double.count_launches(monkeypatch)
     config = dataclasses.replace(CONFIG, hidden_size=256)
     reference, packed = random_models(bits, config=config)
     heads = (  # as beside layers in 8 and 4 bits

@@ -203,3 +203,14 @@ def drawing(device: torch.device, seed: int = 0) -> Callable[..., torch.Tensor]:
         return (torch.randn(shape, generator=generator, device=device) * spread).half()
 
     return draw
+
+
+class SameAttention:
+    """Has mixed the same at every layer; keeps what it is asked."""
+
+    def __init__(self, mixed: torch.Tensor) -> None:
+        self.mixed, self.qkv = mixed, []
+
+    def __call__(self, _layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
+        self.qkv.append(qkv.double())
+        attended.copy_(self.mixed)

@@ -10,6 +10,7 @@ from exact import (
     HALF,
     SUMS,
     ExactLinear,
+    SameAttention,
     drawing,
     exact_norm,
     opt_config,
@@ -93,17 +94,6 @@ def check(found: torch.Tensor, truth: torch.Tensor, bound: float) -> None:
     assert (rows < 2 * bound).all()
 
 
-class Attention:
-    """Has mixed the same at every layer; keeps what it is asked."""
-
-    def __init__(self, mixed: torch.Tensor) -> None:
-        self.mixed, self.qkv = mixed, []
-
-    def __call__(self, _layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
-        self.qkv.append(qkv.double())
-        attended.copy_(self.mixed)
-
-
 @BITS
 @pytest.mark.parametrize("width", [128, 2560])
 @pytest.mark.parametrize("rows", [65, 144, 384, 2880])
@@ -113,7 +103,7 @@ def test_layers_and_logits_equal_float64(device, bits, width, rows):
     layers = Layers(config, packed, rows, device)
     assert isinstance(layers._many, PackedProducts)
     draw = drawing(device, rows)
-    stream, attention = draw(rows, width).float(), Attention(draw(rows, width))
+    stream, attention = draw(rows, width).float(), SameAttention(draw(rows, width))
     layers.x.copy_(stream)
     layers.run(attention)
     logits = torch.empty(rows, 1000, device=device)
@@ -132,7 +122,7 @@ def test_results_do_not_depend_on_timing(device):
     _, packed = random_opt(config, 8, device)
     layers = Layers(config, packed, 384, device)
     draw = drawing(device)
-    stream, attention = draw(384, 2560).float(), Attention(draw(384, 2560))
+    stream, attention = draw(384, 2560).float(), SameAttention(draw(384, 2560))
     found = []
     for _ in range(20):
         layers.x.copy_(stream)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import drawing, exact_norm, opt_config, random_opt, relative_error
+from exact import (
+    SameAttention,
+    drawing,
+    exact_norm,
+    opt_config,
+    random_opt,
+    relative_error,
+)
 
 from blip2.language.native.layers import Layers
 from blip2.language.native.span import Span
@@ -12,17 +19,6 @@ from blip2.language.native.span import Span
 BITS = pytest.mark.parametrize("bits", [None, 8, 4], ids=["16 bits", "8 bits", "4 bits"])
 # OPT-2.7B's is the largest; the smallest have fewer tiles than an H100 has blocks.
 WIDTHS = pytest.mark.parametrize("width", [128, 384, 768, 2048, 2560])
-
-
-class Attention:
-    """Has mixed the same at every layer; keeps what it is asked."""
-
-    def __init__(self, mixed: torch.Tensor) -> None:
-        self.mixed, self.qkv = mixed, []
-
-    def __call__(self, _layer: int, qkv: torch.Tensor, attended: torch.Tensor) -> None:
-        self.qkv.append(qkv.double())
-        attended.copy_(self.mixed)
 
 
 @BITS
@@ -38,7 +34,7 @@ def test_all_between_two_attentions_equals_float64(device, monkeypatch, bits, wi
     layers = Layers(config, packed, rows, device)
     assert isinstance(layers._span, Span)
     draw = drawing(device, rows)
-    attention = Attention(draw(rows, width))
+    attention = SameAttention(draw(rows, width))
     for _ in range(3):
         stream = draw(rows, width).float()
         layers.x.copy_(stream)
@@ -65,7 +61,7 @@ def test_results_do_not_depend_on_timing(device):
     if not layers._span:
         pytest.skip("needs a Hopper")
     draw = drawing(device)
-    stream, attention = draw(64, 2560).float(), Attention(draw(64, 2560))
+    stream, attention = draw(64, 2560).float(), SameAttention(draw(64, 2560))
     found = []
     for _ in range(20):
         layers.x.copy_(stream)
