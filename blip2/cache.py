@@ -50,6 +50,8 @@ def write(kind: str, key: str, content: bytes) -> None:
                 file.write(hashlib.sha256(content).digest() + content)
                 file.close()
                 os.replace(file.name, folder / key)
-            except OSError:
+            except BaseException:  # Ctrl-C leaves nothing behind either
                 file.close()
-                os.unlink(file.name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+                raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_the_cache_forgets_what_is_damaged_and_never_fails(tmp_path, own_cache, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     cache.write("kind", "key", b"content")
     assert cache.read("kind", "key") is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_is_not_kept_leaves_nothing_behind(own_cache, monkeypatch, error):
+    """Ctrl-C goes on, no room left does not."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
+        cache.write("kind", "key", b"content")
+    assert list((own_cache / "kind").iterdir()) == []
 
 
 def test_kernels_are_compiled_once_until_their_source_changes(tmp_path, own_cache, monkeypatch):
