@@ -65,17 +65,17 @@ def test_tiles_fill_an_h100(name):
     """Whatever the rows, blocks compute no more than 2.5 times what they are for."""
     shape, has_parts = LINEARS[name]
     for rows in (*range(65, 400, 5), 577, 720, 1080, 2880):
-        tile_rows, groups, splits = many_rows.tiles_for(shape, rows, CPU, has_parts=has_parts)
-        assert has_parts or splits == 1
-        tiles = -(-shape[0] // (64 * groups)) * -(-rows // tile_rows)
-        waves = -(-tiles * splits // 132)
-        computed = waves * 132 / splits * tile_rows * groups * 64
+        tile = many_rows.tile_for(shape, rows, CPU, has_parts=has_parts)
+        assert has_parts or tile.splits == 1
+        tiles = -(-shape[0] // (64 * tile.groups)) * -(-rows // tile.rows)
+        waves = -(-tiles * tile.splits // 132)
+        computed = waves * 132 / tile.splits * tile.rows * tile.groups * 64
         assert rows * shape[0] / computed > 0.4, rows
 
 
 def test_few_inputs_are_shared_out_by_no_more_blocks():
-    assert many_rows.tiles_for((128, 128), 65, CPU, has_parts=True)[-1] == 1
-    assert many_rows.tiles_for((128, 256), 65, CPU, has_parts=True)[-1] == 2
+    assert many_rows.tile_for((128, 128), 65, CPU, has_parts=True).splits == 1
+    assert many_rows.tile_for((128, 256), 65, CPU, has_parts=True).splits == 2
 
 
 def test_inputs_in_the_weights_order_are_not_cublas_s():
@@ -87,7 +87,7 @@ def test_inputs_in_the_weights_order_are_not_cublas_s():
 
 def macros(bits: int, tile: tuple[int, int, int], how: str) -> dict[str, int]:
     flags = {"is_ordered": how != "dense", "has_parts": how in ("dense", "proj")}
-    return many_rows.macros_for(bits, tile, 227 << 10, relu=how == "fc", **flags)
+    return many_rows.macros_for(bits, many_rows.Tile(*tile), 227 << 10, relu=how == "fc", **flags)
 
 
 @pytest.mark.parametrize(

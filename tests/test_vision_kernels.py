@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import gpu_double
+import kernel_doubles
 import pytest
 import torch
 from conftest import compiled_launches
@@ -95,7 +96,7 @@ def test_the_products_of_one_picture_are_those_that_its_kernel_takes(monkeypatch
     in_8_bits = vit_of_whole_tiles(3)
     quantise_linears(in_8_bits.encoder)
     assert not takes(in_8_bits.encoder.layers[0])
-    monkeypatch.setattr(gpu_double.PROPERTIES, "major", 10)
+    monkeypatch.setattr(kernel_doubles.PROPERTIES, "major", 10)
     assert not takes(vit_of_whole_tiles(3).encoder.layers[0])
 
 

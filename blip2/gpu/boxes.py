@@ -6,9 +6,8 @@ import dataclasses
 
 import torch
 
-SWIZZLED_BYTES = (
-    128  # of a row, whose 16-byte pieces are swapped about by row, as the tensor cores read them
-)
+# Of a row, whose 16-byte pieces are swapped about by row, as the tensor cores read them.
+SWIZZLED_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from exact import (
     SUMS,
     ExactLinear,
     SameAttention,
+    check_results_do_not_depend_on_timing,
     drawing,
     exact_norm,
     opt_config,
@@ -62,9 +63,9 @@ def test_linears_equal_float64(device, monkeypatch, bits, groups, tile_rows, sha
         products = PackedProducts()
 
         def forced(_shape, _rows, _device, *, has_parts: bool):
-            return tile_rows, groups, splits if has_parts else 1
+            return many_rows.Tile(tile_rows, groups, splits if has_parts else 1)
 
-        monkeypatch.setattr(many_rows, "tiles_for", forced)
+        monkeypatch.setattr(many_rows, "tile_for", forced)
         # Each tile has half of what macros make of the kernel, its neighbours the other half.
         second_half = (many_rows._ROWS.index(tile_rows) + groups) % 2 == 1
         out = torch.full((rows + 1, channels), math.nan, device=device, dtype=torch.float16)
@@ -120,17 +121,7 @@ def test_layers_and_logits_equal_float64(device, bits, width, rows):
 def test_results_do_not_depend_on_timing(device):
     config = opt_config(2560, 1, layers=2, vocab_size=64)
     _, packed = random_opt(config, 8, device)
-    layers = Layers(config, packed, 384, device)
-    draw = drawing(device)
-    stream, attention = draw(384, 2560).float(), SameAttention(draw(384, 2560))
-    found = []
-    for _ in range(20):
-        layers.x.copy_(stream)
-        layers._to_last_attention(attention)
-        found.append((layers.x.clone(), layers._qkv.clone()))
-    for x, qkv in found[1:]:
-        assert torch.equal(x, found[0][0])
-        assert torch.equal(qkv, found[0][1])
+    check_results_do_not_depend_on_timing(Layers(config, packed, 384, device), 384)
 
 
 def test_what_else_goes_through_cublas(device):

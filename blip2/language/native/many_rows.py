@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,14 @@ _STEP_CLOCKS = {1: (250, 1.65), 2: (150, 4.55)}
 _TILE_CLOCKS = 2400
 _PART_BYTES = 4000
 _CROWDED = 0.1  # by how much blocks with one group slow one another down, a tile of rows more
+
+
+class Tile(NamedTuple):
+    """What a block computes at a time."""
+
+    rows: int
+    groups: int  # of four warps, each with 64 channels
+    splits: int  # blocks that share out its inputs
 
 
 class Products(Protocol):
@@ -89,13 +97,13 @@ class PackedProducts:
         self, x: torch.Tensor, linear: PackedLinear, out: torch.Tensor, *, relu: bool
     ) -> None:
         """As in `Products`."""
-        tile = tiles_for(linear.shape, len(x), x.device, has_parts=False)
+        tile = tile_for(linear.shape, len(x), x.device, has_parts=False)
         _launch(x, linear, out, tile, relu=relu, is_ordered=True)
 
     def parts(self, x: torch.Tensor, linear: PackedLinear, *, is_ordered: bool) -> torch.Tensor:
         """As in `Products`: as many as share out the inputs, in float32."""
-        tile = tiles_for(linear.shape, len(x), x.device, has_parts=True)
-        out = x.new_empty(tile[-1], len(x), linear.shape[0], dtype=torch.float32)
+        tile = tile_for(linear.shape, len(x), x.device, has_parts=True)
+        out = x.new_empty(tile.splits, len(x), linear.shape[0], dtype=torch.float32)
         _launch(x, linear, out, tile, relu=False, is_ordered=is_ordered)
         return out
 
@@ -104,7 +112,7 @@ def _launch(
     x: torch.Tensor,
     linear: PackedLinear,
     out: torch.Tensor,
-    tile: tuple[int, int, int],
+    tile: Tile,
     *,
     relu: bool,
     is_ordered: bool,
@@ -116,27 +124,25 @@ def _launch(
     macros = macros_for(
         linear.bits, tile, shared, is_ordered=is_ordered, has_parts=has_parts, relu=relu
     )
-    (tile_rows, groups, splits), (channels, inputs) = tile, linear.shape
-    pieces, piece_bytes = _pieces(linear.bits, groups)
+    pieces, piece_bytes = _pieces(linear.bits, tile)
     load_kernel(SOURCE, "linear", tuple(macros.items()))(
         (min(_units(linear.shape, len(x), tile), properties.multi_processor_count), 1),
-        128 * groups + (128 if groups > 1 else 32),
-        Boxes(x, tile_rows),
+        128 * tile.groups + (128 if tile.groups > 1 else 32),
+        Boxes(x, tile.rows),
         Boxes(linear.weight.flatten(1).view(torch.int32), pieces, piece_bytes),
         linear.scales,
         None if has_parts else linear.bias,
         out,
         len(x),
-        channels,
-        inputs,
-        splits,
+        *linear.shape,
+        tile.splits,
         shared_bytes=shared,
     )
 
 
 def macros_for(
     bits: int,
-    tile: tuple[int, int, int],
+    tile: Tile,
     shared: int,
     *,
     is_ordered: bool,
@@ -144,13 +150,12 @@ def macros_for(
     relu: bool,
 ) -> dict[str, int]:
     """How linear_many.cu is to be compiled, for a GPU with so much shared memory for a block."""
-    tile_rows, groups, _ = tile
-    pieces, piece_bytes = _pieces(bits, groups)
-    stage = 2 * _STEP * tile_rows + pieces * piece_bytes
+    pieces, piece_bytes = _pieces(bits, tile)
+    stage = 2 * _STEP * tile.rows + pieces * piece_bytes
     return {
         "BITS": bits,
-        "ROWS": tile_rows,
-        "WARPGROUPS": groups,
+        "ROWS": tile.rows,
+        "WARPGROUPS": tile.groups,
         "DEPTH": shared // (stage + 16),  # with two barriers of 8 bytes each
         "SHARED": shared,
         "INPUTS_ORDERED": int(is_ordered),
@@ -159,38 +164,33 @@ def macros_for(
     }
 
 
-def _pieces(bits: int, groups: int) -> tuple[int, int]:
+def _pieces(bits: int, tile: Tile) -> tuple[int, int]:
     """Of a step's weights in a block: how many pieces of 16 channels, and the bytes of each."""
-    return 4 * groups, _STEP * CHANNELS * bits // 8
+    return 4 * tile.groups, _STEP * CHANNELS * bits // 8
 
 
 @functools.cache
-def tiles_for(
-    shape: tuple[int, int], rows: int, device: torch.device, *, has_parts: bool
-) -> tuple[int, int, int]:
-    """A tile's rows, the groups of 64 channels in it, and the blocks that share out its inputs.
-
-    Those that take the fewest clocks; `shape` is channels x inputs.
-    """
+def tile_for(shape: tuple[int, int], rows: int, device: torch.device, *, has_parts: bool) -> Tile:
+    """The one that takes the fewest clocks; `shape` is channels x inputs."""
     channels, inputs = shape
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def clocks(tile: tuple[int, int, int]) -> float:
-        tile_rows, groups, splits = tile
+    def clocks(tile: Tile) -> float:
         waves = math.ceil(_units(shape, rows, tile) / multiprocessors)
-        begin, each = _STEP_CLOCKS[groups]
-        step = begin + each * tile_rows
-        if groups == 1:
-            step *= 1 + _CROWDED * (math.ceil(rows / tile_rows) - 1)
-        steps = 2 * math.ceil(inputs // (2 * _STEP) / splits)
-        parts = 8 * splits * rows * channels / _PART_BYTES if has_parts else 0
+        begin, each = _STEP_CLOCKS[tile.groups]
+        step = begin + each * tile.rows
+        if tile.groups == 1:
+            step *= 1 + _CROWDED * (math.ceil(rows / tile.rows) - 1)
+        # More blocks than there are steps by twos never win: they would write parts for nothing.
+        steps = 2 * math.ceil(inputs // (2 * _STEP) / tile.splits)
+        parts = 8 * tile.splits * rows * channels / _PART_BYTES if has_parts else 0
         return waves * (steps * step + _TILE_CLOCKS) + parts
 
-    splits = [n for n in _SPLITS if n <= inputs // (2 * _STEP)] if has_parts else [1]
-    return min(itertools.product(_ROWS, _STEP_CLOCKS, splits), key=clocks)
+    splits = _SPLITS if has_parts else (1,)
+    return min(itertools.starmap(Tile, itertools.product(_ROWS, _STEP_CLOCKS, splits)), key=clocks)
 
 
-def _units(shape: tuple[int, int], rows: int, tile: tuple[int, int, int]) -> int:
+def _units(shape: tuple[int, int], rows: int, tile: Tile) -> int:
     """What blocks share out."""
-    tile_rows, groups, splits = tile
-    return math.ceil(shape[0] / (4 * CHANNELS * groups)) * math.ceil(rows / tile_rows) * splits
+    tiles = math.ceil(shape[0] / (4 * CHANNELS * tile.groups)) * math.ceil(rows / tile.rows)
+    return tiles * tile.splits
