@@ -246,6 +246,7 @@ def span(
     _rule(counters.shape == (4,) and counters.dtype == torch.int64, "counters")
     for boxes, columns in ((attended, width), (normed, width), (hidden, ffn)):
         _rule(boxes.matrix.shape == (rows, columns) and boxes.rows == 64, "inputs")
+        _rule(boxes.row_bytes == 128, "boxes that the tensor cores cannot read")
     _rule(normed.matrix is normed_to and hidden.matrix is hidden_to, "what is written is read")
     shapes = {"DENSE": (width, width), "FC": (ffn, width), "PROJ": (width, ffn)}
     shapes["QKV"] = (3 * width, width)
@@ -297,6 +298,7 @@ def picture_linear(
     _rule(macros["DEPTH"] * ((tile + 136) * 128 + 16) <= shared_bytes, "shared memory")
     _rule(shared_bytes == macros["SHARED"] <= PROPERTIES.shared_memory_per_block_optin, "SHARED")
     _rule(x.matrix.shape == (rows, inputs) and x.rows == 136, "inputs")
+    _rule(x.row_bytes == weight.row_bytes == 128, "boxes that the tensor cores cannot read")
     _rule(weight.matrix.shape == (channels, inputs) and weight.rows == tile // row_tiles, "weights")
     _rule(bool(parts) == (bias is None) and (parts or split == 1), "a bias, or parts")
     _rule(out.dtype == (torch.float32 if parts else torch.float16), "the outputs' type")
@@ -337,6 +339,7 @@ def linear_many(
     _rule(macros["DEPTH"] >= 2 and macros["DEPTH"] * (stage + 16) <= shared_bytes, "shared memory")
     _rule(shared_bytes == macros["SHARED"] <= PROPERTIES.shared_memory_per_block_optin, "SHARED")
     _rule(x.matrix.shape == (rows, inputs) and x.rows == tile_rows, "inputs")
+    _rule(x.row_bytes == 128, "boxes that the tensor cores cannot read")
     _rule(weight.matrix.shape == (-(-channels // 16), inputs * bits // 2), "weights")
     _rule(weight.rows == pieces and weight.row_bytes == 128 * bits, "boxes of weights")
     _rule(bool(parts) == (bias is None) and (parts or splits == 1), "a bias, or parts")
